@@ -1,0 +1,54 @@
+# make setup | demo | lint | types | docs | doctest | test | clean
+.DEFAULT_GOAL := test
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+
+PY := .venv/bin/python
+STAMP := .venv/.stamp
+CODE := $(wildcard src tests benchmarks)
+# What the suite leaves out; `make test MARKS=real` runs the real tasks instead.
+MARKS ?= not slow and not gpu and not real
+
+.PHONY: setup demo lint types docs doctest test clean
+
+setup: $(STAMP)
+
+# A python that is on the PATH may be a shim that does not run, so each is asked for its version.
+$(STAMP): pyproject.toml constraints.txt
+	@runs() { "$$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }; \
+	if ! runs $(PY); then \
+	  found=; \
+	  for python in python3.13 python3.12 python3.11 python3; do \
+	    if runs "$$python"; then found=$$python; break; fi; \
+	  done; \
+	  if [ -z "$$found" ]; then echo "calque needs Python 3.11 or newer; none of python3.13, python3.12, python3.11, python3 is." >&2; exit 1; fi; \
+	  "$$found" -m venv --clear .venv; \
+	fi
+	@$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev,docs]' --constraint constraints.txt
+	@touch $@
+
+demo: setup
+	$(PY) -m calque demo
+
+lint: setup
+	$(PY) -m ruff format --check $(CODE)
+	$(PY) -m ruff check $(CODE)
+
+types: setup
+	$(PY) -m mypy $(CODE)
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --site-dir site
+
+doctest: setup
+	$(PY) -m pytest --doctest-modules --quiet src
+
+# pytest runs last: its closing line is the last line of the output.
+test: lint types docs doctest demo
+	$(PY) -m pytest -m "$(MARKS)" --cov --cov-report=term
+
+clean:
+	rm -rf site dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage src/*.egg-info
+	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +

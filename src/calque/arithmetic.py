@@ -1,0 +1,155 @@
+"""Where a number meets a grid: pure functions on tensors.
+
+The quantizer of Hubara et al. 2021 (section 3), affine, uniform, round half to even:
+
+    q = clip(round(x / scale) + zero_point, qmin, qmax)        x^ = scale * (q - zero_point)
+
+x is divided by the scale, never multiplied by its reciprocal: runtimes divide, and the two differ at rounding edges.
+"""
+
+import torch
+from torch import Tensor
+
+SMALLEST_SCALE = 1e-10  # a channel of zeros still needs a scale; float32 products of two such scales are normal numbers
+BIAS_LIMIT = 2**30  # half of int32, so that accumulator plus bias stays inside it
+
+
+def activation_limits(bits: int) -> tuple[int, int]:
+    """(qmin, qmax) of unsigned codes: (0, 2^bits - 1).
+
+    >>> activation_limits(4)
+    (0, 15)
+    """
+    return 0, 2**bits - 1
+
+
+def weight_limits(bits: int) -> tuple[int, int]:
+    """(qmin, qmax) of signed codes: (-2^(bits-1), 2^(bits-1) - 1).
+
+    >>> weight_limits(4)
+    (-8, 7)
+    """
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
+def affine_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale (float32) and zero point (int32) of the grid of 2^bits points over [low, high], widened to contain 0.
+
+    Args:
+        low, high: scalars, the range in real units.
+
+    >>> affine_grid(torch.tensor(-1.0), torch.tensor(2.0), 2)
+    (tensor(1.), tensor(1, dtype=torch.int32))
+    """
+    low, high = low.clamp(max=0.0).float(), high.clamp(min=0.0).float()
+    qmin, qmax = activation_limits(bits)
+    scale = ((high - low) / (qmax - qmin)).clamp(min=SMALLEST_SCALE)
+    zero_point = (qmin - low / scale).round().clamp(qmin, qmax)
+    return scale, zero_point.to(torch.int32)
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+    """The codes of x, in x's dtype; scale and zero point broadcast against x.
+
+    >>> quantize(torch.tensor([-9.0, 0.0, 0.5, 1.5]), torch.tensor(1.0), torch.tensor(1), 0, 3)
+    tensor([0., 1., 1., 3.])
+    """
+    return x.div(scale).round_().add_(zero_point).clamp_(qmin, qmax)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """The real values of codes: scale * (codes - zero_point), float32."""
+    return (codes.to(scale.dtype) - zero_point) * scale
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+    """x on its grid, in real units: dequantize(quantize(x)), the same bits with fewer passes over memory.
+
+    >>> fake_quantize(torch.tensor([-9.0, 0.0, 0.5, 1.5]), torch.tensor(1.0), torch.tensor(1), 0, 3)
+    tensor([-1.,  0.,  0.,  2.])
+    """
+    low, high = (qmin - zero_point).to(x.dtype), (qmax - zero_point).to(x.dtype)
+    return torch.clamp(x.div(scale).round_(), low, high).mul_(scale)
+
+
+def round_through(x: Tensor) -> Tensor:
+    """round(x) whose gradient is 1 (the straight-through estimator)."""
+    return x + (x.round() - x).detach()
+
+
+def learned_fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+    """`fake_quantize` with gradients for x (zero outside the clip), scale and a real zero point.
+
+    Source: LSQ (Esser et al., 1902.08153), to which Hubara et al. 2021 refer for the scale's gradient.
+    """
+    offset = round_through(zero_point)
+    codes = torch.clamp(round_through(x / scale) + offset, qmin, qmax)
+    return (codes - offset) * scale
+
+
+def per_channel(values: Tensor, like: Tensor) -> Tensor:
+    """`values` (C,) reshaped to broadcast along axis 0 of `like` (C, ...)."""
+    return values.reshape(-1, *[1] * (like.dim() - 1))
+
+
+def weight_codes(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Codes (int8) of a weight (C_out, ...) with one scale per output channel (C_out,).
+
+    >>> weight_codes(torch.tensor([[0.5, -3.0], [0.3, 0.1]]), torch.tensor([0.5, 0.1]), 2)
+    tensor([[ 1, -2],
+            [ 1,  1]], dtype=torch.int8)
+    """
+    qmin, qmax = weight_limits(bits)
+    return (weight / per_channel(scale, weight)).round().clamp(qmin, qmax).to(torch.int8)
+
+
+def bias_codes(bias: Tensor, scale: Tensor) -> Tensor:
+    """Codes (int32) of a bias (C_out,) on the accumulator's grid, whose scale is s_x * s_w (C_out,).
+
+    >>> bias_codes(torch.tensor([1.0, -0.26]), torch.tensor([0.5, 0.1]))
+    tensor([ 2, -3], dtype=torch.int32)
+    """
+    return (bias.double() / scale.double()).round().clamp(-BIAS_LIMIT, BIAS_LIMIT).to(torch.int32)
+
+
+def requantize(accumulator: Tensor, multiplier: Tensor, zero_point: Tensor, qmin: Tensor, qmax: Tensor) -> Tensor:
+    """Codes of an int32 accumulator on the next grid, as integer kernels compute them.
+
+    The accumulator as float32, times one float32 factor s_x s_w / s_y, rounded half to even, plus the zero point, clipped.
+
+    Args:
+        accumulator: integers (exactly represented, any dtype).
+        multiplier: float32, broadcasts against the accumulator.
+
+    >>> one = torch.tensor(1.0)
+    >>> requantize(torch.tensor([5, -7, 99]), 0.5 * one, one, 0 * one, 15 * one)
+    tensor([ 3.,  0., 15.])
+    """
+    return torch.clamp((accumulator.float() * multiplier).round() + zero_point, qmin, qmax)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes (any shape, signed, fitting `bits`) as a dense bit string: uint8, (ceil(numel * bits / 8),).
+
+    Bit k of code i is bit i * bits + k of the string; bit 0 of a byte is its lowest.
+
+    >>> pack(torch.tensor([1, -1, 2], dtype=torch.int8), 4)
+    tensor([241,   2], dtype=torch.uint8)
+    """
+    planes = torch.arange(bits, device=codes.device)
+    string = ((codes.reshape(-1, 1).int() >> planes) & 1).reshape(-1)
+    string = torch.nn.functional.pad(string, (0, -string.numel() % 8)).reshape(-1, 8)
+    return (string << torch.arange(8, device=codes.device)).sum(1).to(torch.uint8)
+
+
+def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
+    """The inverse of `pack`: signed codes (int8) of the given shape.
+
+    >>> unpack(torch.tensor([241, 2], dtype=torch.uint8), 4, (3,))
+    tensor([ 1, -1,  2], dtype=torch.int8)
+    """
+    count = int(torch.Size(shape).numel())
+    string = (packed.reshape(-1, 1).int() >> torch.arange(8, device=packed.device)) & 1
+    fields = string.reshape(-1)[: count * bits].reshape(count, bits)
+    codes = (fields << torch.arange(bits, device=packed.device)).sum(1)
+    return torch.where(codes >= 2 ** (bits - 1), codes - 2**bits, codes).to(torch.int8).reshape(shape)

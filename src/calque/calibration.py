@@ -1,0 +1,238 @@
+"""Calibration inputs, checked; and the network executed on all of them, operator by operator, within a memory budget."""
+
+import re
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from calque.errors import CalibrationError, CalibrationWarning, SpecError
+from calque.graph.signature import Batch, Signature, flatten, rows, split
+
+ROWS = 50  # rows that are executed at a time
+
+_UNITS = {"B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def parse_bytes(text: str | int) -> int:
+    """Bytes of a size with a unit.
+
+    >>> parse_bytes("1.5MB")
+    1500000
+
+    Raises:
+        SpecError: not a number with B, kB, MB or GB.
+    """
+    if isinstance(text, int) and text > 0:
+        return text
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([kKMG]?B)\s*", text) if isinstance(text, str) else None
+    if not match:
+        raise SpecError(f'a size is written as a number with a unit, such as "2GB" or "300MB". Got {text!r}.')
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def prepare(calibration: object, signature: Signature, device: torch.device) -> list[Batch]:
+    """The calibration inputs as batches of at most ROWS rows, by argument name, checked.
+
+    Args:
+        calibration: a tensor, a tuple or dict of tensors with all rows, or an iterable (list, DataLoader) of batches,
+            each a tensor, a tuple of positional arguments or a dict of keyword arguments.
+
+    Raises:
+        CalibrationError: nothing in it, a batch of another form or shape, or values that are not finite.
+    """
+    if isinstance(calibration, (Tensor, tuple, Mapping)):
+        given: Iterable[object] = [calibration]
+    elif isinstance(calibration, Iterable):
+        given = calibration
+    else:
+        raise CalibrationError(
+            "calibration is a tensor, a tuple or dict of tensors, or an iterable of batches. "
+            f"Got {type(calibration).__name__}."
+        )
+    batches = []
+    for item in given:
+        batch = signature.batch(item)
+        if rows(batch) > 0:
+            batches.extend(split(batch, ROWS))
+    if not batches:
+        raise CalibrationError("calibration needs at least one input. Got none; pass a few hundred rows.")
+    batches = [_to_device(batch, device) for batch in batches]
+    _check(batches)
+    return batches
+
+
+def _to_device(batch: Batch, device: torch.device) -> Batch:
+    move = torch.utils._pytree.tree_map
+    return {n: move(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, v) for n, v in batch.items()}
+
+
+def _check(batches: list[Batch]) -> None:
+    leaves, spec = flatten(batches[0])
+    constant = [True] * len(leaves)
+    for position, batch in enumerate(batches):
+        others, other_spec = flatten(batch)
+        if other_spec != spec:
+            raise CalibrationError(f"calibration batch {position} has the form {other_spec}; batch 0 has {spec}.")
+        for index, (first, leaf) in enumerate(zip(leaves, others, strict=True)):
+            if not isinstance(leaf, Tensor):
+                continue
+            if leaf.dim() != first.dim() or leaf.dtype != first.dtype:
+                raise CalibrationError(
+                    f"calibration inputs must have the same rank and dtype. Batch {position}: {leaf.dtype} "
+                    f"{tuple(leaf.shape)}; batch 0: {first.dtype} {tuple(first.shape)}."
+                )
+            if leaf.is_floating_point():
+                if not torch.isfinite(leaf).all():
+                    raise CalibrationError(
+                        f"calibration inputs must be finite. Batch {position} has NaN or infinite values; remove these rows."
+                    )
+                constant[index] &= bool((leaf == first.reshape(-1)[0]).all())
+    if any(c for c, leaf in zip(constant, leaves, strict=True) if isinstance(leaf, Tensor) and leaf.is_floating_point()):
+        warnings.warn(
+            "a calibration input has the same value everywhere: ranges cannot be estimated from it. Pass real inputs.",
+            CalibrationWarning,
+            stacklevel=2,
+        )
+
+
+def varying_axes(batches: list[Batch]) -> dict[str, dict[int, Any]]:
+    """The axes besides the batch whose sizes differ between batches, for inputs that are tensors; as dynamic shapes."""
+    found: dict[str, dict[int, Any]] = {}
+    for name, value in batches[0].items():
+        if isinstance(value, Tensor):
+            shapes = [tuple(other.shape) for batch in batches if isinstance(other := batch[name], Tensor)]
+            axes = {axis for shape in shapes for axis in range(1, len(shape)) if shape[axis] != shapes[0][axis]}
+            if axes:
+                found[name] = dict.fromkeys(sorted(axes), torch.export.Dim.AUTO)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _OnDisk:
+    path: Path
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Store:
+    """Keeps tensors in memory up to a budget and on disk past it; a context manager that removes its files."""
+
+    def __init__(self, memory: int):
+        self.memory = memory
+        self.resident = 0
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._files = 0
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    def put(self, value: object) -> object:
+        """What to keep in place of `value`: itself, or its file."""
+        if not isinstance(value, Tensor):
+            return value
+        if self.resident + value.nbytes <= self.memory or value.nbytes < 2**16:
+            self.resident += value.nbytes
+            return value
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="calque-")
+        self._files += 1
+        path = Path(self._folder.name) / str(self._files)
+        value.contiguous().cpu().numpy().tofile(path)
+        return _OnDisk(path, value.shape, value.dtype, value.device)
+
+    def get(self, kept: object) -> Any:
+        """The value that `put` was given."""
+        if not isinstance(kept, _OnDisk):
+            return kept
+        dtype = torch.empty(0, dtype=kept.dtype).numpy().dtype
+        return torch.from_numpy(np.fromfile(kept.path, dtype=dtype)).reshape(kept.shape).to(kept.device)
+
+    def drop(self, kept: object) -> None:
+        """Frees what `put` kept."""
+        if isinstance(kept, _OnDisk):
+            kept.path.unlink(missing_ok=True)
+        elif isinstance(kept, Tensor):
+            self.resident -= kept.nbytes
+
+
+class Execution:
+    """A graph executed operator by operator over all batches; values are freed once nothing reads them any more.
+
+    Call `step` (or `compute` and `put` in its place) on each node of `graph_module.graph.nodes` in order, then `release`.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule, batches: list[Batch], store: Store):
+        self.module = graph_module
+        self.store = store
+        self.count = len(batches)
+        self._kept: dict[fx.Node, list[object]] = {}
+        self._last = {reader: node for node in graph_module.graph.nodes for reader in node.all_input_nodes}
+        leaves = [flatten(batch)[0] for batch in batches]
+        placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+        for index, node in enumerate(placeholders):
+            self._kept[node] = [leaf[index] for leaf in leaves]
+
+    def values(self, node: fx.Node) -> Iterator[Any]:
+        """The node's value on each batch."""
+        for kept in self._kept[node]:
+            yield self.store.get(kept)
+
+    def compute(self, node: fx.Node, module: torch.nn.Module | None = None) -> Iterator[Any]:
+        """The node's value on each batch, from the values of its inputs; `module` stands in for the one it calls."""
+        for index in range(self.count):
+            args, kwargs = fx.map_arg(  # type: ignore[no-untyped-call]
+                (node.args, node.kwargs), lambda source, index=index: self.store.get(self._kept[source][index])
+            )
+            with torch.no_grad():
+                yield self._call(node, module, args, kwargs)
+
+    def _call(self, node: fx.Node, module: torch.nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if node.op == "call_function":
+            assert callable(node.target)
+            return node.target(*args, **kwargs)
+        if node.op == "call_module":
+            return (module or self.module.get_submodule(str(node.target)))(*args, **kwargs)
+        if node.op == "get_attr":
+            owner: Any = self.module
+            for part in str(node.target).split("."):
+                owner = getattr(owner, part)
+            return owner
+        assert node.op == "output"
+        return args[0]
+
+    def put(self, node: fx.Node, values: Iterable[object]) -> None:
+        """Keeps the node's value on each batch, in place of what was kept before."""
+        before = self._kept.get(node, [None] * self.count)
+        after = []
+        for kept, value in zip(before, values, strict=True):
+            if node.op != "placeholder":  # the caller's tensors are not the store's
+                self.store.drop(kept)
+            after.append(self.store.put(value))
+        self._kept[node] = after
+
+    def step(self, node: fx.Node) -> None:
+        """Computes and keeps the node's values."""
+        if node.op != "placeholder":
+            self.put(node, self.compute(node))
+
+    def release(self, node: fx.Node) -> None:
+        """Frees every value whose last reader is `node`, and the node's own if nothing reads it."""
+        done = [source for source in node.all_input_nodes if self._last[source] is node]
+        if not node.users and node.op != "output":
+            done.append(node)
+        for source in done:
+            for kept in self._kept.pop(source, []):
+                if source.op != "placeholder":
+                    self.store.drop(kept)

@@ -1,0 +1,33 @@
+"""What can go wrong, by kind; every message says what, the rule, what was received and what to do."""
+
+
+class CalqueError(Exception):
+    """Base of every error that calque raises on purpose."""
+
+
+class SpecError(CalqueError, ValueError):
+    """Bits, a plan, an override or an option that breaks a rule."""
+
+
+class CaptureError(CalqueError):
+    """A network that `torch.export` cannot trace, or whose trace differs from the original."""
+
+
+class CalibrationError(CalqueError, ValueError):
+    """Calibration inputs that are empty, not finite, or of the wrong form."""
+
+
+class LoadError(CalqueError, ValueError):
+    """A file that is not calque's, is damaged, or does not fit the network it is loaded into."""
+
+
+class ExportError(CalqueError):
+    """A quantized network that the target format cannot carry; nothing is exported approximately."""
+
+
+class VerificationError(CalqueError):
+    """An exported file that does not compute what its quantized network computes."""
+
+
+class CalibrationWarning(UserWarning):
+    """Calibration data that is usable but weak; the message names the layer and the remedy."""

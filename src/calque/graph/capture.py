@@ -1,0 +1,291 @@
+"""Captures a network with `torch.export` and rewrites it into a `Network`."""
+
+import copy
+import logging
+import re
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim
+from torch.utils import _pytree as pytree
+
+from calque.errors import CaptureError
+from calque.graph.fold import fold_batch_norms
+from calque.graph.layers import Geometry, WeightedLayer
+from calque.graph.network import Network, all_ints, find_layers, padding_of, value_of
+from calque.graph.rewrite import constant_value, functionalize, silent_tracing
+from calque.graph.signature import Batch, Signature, flatten, rows, select
+
+log = logging.getLogger(__name__)
+aten = torch.ops.aten
+
+DynamicAxes = Mapping[str, Any]  # as torch.export's dynamic_shapes, without the batch axis
+
+# Other operators with a trained weight. They stay float, and are listed.
+_OTHER_WEIGHTED = frozenset(
+    {
+        aten.conv1d.default, aten.conv3d.default, aten.conv_transpose1d.default, aten.conv_transpose2d.input,
+        aten.conv_transpose3d.input, aten.embedding.default, aten.lstm.input, aten.gru.input, aten.matmul.default,
+        aten.bmm.default, aten.mm.default, aten.einsum.default, aten.scaled_dot_product_attention.default,
+        aten.bilinear.default, aten.conv2d.default, aten.conv2d.padding, aten.linear.default, aten.addmm.default,
+        aten.layer_norm.default, aten.group_norm.default, aten.instance_norm.default, aten.rms_norm.default,
+    }
+)  # fmt: skip
+
+
+def capture(model: nn.Module, example: Batch, dynamic: DynamicAxes | None = None) -> Network:
+    """The network of `model` (left untouched) as `torch.export` sees it with the inputs `example`.
+
+    Args:
+        example: one calibration batch by argument name, real inputs.
+        dynamic: axes besides the batch that may change, e.g. {"x": {2: Dim.AUTO, 3: Dim.AUTO}}.
+
+    Raises:
+        CaptureError: control flow on data, an operator that cannot be traced, an in-place write into a view, a batch
+            axis that the network fixes, or a trace that computes something else than the model.
+    """
+    model = copy.deepcopy(model).eval()
+    _require_float32(model)
+    signature = Signature.of(model)
+    count = rows(example)
+    batch = _distinct(select(example, torch.arange(max(count, 2)).clamp(max=count - 1)[:2]))
+    program = _export(model, batch, dynamic)
+    module = program.module(check_guards=False)
+    in_spec, out_spec = module._in_spec, module._out_spec  # tree specs of (args, kwargs) and of the result
+    graph = functionalize(module.graph)
+    flat = _flatten_calls(module, graph)
+    sources = _introduce_layers(flat)
+    kept = fold_batch_norms(flat)
+    layers = find_layers(flat)
+    network = Network(
+        flat, signature, in_spec, out_spec, layers, _shared(flat, sources), tuple(kept + _uncovered(flat))
+    )
+    for size in (2, 3):  # the traced batch size, and another
+        picked = select(example, torch.arange(size) % count)
+        _compare(model, network, picked)
+    return network
+
+
+def _require_float32(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+            raise CaptureError(f"parameters must be float32. {name} is {parameter.dtype}. Convert it with .float().")
+
+
+def _distinct(batch: Batch) -> Batch:
+    """The batch with every tensor copied: one tensor passed twice would be traced as one input."""
+    return {
+        name: pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, value)
+        for name, value in batch.items()
+    }
+
+
+def _export(model: nn.Module, batch: Batch, dynamic: DynamicAxes | None) -> torch.export.ExportedProgram:
+    unknown = set(dynamic or {}) - set(batch)
+    if unknown:
+        raise CaptureError(f"dynamic names inputs of forward: {', '.join(batch)}. Got {', '.join(sorted(unknown))}.")
+    count = rows(batch)
+
+    def axes(extra: object) -> Callable[[object], object]:
+        def of(leaf: object) -> object:
+            if not isinstance(leaf, Tensor):
+                return None
+            batched = {0: Dim.AUTO} if leaf.dim() and leaf.shape[0] == count else {}
+            return {**batched, **(extra if isinstance(extra, Mapping) else {})}
+
+        return of
+
+    shapes = {name: pytree.tree_map(axes((dynamic or {}).get(name)), value) for name, value in batch.items()}
+    try:
+        with silent_tracing(), torch.no_grad():
+            return torch.export.export(model, (), dict(batch), dynamic_shapes=shapes, strict=False)
+    except Exception as error:
+        raise CaptureError(_explain(error)) from error
+
+
+def _explain(error: Exception) -> str:
+    """One sentence with the user's line and the tracer's first line."""
+    text = str(error)
+    reason = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    place = re.search(r"The following call raised this error:\s*(File .*?)\n\s*(.*)", text)
+    if place:
+        where = f"{place[1].strip()}: {place[2].strip()}"
+    else:
+        inside = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(inside)]
+        last = frames[-1] if frames else None
+        where = f'File "{last.filename}", line {last.lineno}, in {last.name}: {last.line}' if last else "unknown line"
+    return (
+        f"the network cannot be captured. {where} -- {reason} Control flow and shapes must not depend on the values of "
+        "tensors; rewrite that line, or quantize the sub-module without it."
+    )
+
+
+def _flatten_calls(module: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
+    """A copy of the module whose forward takes the flat inputs and returns the flat tuple of outputs."""
+    flat = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if node.op == "call_module":  # the guards of torch.export
+            continue
+        copies[node] = flat.node_copy(node, lambda old: copies[old])
+        copies[node].name = node.name if node.op != "output" else "output"
+    result = fx.GraphModule(module, flat)
+    for name, tensor in [*result.named_parameters(), *result.named_buffers()]:
+        path, _, leaf = name.rpartition(".")
+        owner = result.get_submodule(path)
+        delattr(owner, leaf)
+        owner.register_buffer(leaf, tensor.detach().clone())
+    result.graph.eliminate_dead_code()
+    return result
+
+
+def _introduce_layers(module: fx.GraphModule) -> dict[str, str]:
+    """Replaces, in place, convolutions and linear operators with constant weights by `WeightedLayer` modules.
+
+    Returns layer name -> the node of its weight, the same for layers that share it.
+    """
+    calls: dict[str, int] = {}
+    sources: dict[str, str] = {}
+    for node in list(module.graph.nodes):
+        geometry = _geometry(node)
+        if geometry is None:
+            continue
+        weight, bias = (constant_value(module, argument) for argument in _weight_and_bias(node))
+        x = node.args[0]
+        if weight is None or not isinstance(x, fx.Node):
+            continue
+        if geometry.kind == "convolution":
+            geometry, x = _absorb_padding(geometry, x)
+        name = _layer_name(node, calls)
+        sources[name] = str(_weight_and_bias(node)[0])
+        layer = WeightedLayer(geometry, weight, bias)
+        _add_submodule(module, name, layer)
+        with module.graph.inserting_before(node):
+            replacement = module.graph.call_module(name, (x,))
+        replacement.meta = dict(node.meta)
+        node.replace_all_uses_with(replacement)
+        module.graph.erase_node(node)
+    module.graph.eliminate_dead_code()
+    module.delete_all_unused_submodules()
+    module.recompile()
+    return sources
+
+
+def _shared(module: fx.GraphModule, sources: dict[str, str]) -> dict[str, str]:
+    """Layer -> the first layer with the same weight, where both are still equal after folding."""
+    first: dict[str, str] = {}
+    shared = {}
+    for name, source in sources.items():
+        earlier = first.setdefault(source, name)
+        weights = [module.get_submodule(each).get_buffer("weight") for each in (name, earlier)]
+        if earlier != name and torch.equal(*weights):
+            shared[name] = earlier
+    return shared
+
+
+def _geometry(node: fx.Node) -> Geometry | None:
+    if node.target is aten.linear.default:
+        return Geometry("linear")
+    if node.target not in (aten.conv2d.default, aten.conv2d.padding):
+        return None
+    value = value_of(node)
+    if value is None or value.dim() != 4:  # an image without its batch axis
+        return None
+    options = dict(zip(("stride", "padding", "dilation", "groups"), node.args[3:], strict=False)) | dict(node.kwargs)
+    stride, dilation = _pair(options.get("stride", 1)), _pair(options.get("dilation", 1))
+    padding = options.get("padding", 0)
+    if padding == "same":
+        weight = value_of(node.args[1])
+        assert weight is not None
+        total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+        sides = (total[0] // 2, total[1] // 2, total[0] - total[0] // 2, total[1] - total[1] // 2)
+    else:
+        top, left = (0, 0) if padding == "valid" else _pair(padding)
+        sides = (top, left, top, left)
+    return Geometry("convolution", stride, sides, dilation, int(str(options.get("groups", 1))))
+
+
+def _pair(value: object) -> tuple[int, int]:
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    return (int(values[0]), int(values[-1]))
+
+
+def _absorb_padding(geometry: Geometry, x: fx.Node) -> tuple[Geometry, fx.Node]:
+    """The geometry with a zero padding in front of the convolution taken into its own, and the node before it."""
+    amounts = padding_of(x)
+    if amounts is None or len(amounts) not in (2, 4) or min(amounts) < 0 or not isinstance(x.args[0], fx.Node):
+        return geometry, x
+    left, right, above, below = [*amounts, 0, 0][:4]
+    top, start, bottom, end = geometry.padding
+    padding = (top + above, start + left, bottom + below, end + right)
+    return Geometry(geometry.kind, geometry.stride, padding, geometry.dilation, geometry.groups), x.args[0]
+
+
+def _weight_and_bias(node: fx.Node) -> tuple[object, object]:
+    return node.args[1], node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+
+
+def _layer_name(node: fx.Node, calls: dict[str, int]) -> str:
+    """The module path where the weight is that module's own, "#2" appended to its second call; else the node's name."""
+    weight = node.args[1]
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = str(stack[-1][0]) if stack else ""
+    if not isinstance(weight, fx.Node) or weight.op != "get_attr" or not path or weight.target != f"{path}.weight":
+        parametrized = path and isinstance(weight, fx.Node) and weight.op != "get_attr" and _is_layer_type(stack[-1][1])
+        if not parametrized:
+            return node.name
+    calls[path] = calls.get(path, 0) + 1
+    return path if calls[path] == 1 else f"{path}#{calls[path]}"
+
+
+def _is_layer_type(kind: object) -> bool:
+    text = kind if isinstance(kind, str) else getattr(kind, "__qualname__", "")
+    return text.rpartition(".")[2].removeprefix("Parametrized") in ("Conv2d", "Linear")
+
+
+def _add_submodule(module: fx.GraphModule, name: str, layer: WeightedLayer) -> None:
+    """Puts the layer at its dotted name; containers that tracing left out are made."""
+    owner: nn.Module = module
+    *path, leaf = name.split(".")
+    for part in path:
+        if not isinstance(getattr(owner, part, None), nn.Module):
+            owner.add_module(part, nn.Module())
+        owner = owner.get_submodule(part)
+    owner.add_module(leaf, layer)
+
+
+def _uncovered(module: fx.GraphModule) -> list[str]:
+    """A sentence for each operator with weights, or product of activations, that stays float."""
+    sentences = []
+    for node in module.graph.nodes:
+        if node.op == "call_function" and node.target in _OTHER_WEIGHTED:
+            stack = list((node.meta.get("nn_module_stack") or {}).values())
+            where = f" in {stack[-1][0]}" if stack and stack[-1][0] else ""
+            sentences.append(f"operator {node.name} ({node.target}){where} stays float.")
+    return sentences
+
+
+def _compare(model: nn.Module, network: Network, batch: Batch) -> None:
+    with torch.no_grad():
+        expected = [leaf for leaf in pytree.tree_leaves(model(**_distinct(batch)))]
+        try:
+            received = network.module(*flatten(batch)[0])
+        except Exception as error:
+            raise CaptureError(
+                f"the captured network fails on a batch of {rows(batch)} rows: {str(error).splitlines()[0]} It was traced "
+                "with 2 rows; the network must accept any number of rows on axis 0 of its inputs."
+            ) from error
+    for position, (a, b) in enumerate(zip(expected, received, strict=True)):
+        if not isinstance(a, Tensor) or not a.is_floating_point():
+            continue
+        scale = a.abs().max().item() if a.numel() else 0.0
+        if a.shape != b.shape or not torch.allclose(a, b, rtol=0.0, atol=1e-3 * scale + 1e-6, equal_nan=True):
+            raise CaptureError(
+                f"output {position} of the captured network differs from the model's on a batch of {rows(batch)} rows. The "
+                "model must be a function of its inputs alone: no randomness, no state that changes between calls."
+            )

@@ -1,0 +1,83 @@
+"""Batch norms folded into the layers that they follow, found by the data flow."""
+
+import torch
+from torch import Tensor, fx
+
+from calque.graph.layers import WeightedLayer
+
+aten = torch.ops.aten
+
+
+def fold_batch_norms(module: fx.GraphModule) -> list[str]:
+    """Folds, in place, each batch norm that alone reads a weighted layer; returns a sentence for each that stays float.
+
+    With y = gamma (x - mean) / sqrt(var + eps) + beta behind W x + b:
+    W' = W gamma / sqrt(var + eps),  b' = (b - mean) gamma / sqrt(var + eps) + beta.
+    """
+    kept = []
+    for node in list(module.graph.nodes):
+        if node.target is not aten.batch_norm.default:
+            continue
+        producer = node.args[0]
+        reason = _obstacle(module, node, producer)
+        if reason:
+            kept.append(f"batch norm {_name(node)} stays float: {reason}")
+            continue
+        layer = module.get_submodule(str(producer.target))
+        assert isinstance(layer, WeightedLayer)
+        gain, offset = batch_norm_affine(module, node)
+        module.set_submodule(str(producer.target), folded(layer, gain, offset))
+        node.replace_all_uses_with(producer)
+        module.graph.erase_node(node)
+    module.graph.eliminate_dead_code()
+    module.delete_all_unused_submodules()
+    module.recompile()
+    return kept
+
+
+def folded(layer: WeightedLayer, gain: Tensor, offset: Tensor) -> WeightedLayer:
+    """The layer followed by y * gain + offset, as one layer; computed in float64."""
+    weight = layer.weight.double() * gain.reshape(-1, *[1] * (layer.weight.dim() - 1))
+    bias = layer.bias.double() * gain + offset
+    return WeightedLayer(layer.geometry, weight.to(layer.weight.dtype), bias.to(layer.bias.dtype))
+
+
+def batch_norm_affine(module: fx.GraphModule, node: fx.Node) -> tuple[Tensor, Tensor]:
+    """(gain, offset) in float64 of a batch norm in eval mode: y = x * gain + offset per channel."""
+    gamma, beta, mean, var = (_tensor(module, argument) for argument in node.args[1:5])
+    assert mean is not None and var is not None
+    eps = node.args[7]
+    assert isinstance(eps, float)
+    gain = (var.double() + eps).rsqrt()
+    if gamma is not None:
+        gain = gain * gamma.double()
+    offset = -mean.double() * gain
+    return gain, offset if beta is None else offset + beta.double()
+
+
+def _obstacle(module: fx.GraphModule, node: fx.Node, producer: object) -> str | None:
+    if not isinstance(producer, fx.Node) or producer.op != "call_module":
+        return "it does not follow a weighted layer."
+    if not isinstance(module.get_submodule(str(producer.target)), WeightedLayer):
+        return "it does not follow a weighted layer."
+    if len(producer.users) > 1:
+        return f"layer {producer.target} is read by other operators too."
+    if node.args[3] is None or node.args[5]:
+        return "it normalizes with the statistics of the batch."
+    return None
+
+
+def _tensor(module: fx.GraphModule, argument: object) -> Tensor | None:
+    if argument is None:
+        return None
+    assert isinstance(argument, fx.Node) and argument.op == "get_attr"
+    value = module
+    for part in str(argument.target).split("."):
+        value = getattr(value, part)
+    assert isinstance(value, Tensor)
+    return value
+
+
+def _name(node: fx.Node) -> str:
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return str(stack[-1][0] or node.name) if stack else node.name

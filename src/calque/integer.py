@@ -1,0 +1,188 @@
+"""The exact integer evaluation of a quantized network: what integer kernels compute, settled without rounding errors.
+
+Codes times codes are accumulated exactly, the int32 bias is added, and one float32 factor per channel leads to the next
+grid (METHOD section 1). Operators that only move values work on codes; a residual add is rescaled from both operands' codes
+in float32, as ONNX Runtime's QLinearAdd does. Everything that has no integer kernel runs in float32 on real values.
+"""
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from calque.arithmetic import quantize, requantize
+from calque.graph.network import ADDITIONS, clamp_bounds, is_movement
+from calque.graph.signature import Signature, flatten
+from calque.quantizers import QuantizedLayer, Quantizer
+
+EXACT_FLOAT32 = 2**24  # integers up to here, and sums of them that stay below, are exact in float32
+
+Bounds = tuple[float, float]
+UNBOUNDED: Bounds = (float("-inf"), float("inf"))
+
+
+@dataclass(frozen=True)
+class OnGrid:
+    """A tensor on an affine grid: `offsets` are codes minus the zero point, whole numbers in float32."""
+
+    offsets: Tensor
+    grid: Quantizer
+
+    def real(self) -> Tensor:
+        return self.offsets * self.grid.scale
+
+    def codes(self) -> Tensor:
+        return (self.offsets + self.grid.zero_point).to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class Accumulator:
+    """A layer's exact int32 sums; `scale` (broadcast) is s_x * s_w; `bounds` clip the real value."""
+
+    sums: Tensor
+    scale: Tensor
+    bounds: Bounds = UNBOUNDED
+
+    def real(self) -> Tensor:
+        return (self.sums.float() * self.scale).clamp(*self.bounds)
+
+    def onto(self, grid: Quantizer) -> OnGrid:
+        low, high = _code_bounds(self.bounds, grid)
+        codes = requantize(self.sums, self.scale / grid.scale, grid.zero_point, low, high)
+        return OnGrid(codes - grid.zero_point, grid)
+
+
+@dataclass(frozen=True)
+class Sum:
+    """The sum of two tensors that are on grids."""
+
+    left: OnGrid
+    right: OnGrid
+    bounds: Bounds = UNBOUNDED
+
+    def real(self) -> Tensor:
+        return (self.left.real() + self.right.real()).clamp(*self.bounds)
+
+    def onto(self, grid: Quantizer) -> OnGrid:
+        low, high = _code_bounds(self.bounds, grid)
+        left = self.left.offsets * (self.left.grid.scale / grid.scale)
+        right = self.right.offsets * (self.right.grid.scale / grid.scale)
+        codes = torch.clamp((left + right).round() + grid.zero_point, low, high)
+        return OnGrid(codes - grid.zero_point, grid)
+
+
+Exact = OnGrid | Accumulator | Sum
+
+
+def _code_bounds(bounds: Bounds, grid: Quantizer) -> tuple[Tensor, Tensor]:
+    """The codes that a clip of real values to `bounds` leaves: rounding is monotone, so the bounds may be rounded first."""
+    ends = torch.tensor(bounds, device=grid.scale.device)
+    low, high = quantize(ends, grid.scale, grid.zero_point, grid.qmin, grid.qmax)
+    return low, high
+
+
+class IntegerModel(nn.Module):
+    """A quantized network evaluated over integers, with the original's signature.
+
+    `forward` returns what the network returns; `trace` also returns the codes of every edge.
+    """
+
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        signature: Signature,
+        out_spec: pytree.TreeSpec,
+        edges: Mapping[str, str],
+    ):
+        super().__init__()
+        self.graph_module = graph_module
+        self.signature = signature
+        self.out_spec = out_spec
+        self.edges = dict(edges)
+
+    @torch.no_grad()
+    def forward(self, *args: object, **kwargs: object) -> Any:
+        leaves, _ = flatten(self.signature.bind(args, kwargs))
+        outputs = _Interpreter(self.graph_module, self.edges).run(*leaves)
+        return pytree.tree_unflatten(outputs, self.out_spec)
+
+    @torch.no_grad()
+    def trace(self, *leaves: object) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        """The flat outputs, and the uint8 codes of every edge by name, for flat inputs."""
+        interpreter = _Interpreter(self.graph_module, self.edges)
+        return interpreter.run(*leaves), interpreter.codes
+
+
+class _Interpreter(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule, edges: Mapping[str, str]):
+        super().__init__(module)
+        self.edges = edges
+        self.codes: dict[str, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        if n.op == "call_module":
+            return self._module(n, args[0])
+        if n.op == "call_function":
+            exact = self._exact(n, args, kwargs)
+            if exact is not None:
+                return exact
+        if n.op in ("call_function", "output"):
+            args, kwargs = fx.node.map_aggregate((args, kwargs), _real)  # type: ignore[no-untyped-call]
+        return getattr(self, n.op)(n.target, args, kwargs)
+
+    def _module(self, node: fx.Node, x: object) -> object:
+        module = self.submodules[node.target] if hasattr(self, "submodules") else self.module.get_submodule(str(node.target))
+        if isinstance(module, Quantizer):
+            on_grid = _put_on_grid(x, module)
+            name = self.edges.get(str(node.target))
+            if name is not None:
+                self.codes.setdefault(name, on_grid.codes())
+            return on_grid
+        if isinstance(module, QuantizedLayer) and isinstance(x, OnGrid):
+            return accumulate(module, x)
+        return module(_real(x))
+
+    def _exact(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+        """The result on integers, or None where the operator has none."""
+        first = args[0] if args else None
+        if node.target is operator.getitem and isinstance(first, (list, tuple)):
+            return first[args[1]]
+        if isinstance(first, OnGrid) and is_movement(node):
+            assert callable(node.target)
+            moved = node.target(first.offsets, *args[1:], **kwargs)
+            return pytree.tree_map(lambda offsets: OnGrid(offsets, first.grid), moved)
+        if isinstance(first, (Accumulator, Sum)):
+            bounds = clamp_bounds(node)
+            return None if bounds is None else replace(first, bounds=bounds)
+        if node.target in ADDITIONS and len(args) == 2 and all(isinstance(a, OnGrid) for a in args) and not kwargs:
+            return Sum(*args)
+        return None
+
+
+def _real(value: object) -> object:
+    return value.real() if isinstance(value, Exact) else value
+
+
+def _put_on_grid(x: object, grid: Quantizer) -> OnGrid:
+    if isinstance(x, (Accumulator, Sum)):
+        return x.onto(grid)
+    real = _real(x)
+    assert isinstance(real, Tensor)
+    codes = quantize(real, grid.scale, grid.zero_point, grid.qmin, grid.qmax)
+    return OnGrid(codes - grid.zero_point, grid)
+
+
+def accumulate(layer: QuantizedLayer, x: OnGrid) -> Accumulator:
+    """The layer's exact sums; float64 where float32 could round one of its partial sums."""
+    codes = layer.codes.float()
+    largest = codes.abs().flatten(1).sum(1).max().item() * 255
+    dtype = torch.float32 if largest < EXACT_FLOAT32 else torch.float64
+    sums = layer.geometry.apply(x.offsets.to(dtype), codes.to(dtype), None).to(torch.int64)
+    shape = (-1,) if layer.geometry.kind == "linear" else (1, -1, 1, 1)
+    scale = x.grid.scale * layer.scale
+    return Accumulator(sums + layer.bias.to(torch.int64).reshape(shape), scale.reshape(shape))

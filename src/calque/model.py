@@ -1,0 +1,155 @@
+"""The quantized network: an ordinary nn.Module with the original's signature."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from calque.graph import Network
+from calque.graph.network import is_movement
+from calque.graph.signature import Signature, flatten
+from calque.integer import IntegerModel
+from calque.placement import Edge
+from calque.quantizers import QuantizedLayer, Quantizer
+from calque.spec import Plan
+
+QUANTIZERS = "quantizers"  # the sub-module that holds the quantizers of all edges
+
+
+class QuantizedModel(nn.Module):
+    """A captured network with its quantizers; what PyTorch evaluates is what is shipped.
+
+    Attributes:
+        graph_module: the operators; flat inputs in, a flat tuple out.
+        plan: bits of every layer and every tensor that has a grid of its own.
+        report: what was decided and gained (None until a pipeline has set it).
+    """
+
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        signature: Signature,
+        specs: tuple[pytree.TreeSpec, pytree.TreeSpec],
+        plan: Plan,
+        facts: Mapping[str, Any],
+    ):
+        super().__init__()
+        self.graph_module = graph_module
+        self.signature = signature
+        self.in_spec, self.out_spec = specs
+        self.plan = plan
+        self.facts = dict(facts)
+        self.report: Any = None
+        self.eval()
+
+    def forward(self, *args: object, **kwargs: object) -> Any:
+        leaves, spec = flatten(self.signature.bind(args, kwargs))
+        expected = self.in_spec.child(1)
+        if spec != expected:
+            raise TypeError(f"the network was captured with inputs of the form {expected}. Got {spec}.")
+        return pytree.tree_unflatten(self.graph_module(*leaves), self.out_spec)
+
+    @property
+    def layers(self) -> dict[str, QuantizedLayer]:
+        """The quantized layers by name, in execution order."""
+        found = {}
+        for node in self.graph_module.graph.nodes:
+            if node.op == "call_module":
+                module = self.graph_module.get_submodule(str(node.target))
+                if isinstance(module, QuantizedLayer):
+                    found[str(node.target)] = module
+        return found
+
+    @property
+    def quantizers(self) -> dict[str, Quantizer]:
+        """The quantizers by the name of their edge, in execution order."""
+        found = {}
+        for node in self.graph_module.graph.nodes:
+            if node.op == "call_module":
+                module = self.graph_module.get_submodule(str(node.target))
+                if isinstance(module, Quantizer):
+                    found[self.edge_name(node)] = module
+        return found
+
+    def edge_name(self, node: fx.Node) -> str:
+        """The edge whose quantizer the node calls."""
+        return str(self.facts["edges"][str(node.target)])
+
+    def integer(self) -> IntegerModel:
+        """The exact integer evaluation of this network (slow): integer codes, int32 accumulators, requantization."""
+        return IntegerModel(self.graph_module, self.signature, self.out_spec, self.facts["edges"])
+
+
+def assemble(
+    network: Network,
+    edges: list[Edge],
+    layers: Mapping[str, QuantizedLayer],
+    quantizers: Mapping[str, Quantizer],
+    plan: Plan,
+) -> QuantizedModel:
+    """The quantized network: `network` (left untouched) with its layers replaced and a quantizer on every edge.
+
+    Args:
+        layers, quantizers: by layer and edge name.
+    """
+    module = copy.deepcopy(network.module)
+    twins = dict(zip(network.nodes(), module.graph.nodes, strict=True))
+    holder = nn.Module()
+    module.add_module(QUANTIZERS, holder)
+    targets = {}
+    for index, edge in enumerate(edges):
+        leaf = f"{index:03d}"
+        holder.add_module(leaf, quantizers[edge.name])
+        targets[f"{QUANTIZERS}.{leaf}"] = edge.name
+        _insert(module.graph, twins[edge.source], f"{QUANTIZERS}.{leaf}", edge, network, twins)
+    for name, layer in layers.items():
+        module.set_submodule(name, layer)
+    module.graph.lint()
+    module.recompile()
+    facts = {"edges": targets, "left_float": network.left_float}
+    return QuantizedModel(module, network.signature, (network.in_spec, network.out_spec), plan, facts)
+
+
+def _insert(
+    graph: fx.Graph, source: fx.Node, target: str, edge: Edge, network: Network, twins: dict[fx.Node, fx.Node]
+) -> None:
+    readers = [twins[network.layers[name].node] for name in edge.readers]
+    if edge.kind == "input":
+        value = readers[0].args[0]
+        assert isinstance(value, fx.Node)
+        with graph.inserting_before(readers[0]):
+            node = graph.call_module(target, (value,))
+        for reader in readers:
+            reader.replace_input_with(value, node)
+    else:
+        users = list(source.users)
+        with graph.inserting_after(source):
+            node = graph.call_module(target, (source,))
+        for user in users:
+            user.replace_input_with(source, node)
+    node.meta = {key: item for key, item in source.meta.items() if key in ("val", "tensor_meta")}
+
+
+def grid_of(model: QuantizedModel, node: fx.Node) -> Quantizer | None:
+    """The quantizer on whose grid the node's value is, looking back through operators that only move values."""
+    while is_movement(node) and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    if node.op != "call_module":
+        return None
+    module = model.graph_module.get_submodule(str(node.target))
+    return module if isinstance(module, Quantizer) else None
+
+
+def input_signature(values: list[Tensor]) -> list[dict[str, Any]]:
+    """Shape and dtype of example inputs, as JSON."""
+    return [{"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")} for value in values]
+
+
+def parameters_left_float(model: QuantizedModel) -> int:
+    """The number of float values that the network stores besides its quantized layers and quantizers."""
+    owned = {id(buffer) for part in (*model.layers.values(), *model.quantizers.values()) for buffer in part.buffers()}
+    tensors = {id(t): t for t in (*model.buffers(), *model.parameters()) if id(t) not in owned}
+    return sum(tensor.numel() for tensor in tensors.values() if tensor.is_floating_point())

@@ -1,0 +1,188 @@
+"""Which tensors of a network are put on a grid, and which layers read which grid."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import fx
+
+from calque.graph.network import (
+    ADDITIONS,
+    AVERAGE_POOLS,
+    CONCATENATIONS,
+    MAX_POOLS,
+    Network,
+    is_movement,
+    is_spatial_mean,
+    result_of,
+    value_of,
+)
+from calque.spec import Bits, Placement
+
+SHARED_TENSOR_BITS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """A tensor on a grid.
+
+    Attributes:
+        name: of the grid; `tensor` edges have an entry of that name in the plan.
+        source: the node whose value is quantized.
+        bits: of the activation codes.
+        readers: layers whose input grid this is.
+        kind: "tensor": a grid of its own, for everything that reads `source`. "sole": the readers' grid, put on
+            `source` itself because nothing else reads it. "input": the readers' grid, right in front of them only.
+    """
+
+    name: str
+    source: fx.Node
+    bits: int
+    readers: tuple[str, ...]
+    kind: Literal["tensor", "sole", "input"]
+
+
+def root(node: fx.Node) -> fx.Node:
+    """The node where a value comes from, back through operators that only move values."""
+    while is_movement(node) and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
+def place(network: Network, bits: Mapping[str, Bits], placement: Placement) -> list[Edge]:
+    """The grids of a network whose layers have the given bits, in the graph's order.
+
+    "inputs" (Hubara et al. 2021): the input of each weighted layer. "integer": also results of convolutions, and operands
+    and results of residual adds, pools and concatenations, at 8 bits unless `bits` has an entry of the tensor's name. A
+    tensor that only layers of the same bits read is on their grid directly; one that others read as well is kept at its
+    own bits and requantized in front of the layers.
+
+    Args:
+        bits: layer name -> bits; tensor name -> bits (optional entries).
+    """
+    quantized = [name for name in network.layers if bits[name].activation is not None]
+    if placement == "inputs":
+        return [_input_edge(network, [name], _bits_of(bits, name)) for name in quantized]
+    readers = _readers_by_root(network, quantized)
+    shared = shared_tensors(network)
+    edges = []
+    for node in network.nodes():
+        names = readers.get(node, [])
+        name = shared.get(node)
+        widths = {_bits_of(bits, reader) for reader in names}
+        if names and len(widths) == 1 and _is_exclusive(node, network, names, bits):
+            edges.append(_root_edge(node, names, widths.pop()))
+            continue
+        own = bits.get(name, Bits(None, SHARED_TENSOR_BITS)).activation if name is not None else None
+        direct = [reader for reader in names if _bits_of(bits, reader) == own]
+        if name is not None and own is not None:
+            edges.append(Edge(name, node, own, tuple(direct), "tensor"))
+        rest = [reader for reader in names if reader not in direct]
+        edges.extend(_requantizers(network, rest, bits))
+    return edges
+
+
+def shared_tensors(network: Network) -> dict[fx.Node, str]:
+    """Nodes whose value the integer placement keeps on a grid of its own unless a single layer's grid serves, with names.
+
+    These are results of convolutions and residual adds, pools and concatenations with their operands.
+    """
+    names: dict[fx.Node, str] = {}
+    by_result = {layer.result: layer for layer in network.layers.values()}
+
+    def add(node: fx.Node) -> None:
+        layer = by_result.get(node)
+        names.setdefault(node, f"{layer.name}.output" if layer else node.name)
+
+    for node in network.nodes():
+        operands = list(_operands(node))
+        for operand in operands:
+            if _depends_on_input(operand):
+                add(root(operand))
+        if operands and node.target not in MAX_POOLS:
+            add(result_of(node))
+        if node in {layer.node for layer in network.layers.values()}:
+            layer = next(layer for layer in network.layers.values() if layer.node is node)
+            if network.weighted(layer.name).geometry.kind == "convolution":
+                add(layer.result)
+    order = {node: index for index, node in enumerate(network.nodes())}
+    return dict(sorted(names.items(), key=lambda item: order[item[0]]))
+
+
+def _operands(node: fx.Node) -> Iterator[fx.Node]:
+    """The operands of a residual add, pool or concatenation; nothing for any other node."""
+    if node.op != "call_function":
+        return
+    if node.target in ADDITIONS:
+        both = [argument for argument in node.args if isinstance(argument, fx.Node)]
+        floating = all((v := value_of(operand)) is not None and v.is_floating_point() for operand in both)
+        if len(both) == 2 and floating and not node.kwargs and all(_depends_on_input(operand) for operand in both):
+            yield from both
+    elif node.target in CONCATENATIONS:
+        tensors = node.args[0]
+        assert isinstance(tensors, (list, tuple))
+        yield from (tensor for tensor in tensors if isinstance(tensor, fx.Node))
+    elif node.target in MAX_POOLS | AVERAGE_POOLS or is_spatial_mean(node):
+        assert isinstance(node.args[0], fx.Node)
+        yield node.args[0]
+
+
+def _depends_on_input(node: fx.Node) -> bool:
+    pending, seen = [node], set()
+    while pending:
+        current = pending.pop()
+        if current.op == "placeholder":
+            return True
+        if current not in seen:
+            seen.add(current)
+            pending.extend(current.all_input_nodes)
+    return False
+
+
+def _bits_of(bits: Mapping[str, Bits], name: str) -> int:
+    activation = bits[name].activation
+    assert activation is not None
+    return activation
+
+
+def _readers_by_root(network: Network, names: list[str]) -> dict[fx.Node, list[str]]:
+    readers: dict[fx.Node, list[str]] = {}
+    for name in names:
+        source = network.layers[name].node.args[0]
+        assert isinstance(source, fx.Node)
+        readers.setdefault(root(source), []).append(name)
+    return readers
+
+
+def _is_exclusive(node: fx.Node, network: Network, names: list[str], bits: Mapping[str, Bits]) -> bool:
+    """Whether nothing but these layers reads the node, movements aside, and no integer operator made it."""
+    makers = [node, *node.all_input_nodes]  # the node may be the clip behind an add
+    if any(list(_operands(maker)) for maker in makers if result_of(maker) is node):
+        return False
+    layers = {network.layers[name].node for name in names}
+    pending = list(node.users)
+    while pending:
+        reader = pending.pop()
+        if is_movement(reader) and reader.target not in MAX_POOLS:
+            pending.extend(reader.users)
+        elif reader not in layers:
+            return False
+    return True
+
+
+def _root_edge(node: fx.Node, readers: list[str], bits: int) -> Edge:
+    return Edge(f"{readers[0]}.input", node, bits, tuple(readers), "sole")
+
+
+def _input_edge(network: Network, readers: list[str], bits: int) -> Edge:
+    source = network.layers[readers[0]].node.args[0]
+    assert isinstance(source, fx.Node)
+    return Edge(f"{readers[0]}.input", source, bits, tuple(readers), "input")
+
+
+def _requantizers(network: Network, readers: list[str], bits: Mapping[str, Bits]) -> list[Edge]:
+    """One grid for all of the readers that have the same input node and the same bits."""
+    groups: dict[tuple[object, int], list[str]] = {}
+    for name in readers:
+        groups.setdefault((network.layers[name].node.args[0], _bits_of(bits, name)), []).append(name)
+    return [_input_edge(network, names, width) for (_, width), names in groups.items()]

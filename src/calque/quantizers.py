@@ -1,0 +1,94 @@
+"""The modules that stand in a quantized network: a quantizer on an edge, and a layer with integer weights."""
+
+import torch
+from torch import Tensor, nn
+
+from calque.arithmetic import activation_limits, fake_quantize, per_channel
+from calque.errors import SpecError
+from calque.graph import Geometry
+
+
+class Quantizer(nn.Module):
+    """Puts a tensor on an affine grid of unsigned codes: x -> scale * (q - zero_point).
+
+    Attributes:
+        scale: float32 scalar.  zero_point: int32 scalar in [0, 2^bits - 1].  bits: of the codes.
+
+    >>> q = Quantizer(torch.tensor(0.5), torch.tensor(1), bits=2)
+    >>> q(torch.tensor([-3.0, 0.2, 0.8]))
+    tensor([-0.5000,  0.0000,  1.0000])
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, scale: Tensor, zero_point: Tensor, *, bits: int):
+        super().__init__()
+        self.bits = bits
+        self.qmin, self.qmax = activation_limits(bits)
+        if scale.dim() or not (torch.isfinite(scale) and scale > 0):
+            raise SpecError(f"a quantizer's scale must be a finite positive scalar. Got {scale}.")
+        if zero_point.dim() or not self.qmin <= zero_point <= self.qmax:
+            raise SpecError(f"a quantizer's zero point must lie in [{self.qmin}, {self.qmax}]. Got {zero_point}.")
+        self.register_buffer("scale", scale.detach().clone().float())
+        self.register_buffer("zero_point", zero_point.detach().clone().to(torch.int32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fake_quantize(x, self.scale, self.zero_point, self.qmin, self.qmax)
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The smallest and the largest real value on the grid."""
+        low = (self.qmin - self.zero_point) * self.scale
+        high = (self.qmax - self.zero_point) * self.scale
+        return low.item(), high.item()
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, scale={self.scale.item():.4g}, zero_point={self.zero_point.item()}"
+
+
+class QuantizedLayer(nn.Module):
+    """A convolution or linear layer with integer weights, evaluated in float32 as `geometry.apply(x, codes * scale, bias)`.
+
+    Attributes:
+        codes: int8 (C_out, ...), within `bits`.  scale: float32 (C_out,).
+        bias: int32 (C_out,) in units of `bias_scale` = s_x * s_w, or float32 where the input is float.
+        bias_scale: float32 (C_out,), or None where the input is float.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    bias: Tensor
+    bias_scale: Tensor | None
+
+    def __init__(
+        self, geometry: Geometry, codes: Tensor, scale: Tensor, bias: Tensor, bias_scale: Tensor | None, *, bits: int
+    ):
+        super().__init__()
+        if codes.dtype != torch.int8 or scale.shape != codes.shape[:1] or bias.shape != codes.shape[:1]:
+            raise SpecError(
+                "a quantized layer needs int8 codes (C_out, ...), a scale (C_out,) and a bias (C_out,). Got "
+                f"{codes.dtype} {tuple(codes.shape)}, {tuple(scale.shape)} and {tuple(bias.shape)}."
+            )
+        self.geometry = geometry
+        self.bits = bits
+        self.register_buffer("codes", codes.detach().clone())
+        self.register_buffer("scale", scale.detach().clone())
+        self.register_buffer("bias", bias.detach().clone())
+        self.register_buffer("bias_scale", None if bias_scale is None else bias_scale.detach().clone())
+
+    @property
+    def weight(self) -> Tensor:
+        """The weights in real units, float32."""
+        return self.codes.to(self.scale.dtype) * per_channel(self.scale, self.codes)
+
+    @property
+    def real_bias(self) -> Tensor:
+        """The bias in real units, float32."""
+        return self.bias if self.bias_scale is None else self.bias.to(self.scale.dtype) * self.bias_scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.geometry.apply(x, self.weight, self.real_bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.geometry.kind}, bits={self.bits}, codes={tuple(self.codes.shape)}"

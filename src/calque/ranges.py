@@ -1,0 +1,130 @@
+"""Ranges from data: five estimators for activations, three for weights.
+
+minmax              the extremes (of everything seen)
+mean_minmax         the mean over inputs of each input's extremes (Hubara et al. 2021, section 5)
+percentile          the PERCENTILE of the sampled values on either side
+least_squares       the clip whose rounding error on the tensor is smallest
+output              the clip whose error at the layer's output is smallest, under float weights
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from calque.arithmetic import SMALLEST_SCALE, affine_grid, fake_quantize, weight_limits
+
+ActivationRange = Literal["minmax", "mean_minmax", "percentile", "least_squares", "output"]
+WeightRange = Literal["minmax", "least_squares", "output"]
+
+PERCENTILE = 0.9999
+CLIP_CANDIDATES = torch.logspace(0, -1.5, 28).tolist()  # fractions of the largest value; METHOD: 28, log-spaced
+WEIGHT_CANDIDATES = torch.linspace(1.0, 0.2, 60).tolist()
+
+
+@dataclass(frozen=True)
+class TensorSample:
+    """What one streamed pass over a tensor keeps.
+
+    Attributes:
+        low, high: extremes over all inputs.  mean_low, mean_high: means of the per-input extremes.
+        values: a random sample of the values, float32 (n,).
+    """
+
+    low: Tensor
+    high: Tensor
+    mean_low: Tensor
+    mean_high: Tensor
+    values: Tensor
+
+    @classmethod
+    def of(cls, batches: list[Tensor], *, count: int, generator: torch.Generator) -> "TensorSample":
+        """The sample of about `count` values of tensors (N, ...), the same share of each batch."""
+        lows, highs, values = [], [], []
+        total = sum(batch.numel() for batch in batches)
+        for batch in batches:
+            flat = batch.reshape(batch.shape[0], -1)
+            low, high = flat.aminmax(dim=1)
+            lows.append(low)
+            highs.append(high)
+            if total <= count:
+                values.append(flat.reshape(-1))
+                continue
+            share = max(1, count * batch.numel() // total)
+            picked = torch.randint(batch.numel(), (share,), generator=generator)
+            values.append(flat.reshape(-1)[picked.to(batch.device)])
+        low, high = torch.cat(lows), torch.cat(highs)
+        return cls(low.min(), high.max(), low.mean(), high.mean(), torch.cat(values))
+
+
+def activation_range(sample: TensorSample, kind: ActivationRange, bits: int) -> tuple[Tensor, Tensor]:
+    """(low, high) of a tensor by an estimator that needs no layer ("output" is `search_range` with a layer's error).
+
+    >>> gradient = torch.linspace(0, 1, 101)[None]
+    >>> sample = TensorSample.of([gradient], count=1000, generator=torch.Generator())
+    >>> activation_range(sample, "minmax", 8)
+    (tensor(0.), tensor(1.))
+    """
+    if kind == "minmax":
+        return sample.low.clamp(max=0), sample.high.clamp(min=0)
+    if kind == "mean_minmax":
+        return sample.mean_low.clamp(max=0), sample.mean_high.clamp(min=0)
+    if kind == "percentile":
+        ordered = sample.values.sort().values
+        rank = round(PERCENTILE * (len(ordered) - 1))
+        return ordered[len(ordered) - 1 - rank].clamp(max=0), ordered[rank].clamp(min=0)
+
+    def error(scale: Tensor, zero_point: Tensor) -> float:
+        quantized = fake_quantize(sample.values, scale, zero_point, 0, 2**bits - 1)
+        return (quantized - sample.values).square().sum(dtype=torch.float64).item()
+
+    return search_range(sample.low, sample.high, bits, error)
+
+
+def search_range(
+    low: Tensor, high: Tensor, bits: int, error: Callable[[Tensor, Tensor], float]
+) -> tuple[Tensor, Tensor]:
+    """The (low, high), both shrunk and then each alone, whose grid has the smallest error; the full range wins ties.
+
+    Args:
+        error: of a grid's (scale, zero_point).
+    """
+    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+
+    def best(candidates: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        errors = [error(*affine_grid(*candidate, bits)) for candidate in candidates]
+        return candidates[errors.index(min(errors))]
+
+    chosen = best([(low * fraction, high * fraction) for fraction in CLIP_CANDIDATES])
+    if low == 0 or high == 0:
+        return chosen
+    finer = [fraction for fraction in CLIP_CANDIDATES if fraction > 0.3] + [1.2, 1.5]
+    chosen = best([chosen] + [((chosen[0] * f).clamp(min=low), chosen[1]) for f in finer])
+    return best([chosen] + [(chosen[0], (chosen[1] * f).clamp(max=high)) for f in finer])
+
+
+def weight_scale(weight: Tensor, bits: int, kind: WeightRange, covariance: Tensor | None = None) -> Tensor:
+    """Scales (groups, rows) of weights (groups, rows, K), one per row.
+
+    "minmax" is the smallest scale that clips nothing. The others try WEIGHT_CANDIDATES fractions of it and keep, per row,
+    the one with the smallest rounding error e = q - w: e e^T ("least_squares"), or e H e^T ("output").
+
+    Args:
+        covariance: H (groups, K, K), the centred second moments of the layer's input patches; for "output".
+    """
+    qmin, qmax = weight_limits(bits)
+    largest = torch.maximum(weight.amax(-1) / qmax, weight.amin(-1) / qmin).clamp(min=SMALLEST_SCALE)
+    if kind == "minmax":
+        return largest
+    best, scale = torch.full_like(largest, float("inf")), largest
+    for fraction in WEIGHT_CANDIDATES:
+        candidate = largest * fraction
+        codes = (weight / candidate[..., None]).round().clamp(qmin, qmax)
+        error = codes * candidate[..., None] - weight
+        weighted = error if kind == "least_squares" or covariance is None else error @ covariance
+        loss = (weighted * error).sum(-1)
+        scale = torch.where(loss < best, candidate, scale)
+        best = torch.minimum(loss, best)
+    return scale

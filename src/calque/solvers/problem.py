@@ -1,0 +1,178 @@
+"""One layer's least-squares problem on sampled output positions, and what a solver returns for it."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from calque.arithmetic import SMALLEST_SCALE, fake_quantize, weight_limits
+from calque.graph import Geometry
+
+POSITIONS = 32  # sampled output positions per input (METHOD section 9: 32 to 64 are enough)
+HELD_OUT = 5  # one row in so many, by input, judges the iterates
+LARGEST = 2**25  # values of the sampled patches at most, 128 MB
+
+
+@dataclass(frozen=True)
+class LayerProblem:
+    """Rows of one layer's input patches, with the float outputs they should give.
+
+    Attributes:
+        patches: (groups, R, K) the layer's input from the quantized prefix, before its own activation quantizer.
+        targets: (groups, R, O) the float layer's outputs on the float inputs, O = C_out / groups, before its activation.
+        weight: (groups, O, K) float.  bias: (groups, 1, O) float.
+        fitted, held_out: int64 row numbers; rows of one input are never in both.
+        activation: what follows the layer, elementwise.
+        unknowns, equations: K, and the rows that the whole calibration set would give.
+    """
+
+    patches: Tensor
+    targets: Tensor
+    weight: Tensor
+    bias: Tensor
+    fitted: Tensor
+    held_out: Tensor
+    activation: Callable[[Tensor], Tensor]
+
+    def error(self, inputs: Tensor, weight: Tensor, bias: Tensor, rows: Tensor) -> float:
+        """Squared error after the activation, over that of the targets about their channel means.
+
+        Args:
+            inputs: like `patches`, on the activation grid.
+        """
+        with torch.no_grad():
+            target = self.activation(self.targets[:, rows])
+            output = self.activation(inputs[:, rows] @ weight.transpose(1, 2) + bias)
+            power = (target - target.mean(1, keepdim=True)).square().mean(dtype=torch.float64)
+            error = (output - target).square().mean(dtype=torch.float64)
+        return (error / power.clamp(min=1e-30)).item()
+
+
+def sample_positions(
+    count: int, available: int, width: int, inputs: int, generator: torch.Generator
+) -> Tensor:
+    """Random output positions (count, P) for `count` inputs, P the same for all: at most POSITIONS, fewer for wide layers.
+
+    Args:
+        available: output positions of one input.
+        width: patch values per row, groups * K.
+        inputs: size of the calibration set, over which LARGEST is shared.
+    """
+    per_input = max(1, min(POSITIONS, available, LARGEST // max(1, width * inputs)))
+    return torch.randint(available, (count, per_input), generator=generator)
+
+
+def layer_problem(
+    geometry: Geometry,
+    weight: Tensor,
+    bias: Tensor,
+    activation: Callable[[Tensor], Tensor],
+    pairs: Iterable[tuple[Tensor, Tensor]],
+    *,
+    inputs: int,
+    generator: torch.Generator,
+) -> LayerProblem:
+    """The problem of a layer, sampled from its values on all batches.
+
+    Args:
+        weight: (C_out, ...) float.  bias: (C_out,) float.
+        pairs: per batch, the input from the quantized prefix and the float output before the activation.
+        inputs: size of the calibration set.
+    """
+    patches, targets, owners = [], [], []
+    start = 0
+    width = geometry.grouped(weight).shape[-1] * geometry.groups
+    for x, output in pairs:
+        positions = sample_positions(x.shape[0], geometry.positions(output), width, inputs, generator).to(x.device)
+        patches.append(geometry.patches(x, weight, positions))
+        rows = geometry.channels_last(output)  # (N, positions, C_out)
+        chosen = rows.gather(1, positions[:, :, None].expand(-1, -1, rows.shape[-1]))
+        targets.append(chosen.reshape(-1, geometry.groups, weight.shape[0] // geometry.groups).transpose(0, 1))
+        owners.append(torch.arange(start, start + x.shape[0]).repeat_interleave(positions.shape[1]))
+        start += x.shape[0]
+    owner = torch.cat(owners).to(weight.device)
+    last = owner >= start - max(1, start // HELD_OUT) if start > 1 else torch.zeros_like(owner, dtype=torch.bool)
+    everything = torch.arange(len(owner), device=weight.device)
+    held_out = everything[last] if start > 1 else everything
+    return LayerProblem(
+        torch.cat(patches, 1),
+        torch.cat(targets, 1),
+        geometry.grouped(weight),
+        bias.reshape(geometry.groups, 1, -1),
+        everything[~last],
+        held_out,
+        activation,
+    )
+
+
+@dataclass(frozen=True)
+class Grid:
+    """An activation grid as numbers: scale and zero point (scalars), and the largest code."""
+
+    scale: Tensor
+    zero_point: Tensor
+    qmax: int
+
+    def quantize(self, x: Tensor) -> Tensor:
+        return fake_quantize(x, self.scale, self.zero_point, 0, self.qmax)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A layer as a solver leaves it.
+
+    Attributes:
+        codes: int8 (groups, O, K).  scale: (groups, O).  bias: (groups, 1, O) float.
+        grid: of the layer's input; None where the input is float.
+        before, after: relative squared error on the held-out rows, of the start and of this fit.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    bias: Tensor
+    grid: Grid | None
+    before: float
+    after: float
+
+
+def round_to_nearest(
+    problem: LayerProblem, scale: Tensor, grid: Grid | None, bits: int, codes: Tensor | None = None
+) -> Fit:
+    """The layer with its weights rounded to nearest on the given scales (groups, O), or with the codes that it must have.
+
+    The bias is the float one.
+    """
+    qmin, qmax = weight_limits(bits)
+    scale = scale.clamp(min=SMALLEST_SCALE)
+    codes = (problem.weight / scale[..., None]).round().clamp(qmin, qmax) if codes is None else codes.float()
+    inputs = problem.patches if grid is None else grid.quantize(problem.patches)
+    error = problem.error(inputs, codes * scale[..., None], problem.bias, problem.held_out)
+    return Fit(codes.to(torch.int8), scale, problem.bias, grid, error, error)
+
+
+def covariance(problem: LayerProblem, rows: int = 4096) -> Tensor:
+    """H (groups, K, K): the centred second moments of the layer's input patches on up to `rows` fitted rows."""
+    x = problem.patches[:, problem.fitted[:rows]]
+    x = x - x.mean(1, keepdim=True)
+    return x.transpose(1, 2) @ x / max(1, x.shape[1])
+
+
+def output_error(problems: list[LayerProblem], rows: int = 2048) -> Callable[[Tensor, Tensor, int], float]:
+    """The relative error that an activation grid alone causes at the outputs of the layers that read it."""
+    cases = []
+    for problem in problems:
+        spread = torch.linspace(0, problem.patches.shape[1] - 1, min(rows, problem.patches.shape[1]))
+        x = problem.patches[:, spread.long()]
+        exact = x @ problem.weight.transpose(1, 2)
+        power = (exact - exact.mean(1, keepdim=True)).square().mean().clamp(min=1e-30)
+        cases.append((x, exact, problem.weight.transpose(1, 2), power))
+
+    def error(scale: Tensor, zero_point: Tensor, qmax: int) -> float:
+        total = 0.0
+        for x, exact, weight, power in cases:
+            output = fake_quantize(x, scale, zero_point, 0, qmax) @ weight
+            total += ((output - exact).square().mean() / power).item()
+        return total
+
+    return error

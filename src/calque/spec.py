@@ -1,0 +1,172 @@
+"""Bits and plans: frozen data, no torch modules.
+
+A plan maps names to bits. It is the one currency between quantization, report, files and command line.
+"""
+
+import json
+import os
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Literal
+
+from calque.errors import SpecError
+
+LOWEST_BITS, HIGHEST_BITS = 2, 8
+
+Placement = Literal["inputs", "integer"]
+
+_PATTERN = re.compile(r"(?:w(?P<w>\d+))?(?:a(?P<a>\d+))?")
+
+
+@dataclass(frozen=True, slots=True)
+class Bits:
+    """Bits of a layer's weights and of its input activations; None stands for float.
+
+    A tensor that no layer owns (the result of a residual add, say) has activation bits only.
+
+    Raises:
+        SpecError: bits outside [2, 8].
+
+    >>> Bits.parse("w4a8")
+    Bits(weight=4, activation=8)
+    >>> str(Bits(4, None)), str(Bits(None, 8)), str(Bits(None, None))
+    ('w4', 'a8', 'float')
+    """
+
+    weight: int | None
+    activation: int | None
+
+    def __post_init__(self) -> None:
+        for value in (self.weight, self.activation):
+            if value is not None and not LOWEST_BITS <= value <= HIGHEST_BITS:
+                raise SpecError(f"bits must be an int in [{LOWEST_BITS}, {HIGHEST_BITS}]. Got {value}.")
+
+    @classmethod
+    def parse(cls, text: str) -> "Bits":
+        """The bits that `text` names: "w4a8", "w4" (float activations), "a8" (a tensor) or "float"."""
+        if text == "float":
+            return FLOAT
+        match = _PATTERN.fullmatch(text) if isinstance(text, str) else None
+        if not match or not match[0]:
+            raise SpecError(f'bits are written "w<bits>a<bits>", "w<bits>", "a<bits>" or "float". Got {text!r}.')
+        weight, activation = match["w"], match["a"]
+        return cls(int(weight) if weight else None, int(activation) if activation else None)
+
+    def __str__(self) -> str:
+        weight = "" if self.weight is None else f"w{self.weight}"
+        activation = "" if self.activation is None else f"a{self.activation}"
+        return weight + activation or "float"
+
+
+FLOAT = Bits(None, None)
+
+
+@dataclass(frozen=True)
+class Plan(Mapping[str, Bits]):
+    """Which bits every layer and every quantized tensor has, by name.
+
+    >>> plan = Plan({"conv1": Bits(8, 8), "add": Bits(None, 8)})
+    >>> plan["conv1"].weight
+    8
+    >>> Plan.parse(plan.to_toml()) == plan
+    True
+    """
+
+    bits: Mapping[str, Bits]
+
+    def __getitem__(self, name: str) -> Bits:
+        return self.bits[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.bits)
+
+    def __len__(self) -> int:
+        return len(self.bits)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Plan) and dict(self.bits) == dict(other.bits)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self.bits.items()))
+
+    def __str__(self) -> str:
+        return self.to_toml()
+
+    def to_toml(self) -> str:
+        """The plan as a TOML table; a JSON string is a valid TOML key and value."""
+        lines = [f"{json.dumps(name)} = {json.dumps(str(bits))}" for name, bits in self.bits.items()]
+        return "\n".join(["[plan]", *lines, ""])
+
+    @classmethod
+    def parse(cls, text: str) -> "Plan":
+        """The plan that the TOML `text` holds.
+
+        Raises:
+            SpecError: not TOML, no table [plan], or an entry that is not bits.
+        """
+        try:
+            table = tomllib.loads(text).get("plan")
+        except tomllib.TOMLDecodeError as error:
+            raise SpecError(f"a plan is a TOML file. This one does not parse: {error}.") from error
+        if not isinstance(table, dict):
+            raise SpecError('a plan file has a table [plan] with lines like "conv1" = "w4a4". None was found.')
+        return cls({name: Bits.parse(entry) for name, entry in table.items()})
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the plan to `path` as TOML."""
+        Path(path).write_text(self.to_toml(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Plan":
+        """The plan in the TOML file `path`. Raises: OSError, SpecError."""
+        return cls.parse(Path(path).read_text(encoding="utf-8"))
+
+
+def uniform(layers: list[str], bits: Bits, first_last: Bits | None) -> dict[str, Bits]:
+    """The same bits for every layer, except `first_last` for the ends (None: nothing special).
+
+    >>> [str(b) for b in uniform(["a", "b", "c"], Bits(4, 4), Bits(8, 8)).values()]
+    ['w8a8', 'w4a4', 'w8a8']
+    """
+    entries = dict.fromkeys(layers, bits)
+    if first_last is not None and layers:
+        entries[layers[0]] = entries[layers[-1]] = first_last
+    return entries
+
+
+def apply_overrides(
+    entries: dict[str, Bits], overrides: Mapping[str, str | None], tensors: list[str]
+) -> dict[str, Bits]:
+    """`entries` with each glob pattern's bits put on the layers and tensors that it matches; later patterns win.
+
+    Args:
+        entries: bits per layer.
+        overrides: pattern -> bits; None stands for float.
+        tensors: names of tensors that may be quantized; a match adds an entry.
+
+    Raises:
+        SpecError: a pattern that matches nothing, or bits that do not fit what is matched.
+    """
+    result = dict(entries)
+    for pattern, text in overrides.items():
+        bits = FLOAT if text is None else Bits.parse(text)
+        matched = [name for name in [*entries, *tensors] if fnmatchcase(name, pattern)]
+        if not matched:
+            names = ", ".join([*entries, *tensors])
+            raise SpecError(f"override pattern {pattern!r} matches no layer or tensor. The names are: {names}.")
+        for name in matched:
+            result[name] = check_entry(name, bits, is_layer=name in entries)
+    return result
+
+
+def check_entry(name: str, bits: Bits, *, is_layer: bool) -> Bits:
+    """`bits` if a layer (or tensor) can have them; "a8" suits tensors only, "w8..." layers only."""
+    if is_layer and bits.weight is None and bits.activation is not None:
+        raise SpecError(f'layer {name}: bits must be "w<bits>a<bits>", "w<bits>" or "float". Got "{bits}".')
+    if not is_layer and bits.weight is not None:
+        raise SpecError(f'tensor {name}: bits must be "a<bits>" or "float". Got "{bits}".')
+    return bits

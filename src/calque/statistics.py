@@ -1,0 +1,107 @@
+"""Para-normalization: each quantized layer's channel mean and variance put back to the float network's.
+
+Source: Hubara et al. 2021, section 3.3 (batch-norm tuning), re-estimated exactly instead of by momentum. Deviation: the
+target is the float network's mean and variance of the same layer output on the same inputs instead of the trained beta
+and gamma^2, which a small calibration set does not have; so the float network is a fixed point.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, fx
+
+from calque.arithmetic import SMALLEST_SCALE, bias_codes
+from calque.calibration import Execution, Store
+from calque.graph import Batch, Geometry, WeightedLayer
+from calque.graph.fold import folded
+from calque.quantizers import QuantizedLayer
+
+GAIN_LIMITS = (0.5, 2.0)  # a channel that became (nearly) constant must not be amplified
+
+
+AnyLayer = TypeVar("AnyLayer", QuantizedLayer, WeightedLayer)
+
+
+@dataclass(frozen=True)
+class ChannelStatistics:
+    """Mean and variance (float64, (C,)) of a layer's output channels over all inputs and positions."""
+
+    mean: Tensor
+    variance: Tensor
+
+    @classmethod
+    def of(cls, outputs: Iterable[Tensor], geometry: Geometry) -> "ChannelStatistics":
+        """Exact statistics of the outputs (N, C, H, W) or (N, ..., C), accumulated in float64."""
+        total, squares, count = None, None, 0
+        for output in outputs:
+            rows = output.flatten(2).transpose(0, 1).flatten(1) if geometry.kind == "convolution" else (
+                output.reshape(-1, output.shape[-1]).T
+            )  # (C, n)
+            variance, mean = torch.var_mean(rows, dim=1, correction=0)
+            mean, variance = mean.double(), variance.double()
+            n = rows.shape[1]
+            first, second = n * mean, n * (variance + mean.square())
+            total = first if total is None else total + first
+            squares = second if squares is None else squares + second
+            count += n
+        assert total is not None and squares is not None
+        mean = total / count
+        return cls(mean, (squares / count - mean.square()).clamp(min=0))
+
+
+def absorb(layer: AnyLayer, gain: Tensor, offset: Tensor) -> AnyLayer:
+    """The layer followed by y * gain + offset per channel (float64 (C,), gain > 0); codes stay what they are.
+
+    s_w' = s_w gain,  b' = b gain + offset (on the new accumulator grid).
+    """
+    if isinstance(layer, WeightedLayer):
+        return folded(layer, gain, offset)
+    bias = layer.real_bias.double() * gain + offset
+    scale = (layer.scale.double() * gain).to(layer.scale.dtype).clamp(min=SMALLEST_SCALE)
+    if layer.bias_scale is None:
+        return QuantizedLayer(layer.geometry, layer.codes, scale, bias.to(scale.dtype), None, bits=layer.bits)
+    bias_scale = (layer.bias_scale.double() * gain).to(scale.dtype)
+    codes = bias_codes(bias, bias_scale)
+    return QuantizedLayer(layer.geometry, layer.codes, scale, codes, bias_scale, bits=layer.bits)
+
+
+def para_normalize(
+    module: fx.GraphModule,
+    targets: Mapping[str, ChannelStatistics],
+    batches: list[Batch],
+    store: Store,
+    on_layer: Callable[[str], None] = lambda name: None,
+) -> None:
+    """Puts, in place, the channel statistics of every layer in `targets` back to their target.
+
+    Layer by layer, each measured behind the already corrected prefix. Codes are untouched.
+
+    Args:
+        module: a captured network or a quantized one's operators.
+        targets: the float network's statistics by layer name.
+        batches: the inputs that the targets were measured on.
+    """
+    names = {node: str(node.target) for node in module.graph.nodes if str(node.target) in targets}
+    execution = Execution(module, batches, store)
+    for node in module.graph.nodes:
+        if node.op == "output":
+            break
+        execution.step(node)
+        if node in names:
+            layer = module.get_submodule(names[node])
+            assert isinstance(layer, (QuantizedLayer, WeightedLayer))
+            now = ChannelStatistics.of(execution.values(node), layer.geometry)
+            corrected = absorb(layer, *correction(now, targets[names[node]]))
+            module.set_submodule(names[node], corrected)
+            execution.put(node, execution.compute(node, corrected))
+            on_layer(names[node])
+        execution.release(node)
+
+
+def correction(now: ChannelStatistics, target: ChannelStatistics) -> tuple[Tensor, Tensor]:
+    """(gain, offset) per channel that moves the statistics from `now` to `target`; the gain is bounded to GAIN_LIMITS."""
+    gain = (target.variance / now.variance.clamp(min=1e-30)).sqrt().clamp(*GAIN_LIMITS)
+    gain = torch.where(target.variance > 0, gain, torch.ones_like(gain))
+    return gain, target.mean - gain * now.mean
