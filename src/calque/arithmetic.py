@@ -69,7 +69,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax:
     tensor([-1.,  0.,  0.,  2.])
     """
     low, high = (qmin - zero_point).to(x.dtype), (qmax - zero_point).to(x.dtype)
-    return torch.clamp(x.div(scale).round_(), low, high).mul_(scale)
+    return x.div(scale).round_().clamp_(low, high).mul_(scale)
 
 
 def round_through(x: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ def requantize(accumulator: Tensor, multiplier: Tensor, zero_point: Tensor, qmin
     >>> requantize(torch.tensor([5, -7, 99]), 0.5 * one, one, 0 * one, 15 * one)
     tensor([ 3.,  0., 15.])
     """
-    return torch.clamp((accumulator.float() * multiplier).round() + zero_point, qmin, qmax)
+    return (accumulator.float() * multiplier).round_().add_(zero_point).clamp_(qmin, qmax)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

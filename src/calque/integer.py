@@ -53,7 +53,7 @@ class Accumulator:
     def onto(self, grid: Quantizer) -> OnGrid:
         low, high = _code_bounds(self.bounds, grid)
         codes = requantize(self.sums, self.scale / grid.scale, grid.zero_point, low, high)
-        return OnGrid(codes - grid.zero_point, grid)
+        return OnGrid(codes.sub_(grid.zero_point), grid)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Sum:
         left = self.left.offsets * (self.left.grid.scale / grid.scale)
         right = self.right.offsets * (self.right.grid.scale / grid.scale)
         codes = torch.clamp((left + right).round() + grid.zero_point, low, high)
-        return OnGrid(codes - grid.zero_point, grid)
+        return OnGrid(codes.sub_(grid.zero_point), grid)
 
 
 Exact = OnGrid | Accumulator | Sum
@@ -111,10 +111,22 @@ class IntegerModel(nn.Module):
         return pytree.tree_unflatten(outputs, self.out_spec)
 
     @torch.no_grad()
-    def trace(self, *leaves: object) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-        """The flat outputs, and the uint8 codes of every edge by name, for flat inputs."""
+    def trace(self, *leaves: object) -> tuple[tuple[Tensor, ...], dict[str, Tensor], Tensor]:
+        """For flat inputs: the flat outputs, the uint8 codes of every edge by name, and the step of the first output.
+
+        The step (broadcasts against the output) is that of its grid, or of the accumulator behind it; the output's
+        standard deviation over 256 where it has neither.
+        """
         interpreter = _Interpreter(self.graph_module, self.edges)
-        return interpreter.run(*leaves), interpreter.codes
+        outputs = interpreter.run(*leaves)
+        first = interpreter.last[0]
+        if isinstance(first, OnGrid):
+            step = first.grid.scale
+        elif isinstance(first, Accumulator):
+            step = first.scale
+        else:
+            step = outputs[0].std() / 256
+        return outputs, interpreter.codes, step
 
 
 class _Interpreter(fx.Interpreter):
@@ -122,6 +134,7 @@ class _Interpreter(fx.Interpreter):
         super().__init__(module)
         self.edges = edges
         self.codes: dict[str, Tensor] = {}
+        self.last: tuple[object, ...] = ()  # the outputs before they became real numbers
 
     def run_node(self, n: fx.Node) -> Any:
         args, kwargs = self.fetch_args_kwargs_from_env(n)
@@ -131,6 +144,8 @@ class _Interpreter(fx.Interpreter):
             exact = self._exact(n, args, kwargs)
             if exact is not None:
                 return exact
+        if n.op == "output":
+            self.last = args[0]
         if n.op in ("call_function", "output"):
             args, kwargs = fx.node.map_aggregate((args, kwargs), _real)  # type: ignore[no-untyped-call]
         return getattr(self, n.op)(n.target, args, kwargs)
@@ -174,7 +189,7 @@ def _put_on_grid(x: object, grid: Quantizer) -> OnGrid:
     real = _real(x)
     assert isinstance(real, Tensor)
     codes = quantize(real, grid.scale, grid.zero_point, grid.qmin, grid.qmax)
-    return OnGrid(codes - grid.zero_point, grid)
+    return OnGrid(codes.sub_(grid.zero_point), grid)
 
 
 def accumulate(layer: QuantizedLayer, x: OnGrid) -> Accumulator:
@@ -182,7 +197,6 @@ def accumulate(layer: QuantizedLayer, x: OnGrid) -> Accumulator:
     codes = layer.codes.float()
     largest = codes.abs().flatten(1).sum(1).max().item() * 255
     dtype = torch.float32 if largest < EXACT_FLOAT32 else torch.float64
-    sums = layer.geometry.apply(x.offsets.to(dtype), codes.to(dtype), None).to(torch.int64)
-    shape = (-1,) if layer.geometry.kind == "linear" else (1, -1, 1, 1)
-    scale = x.grid.scale * layer.scale
-    return Accumulator(sums + layer.bias.to(torch.int64).reshape(shape), scale.reshape(shape))
+    sums = layer.geometry.apply(x.offsets.to(dtype), codes.to(dtype), None).to(torch.int32)
+    bias = layer.geometry.along_channels(layer.bias)
+    return Accumulator(sums.add_(bias), layer.geometry.along_channels(x.grid.scale * layer.scale))

@@ -109,7 +109,7 @@ def assemble(
         module.set_submodule(name, layer)
     module.graph.lint()
     module.recompile()
-    facts = {"edges": targets, "left_float": network.left_float}
+    facts = {"edges": targets, "inputs": network.inputs, "left_float": network.left_float}
     return QuantizedModel(module, network.signature, (network.in_spec, network.out_spec), plan, facts)
 
 
@@ -133,13 +133,13 @@ def _insert(
     node.meta = {key: item for key, item in source.meta.items() if key in ("val", "tensor_meta")}
 
 
-def grid_of(model: QuantizedModel, node: fx.Node) -> Quantizer | None:
+def grid_of(graph_module: fx.GraphModule, node: fx.Node) -> Quantizer | None:
     """The quantizer on whose grid the node's value is, looking back through operators that only move values."""
     while is_movement(node) and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     if node.op != "call_module":
         return None
-    module = model.graph_module.get_submodule(str(node.target))
+    module = graph_module.get_submodule(str(node.target))
     return module if isinstance(module, Quantizer) else None
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from calque.calibration import Store, parse_bytes, prepare, varying_axes
 from calque.errors import CalibrationWarning, SpecError
 from calque.graph import Batch, DynamicAxes, Network, Signature, capture
-from calque.graph.signature import rows
+from calque.graph.signature import rows, select
 from calque.model import QuantizedModel, assemble, parameters_left_float
 from calque.placement import Edge, place, shared_tensors
 from calque.recipe import Recipe, find_recipe
@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]  # phase, steps done, steps in all
 
 DEFAULT_BITS = "w8a8"
+EXAMPLE_ROWS = 3  # of the inputs that a saved network is captured with again
 
 
 def quantize(
@@ -86,7 +87,8 @@ def quantize(
     place_of_model = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     target = torch.device(device) if device is not None else place_of_model
     batches = prepare(calibration, Signature.of(model), target)
-    network = capture(_moved(model, target), batches[0], {**varying_axes(batches), **(dynamic or {})})
+    axes = {**varying_axes(batches), **(dynamic or {})}
+    network = capture(_moved(model, target), batches[0], axes)
     if not network.layers:
         raise SpecError("the network has no Conv2d or Linear layer with constant weights: there is nothing to quantize.")
     entries = decide_bits(network, bits=bits, plan=plan, override=override, first_last=first_last)
@@ -98,6 +100,8 @@ def quantize(
     fitted = time.perf_counter()
     final = Plan(_final_entries(network, entries, edges))
     result = assemble(network, edges, swept.layers, swept.quantizers, final)
+    example = select(batches[0], torch.arange(EXAMPLE_ROWS) % rows(batches[0]))
+    result.facts |= {"placement": placement, "example": example, "dynamic": axes}
     if chosen.normalize:
         before = {name: layer.codes.clone() for name, layer in result.layers.items()}
         with Store(parse_bytes(memory)) as store:

@@ -48,7 +48,10 @@ class Quantizer(nn.Module):
 
 
 class QuantizedLayer(nn.Module):
-    """A convolution or linear layer with integer weights, evaluated in float32 as `geometry.apply(x, codes * scale, bias)`.
+    """A convolution or linear layer with integer weights: `geometry.apply(x, codes * scale, bias)`.
+
+    Where the input is on a grid, its whole-number offsets times the codes are summed, as integer kernels do it; float32 sums
+    of whole numbers are exact below 2^24, so that the evaluation parts from the integer one at rounding edges only.
 
     Attributes:
         codes: int8 (C_out, ...), within `bits`.  scale: float32 (C_out,).
@@ -88,7 +91,11 @@ class QuantizedLayer(nn.Module):
         return self.bias if self.bias_scale is None else self.bias.to(self.scale.dtype) * self.bias_scale
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.geometry.apply(x, self.weight, self.real_bias)
+        if self.bias_scale is None:
+            return self.geometry.apply(x, self.weight, self.bias)
+        offsets = x.div(self.bias_scale[0] / self.scale[0]).round_()
+        sums = self.geometry.apply(offsets, self.codes.to(x.dtype), self.bias.to(x.dtype))
+        return sums.mul_(self.geometry.along_channels(self.bias_scale))
 
     def extra_repr(self) -> str:
         return f"{self.geometry.kind}, bits={self.bits}, codes={tuple(self.codes.shape)}"

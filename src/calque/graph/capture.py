@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from calque.errors import CaptureError
 from calque.graph.fold import fold_batch_norms
 from calque.graph.layers import Geometry, WeightedLayer
-from calque.graph.network import Network, all_ints, find_layers, padding_of, value_of
+from calque.graph.network import Network, find_layers, flat_inputs, padding_of, value_of
 from calque.graph.rewrite import constant_value, functionalize, silent_tracing
 from calque.graph.signature import Batch, Signature, flatten, rows, select
 
@@ -62,7 +62,8 @@ def capture(model: nn.Module, example: Batch, dynamic: DynamicAxes | None = None
     kept = fold_batch_norms(flat)
     layers = find_layers(flat)
     network = Network(
-        flat, signature, in_spec, out_spec, layers, _shared(flat, sources), tuple(kept + _uncovered(flat))
+        flat, signature, in_spec, out_spec, flat_inputs(flat, flatten(batch)[0]), layers, _shared(flat, sources),
+        tuple(kept + _uncovered(flat)),
     )
     for size in (2, 3):  # the traced batch size, and another
         picked = select(example, torch.arange(size) % count)

@@ -40,6 +40,10 @@ class Geometry:
             return output[0].numel() // output.shape[-1]
         return output.shape[-2] * output.shape[-1]
 
+    def along_channels(self, values: Tensor) -> Tensor:
+        """Values (C_out,) reshaped to broadcast against the layer's output."""
+        return values if self.kind == "linear" else values.reshape(1, -1, 1, 1)
+
     def channels_last(self, output: Tensor) -> Tensor:
         """The layer's output as (N, positions, C_out)."""
         if self.kind == "linear":

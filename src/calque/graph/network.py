@@ -119,12 +119,23 @@ class Layer:
     result: fx.Node  # the activation if it only clips, else the layer itself
 
 
+@dataclass(frozen=True, slots=True)
+class FlatInput:
+    """One flat input of a captured network: the example's shape and dtype, and the axes that may change."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    dynamic: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Network:
     """A network as operators.
 
     Attributes:
         module: flat placeholders in, a flat tuple out; weighted layers are `WeightedLayer` modules under their names.
+        inputs: the placeholders' forms, in order; None for an input that is no tensor.
         layers: by name, in execution order.
         shared: layer -> the earlier layer that has the same weights (one module called twice).
         left_float: what will not be quantized, one sentence each.
@@ -134,6 +145,7 @@ class Network:
     signature: Signature
     in_spec: pytree.TreeSpec
     out_spec: pytree.TreeSpec
+    inputs: tuple[FlatInput | None, ...]
     layers: dict[str, Layer]
     shared: dict[str, str]
     left_float: tuple[str, ...]
@@ -174,3 +186,17 @@ def find_layers(module: fx.GraphModule) -> dict[str, Layer]:
             activation = fused_activation(node, lambda _: True)
             layers[str(node.target)] = Layer(str(node.target), node, activation, result_of(node))
     return layers
+
+
+def flat_inputs(module: fx.GraphModule, example: list[object]) -> tuple[FlatInput | None, ...]:
+    """The forms of the placeholders, given the flat example that the module was traced with."""
+    forms: list[FlatInput | None] = []
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    for node, leaf in zip(placeholders, example, strict=True):
+        traced = value_of(node)
+        if not isinstance(leaf, Tensor) or traced is None:
+            forms.append(None)
+            continue
+        dynamic = tuple(axis for axis, size in enumerate(traced.shape) if not isinstance(size, int))
+        forms.append(FlatInput(node.name, tuple(leaf.shape), leaf.dtype, dynamic))
+    return tuple(forms)

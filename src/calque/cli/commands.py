@@ -1,0 +1,214 @@
+"""The commands; each reads its arguments, calls the API and prints what it returns."""
+
+import shlex
+import sys
+import tempfile
+import time
+import traceback
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, cast
+
+import typer
+
+from calque.cli.folder import NETWORK, Run, claim, read_report, read_run, versions, write_run
+from calque.cli.inputs import (
+    InputError,
+    build_model,
+    call,
+    load_calibration,
+    load_weights,
+    parse_axes,
+    parse_overrides,
+)
+from calque.cli.terminal import bars, complain, one_line, visible_warnings
+from calque.demo import DemoRow, run_demo
+from calque.errors import CalqueError
+from calque.export import export_onnx, verify
+from calque.pipeline import quantize
+from calque.recipe import find_recipe
+from calque.report import table_lines
+from calque.spec import Placement, Plan
+from calque.storage import load
+
+INTERRUPTED = 130  # the exit code of a command that Ctrl-C ended
+DEMO_MARKS = ("float.safetensors",)
+ENTRY = "calque"
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Accurate post-training quantization to 2-8 bits.",
+)
+
+Folder = Annotated[Path, typer.Argument(help="the folder of a run", metavar="RUN")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="no progress bars")]
+Seed = Annotated[int, typer.Option(help="of everything random; the same seed gives the same codes")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"{ENTRY} {version('calque')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command("demo")
+def demo_command(
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="folder that keeps the files")] = None,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Trains, quantizes, exports and verifies a small network on handwritten digits; prints one table."""
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="calque-demo-") as temporary:
+        folder = Path(temporary) if output is None else output
+        claim(folder, DEMO_MARKS)
+        with bars(quiet) as show:
+            rows = run_demo(folder, seed=seed, progress=show)
+    for line in _demo_table(rows):
+        print(line)
+    kept = "" if output is None else f"; the files are in {output}"
+    print(f"{time.perf_counter() - started:.0f} s in all, training included{kept}")
+
+
+def _demo_table(rows: list[DemoRow]) -> list[str]:
+    headings = (
+        "bits", "bytes", "of float", "ONNX bytes", "accuracy: float", "nearest", "sequential", "file",
+        "file = simulated", "file = exact", "seconds",
+    )  # fmt: skip
+    cells = [
+        (
+            row.bits, f"{row.size:,}", f"{row.size / row.float_size:.1%}", f"{row.file_bytes:,}",
+            *map("{:.2%}".format, (row.float_accuracy, row.nearest, row.sequential, row.exported)),
+            *map("{:.2%}".format, (row.agreement, row.agreement_exact)),
+            f"{row.seconds:.1f}",
+        )
+        for row in rows
+    ]  # fmt: skip
+    return table_lines(headings, cells)
+
+
+@app.command("quantize")
+def quantize_command(
+    model: Annotated[
+        str, typer.Argument(help="function that returns the network: my_package.my_module:build")
+    ],
+    calibration: Annotated[Path, typer.Option(help="unlabelled inputs: .npy, .npz, .safetensors or .pt")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="folder of the run")],
+    weights: Annotated[Path | None, typer.Option(help="state dict: .safetensors or .pt")] = None,
+    bits: Annotated[str | None, typer.Option(help="w<bits>a<bits> or w<bits>; w8a8 without a plan")] = None,
+    plan: Annotated[Path | None, typer.Option(help="TOML file with the bits of every layer")] = None,
+    override: Annotated[
+        list[str] | None, typer.Option(help="pattern=bits or pattern=float; repeatable")
+    ] = None,
+    recipe: Annotated[str | None, typer.Option(help="nearest, sequential or a TOML file")] = None,
+    placement: Annotated[str, typer.Option(help="integer or inputs")] = "integer",
+    first_last: Annotated[str, typer.Option(help="bits of the ends, auto or none")] = "auto",
+    dynamic: Annotated[list[str] | None, typer.Option(help="axes that may change: x:2,3; repeatable")] = None,
+    seed: Seed = 0,
+    memory: Annotated[str, typer.Option(help="for values between operators; the rest goes to disk")] = "2GB",
+    device: Annotated[str | None, typer.Option(help="where to compute: cpu, cuda, ...")] = None,
+    evaluate: Annotated[
+        str | None, typer.Option(help="metric of a network: my_package.my_module:score")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Quantizes a network and writes the folder of the run; prints the report."""
+    network = build_model(model)
+    inputs = load_calibration(calibration)
+    if weights is None:
+        complain("note", f"no --weights: {model} is trusted to return trained weights.")
+    else:
+        load_weights(network, weights)
+    chosen = find_recipe(recipe)
+    known_plan = None if plan is None else Plan.load(plan)
+    overrides, axes = parse_overrides(override or []), parse_axes(dynamic or [])
+    claim(output)
+    with bars(quiet) as show:
+        q = quantize(
+            network, inputs, bits=bits, plan=known_plan, override=overrides, recipe=chosen,
+            placement=cast(Placement, placement),  # quantize checks it
+            first_last=None if first_last == "none" else first_last, dynamic=axes, seed=seed, device=device,
+            memory=memory, progress=show,
+        )  # fmt: skip
+    scores = (
+        {} if evaluate is None else {"float": _score(evaluate, network), "quantized": _score(evaluate, q)}
+    )
+    run = Run(
+        model, None if weights is None else str(weights.resolve()), str(calibration.resolve()), seed,
+        shlex.join([ENTRY, *sys.argv[1:]]), scores, versions(),
+    )  # fmt: skip
+    write_run(output, q, chosen, run)
+    print(q.report)
+    for name, score in scores.items():
+        print(f"{name}: {score:.6g} ({evaluate})")
+
+
+def _score(reference: str, model: object) -> float:
+    result = call(reference, model)
+    try:
+        return float(result)  # type: ignore[arg-type]  # anything that is a number: a tensor, NumPy's
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{reference} must return a number. Got {type(result).__name__}.") from error
+
+
+@app.command("export")
+def export_command(
+    run: Folder,
+    path: Annotated[Path, typer.Argument(help="the file to write", metavar="MODEL.ONNX")],
+    check: Annotated[bool, typer.Option("--verify", help="run the file on the calibration inputs")] = False,
+    target: Annotated[str, typer.Option(help="onnxruntime")] = "onnxruntime",
+) -> None:
+    """Exports the network of a run to ONNX."""
+    if target != "onnxruntime":
+        raise InputError(f"only the target onnxruntime is there yet. Got {target!r}.")
+    settings = read_run(run)
+    q = load(run / NETWORK, build_model(settings.model))
+    export_onnx(q, path)
+    print(f"{path}: {path.stat().st_size:,} bytes")
+    if check:
+        print(verify(path, q, load_calibration(Path(settings.calibration))))
+
+
+@app.command("report")
+def report_command(run: Folder) -> None:
+    """Prints what a run decided and gained."""
+    print(read_report(run))
+    for name, score in read_run(run).scores.items():
+        print(f"{name}: {score:.6g}")
+
+
+def run(arguments: list[str]) -> int:
+    """Runs one command; its exit code. Every error is one line on stderr."""
+    command = typer.main.get_command(app)
+    try:
+        with visible_warnings():
+            code = command.main(arguments or ["--help"], prog_name=ENTRY, standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        complain("error", "interrupted")
+        return INTERRUPTED
+    except Exception as error:
+        expected = isinstance(error, (CalqueError, OSError)) or hasattr(error, "format_message")
+        complain("error", one_line(error) if expected else f"unexpected {_trace(error)}")
+        return 1
+    return code if isinstance(code, int) else 0
+
+
+def _trace(error: Exception) -> str:
+    """An error that nobody foresaw, with the place where it was raised: what a bug report needs."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} in {frame.filename}:{frame.lineno}: {one_line(error)}"
+
+
+def main() -> None:
+    """The command `calque`."""
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,86 @@
+"""The run directory: everything that a run decided and made, each file written whole."""
+
+import json
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from calque.cli.inputs import InputError
+from calque.model import QuantizedModel
+from calque.recipe import Recipe
+from calque.report import Report
+from calque.storage import save, write_whole
+
+NETWORK, RUN = "q.safetensors", "run.json"
+FILES = (NETWORK, "plan.toml", "report.txt", "report.json", "recipe.toml", RUN)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """How a run was started.
+
+    Attributes:
+        model: reference of the function that builds the network.  weights, calibration: paths.
+        scores: metric of the float and of the quantized network, where one was given.
+    """
+
+    model: str
+    weights: str | None
+    calibration: str
+    seed: int
+    command: str
+    scores: dict[str, float]
+    versions: dict[str, str]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run's numbers depend on."""
+    return {"calque": version("calque"), "torch": torch.__version__, "python": platform.python_version()}
+
+
+def claim(folder: Path, marks: tuple[str, ...] = FILES) -> None:
+    """Makes the folder. Raises: InputError if it has files and none of `marks`; OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()) and not any((folder / name).exists() for name in marks):
+        raise InputError(f"{folder} has files that are not calque's. Choose an empty or a new folder.")
+
+
+def write_run(folder: Path, q: QuantizedModel, recipe: Recipe, run: Run) -> None:
+    """Writes all files of a run; RUN, which says that the others are there, comes last."""
+    (folder / RUN).unlink(missing_ok=True)
+    save(q, folder / NETWORK)
+    texts = {
+        "plan.toml": q.plan.to_toml(),
+        "report.txt": f"{q.report}\n",
+        "report.json": q.report.to_json(),
+        "recipe.toml": recipe.to_toml(),
+        RUN: json.dumps(asdict(run), indent=1),
+    }
+    for name, text in texts.items():
+        write_whole(folder / name, text.encode())
+
+
+def read_run(folder: Path) -> Run:
+    """How the run in `folder` was started. Raises: InputError."""
+    path = folder / RUN
+    if not path.is_file():
+        raise InputError(
+            f"{folder} is not the folder of a finished run: it has no {RUN}. Start with calque quantize."
+        )
+    try:
+        return Run(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} is damaged: {error}. Quantize again.") from error
+
+
+def read_report(folder: Path) -> Report:
+    """The report of the run in `folder`. Raises: InputError."""
+    read_run(folder)
+    path = folder / "report.json"
+    try:
+        return Report.from_json(path.read_text(encoding="utf-8"))
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path} is damaged: {error}. Quantize again.") from error

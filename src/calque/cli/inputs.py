@@ -1,0 +1,180 @@
+"""What a command line names: Python references, weights, calibration files, axes and overrides."""
+
+import importlib
+import os
+import pickle
+import sys
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from calque.errors import CalqueError
+
+SHOWN = 3  # names of a list that an error gives
+
+
+class InputError(CalqueError):
+    """An argument of the command line that cannot be used."""
+
+
+def find_function(reference: str) -> Callable[..., object]:
+    """The function that "package.module:name" refers to; the current folder is importable.
+
+    Raises:
+        InputError: not of this form, or no such module, attribute or function.
+    """
+    module_name, colon, attribute = reference.partition(":")
+    if not module_name or not colon or not attribute:
+        raise InputError(f"a function is written package.module:name. Got {reference!r}.")
+    folder = os.getcwd()
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        found: object = importlib.import_module(module_name)
+    except Exception as error:  # whatever the user's module raises while it is imported
+        raise InputError(f"{module_name} cannot be imported: {type(error).__name__}: {error}.") from error
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise InputError(f"{module_name} has no {attribute}. Check the name in {reference}.")
+        found = getattr(found, part)
+    if not callable(found) or isinstance(found, nn.Module):
+        raise InputError(f"{reference} must be a function. Got {type(found).__name__}.")
+    return found
+
+
+def call(reference: str, *arguments: object) -> object:
+    """What the function that `reference` names returns. Raises: InputError, also for all that it raises."""
+    function = find_function(reference)
+    try:
+        return function(*arguments)
+    except Exception as error:
+        raise InputError(f"{reference} raised {type(error).__name__}: {error}") from error
+
+
+def build_model(reference: str) -> nn.Module:
+    """The module that the function returns. Raises: InputError."""
+    model = call(reference)
+    if not isinstance(model, nn.Module):
+        raise InputError(f"{reference} must return an nn.Module. Got {type(model).__name__}.")
+    return model
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Puts the state dict in a safetensors or .pt file into `model`, in place.
+
+    Raises:
+        InputError: not a state dict, or one of another network.
+    """
+    state = _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"{path} must hold a state dict: names and tensors. Save model.state_dict().")
+    expected = model.state_dict()
+    shapes = [f"{key} {list(state[key].shape)} for {list(expected[key].shape)}"
+              for key in expected if key in state and state[key].shape != expected[key].shape]  # fmt: skip
+    problems = [
+        f"{what}: {_shortened(names)}"
+        for what, names in (
+            ("missing", [key for key in expected if key not in state]),
+            ("unknown", [key for key in state if key not in expected]),
+            ("of another shape", shapes),
+        )
+        if names
+    ]
+    if problems:
+        raise InputError(f"the weights in {path} do not fit the network. {'; '.join(problems)}.")
+    model.load_state_dict(state)
+
+
+def load_calibration(path: Path) -> object:
+    """The inputs in an .npy, .npz, .safetensors or .pt file: a tensor, or tensors by argument name.
+
+    float64 arrays, NumPy's default, become float32.
+
+    Raises:
+        InputError: another kind of file, or one that does not hold arrays.
+    """
+    readers = {
+        ".npy": _numpy,
+        ".npz": _numpy,
+        ".safetensors": _safetensors,
+        ".pt": _pickled,
+        ".pth": _pickled,
+    }
+    if path.suffix not in readers:
+        raise InputError(f"a calibration file ends with {', '.join(readers)}. Got {path}.")
+    return torch.utils._pytree.tree_map(_single, readers[path.suffix](path))
+
+
+def parse_overrides(texts: Iterable[str]) -> dict[str, str | None]:
+    """Pattern -> bits, None for "float".
+
+    >>> parse_overrides(["head.*=w8a8", "gate=float"])
+    {'head.*': 'w8a8', 'gate': None}
+    """
+    result: dict[str, str | None] = {}
+    for text in texts:
+        pattern, equals, bits = text.rpartition("=")
+        if not equals or not pattern or not bits:
+            raise InputError(f"an override is written pattern=bits or pattern=float. Got {text!r}.")
+        result[pattern] = None if bits == "float" else bits
+    return result
+
+
+def parse_axes(texts: Iterable[str]) -> dict[str, dict[int, object]]:
+    """Dynamic axes by argument name, as `quantize` takes them.
+
+    >>> list(parse_axes(["x:2,3"])["x"])
+    [2, 3]
+    """
+    result: dict[str, dict[int, object]] = {}
+    for text in texts:
+        name, _, axes = text.rpartition(":")
+        numbers = axes.split(",")
+        if not name or not all(number.isdecimal() for number in numbers):
+            raise InputError(f"dynamic axes are written argument:axis,axis, such as x:2,3. Got {text!r}.")
+        result[name] = dict.fromkeys(map(int, numbers), torch.export.Dim.AUTO)
+    return result
+
+
+def _single(value: object) -> object:
+    return value.float() if isinstance(value, Tensor) and value.dtype == torch.float64 else value
+
+
+def _numpy(path: Path) -> object:
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return torch.from_numpy(loaded)
+        with loaded:
+            return {name: torch.from_numpy(loaded[name]) for name in loaded.files}
+    except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} does not hold plain NumPy arrays: {error}.") from error
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    with open(path, "rb"):  # a path that cannot be read is an OSError, not a damaged file
+        pass
+    try:
+        return safetensors.torch.load_file(path)
+    except SafetensorError as error:
+        raise InputError(f"{path} is not a safetensors file, or is damaged: {error}.") from error
+
+
+def _pickled(path: Path) -> object:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise InputError(
+            f"{path} is not a .pt file of tensors alone, which torch.load reads with weights_only."
+        ) from error
+
+
+def _shortened(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

@@ -1,0 +1,59 @@
+"""What the terminal shows: progress bars, warnings and errors on stderr."""
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from calque.errors import CalibrationWarning
+
+Counter = Callable[[str, int, int], None]  # phase, steps done, steps in all
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong, without line breaks."""
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    elif isinstance(error, KeyboardInterrupt):
+        text = "interrupted"
+    else:
+        format_message = getattr(error, "format_message", None)  # of typer's usage errors
+        text = format_message() if callable(format_message) else str(error)
+    return " ".join(text.split()) or type(error).__name__
+
+
+def complain(kind: str, text: str) -> None:
+    """Prints one line on stderr."""
+    print(f"{kind}: {text}", file=sys.stderr)
+
+
+@contextmanager
+def visible_warnings() -> Iterator[None]:
+    """Shows calque's warnings as one line each, and no other library's, which no user can act on."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", CalibrationWarning)
+        warnings.showwarning = lambda message, *_, **__: complain("warning", " ".join(str(message).split()))
+        yield
+
+
+@contextmanager
+def bars(quiet: bool) -> Iterator[Counter]:
+    """A callback that draws a bar with the time left for each phase, on stderr; or one that draws nothing."""
+    if quiet:
+        yield lambda phase, done, total: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def count(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = progress.add_task(phase, total=total)
+            progress.update(tasks[phase], completed=done)
+
+        yield count

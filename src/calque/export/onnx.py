@@ -1,0 +1,153 @@
+"""Writes a quantized network as an ONNX file that runtimes execute with integer kernels."""
+
+import contextlib
+import io
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import onnx
+import torch
+from torch import fx
+
+from calque.errors import ExportError
+from calque.export.lowering import DOMAIN, TRANSLATIONS, lower
+from calque.export.nodes import Expander
+from calque.graph.network import FlatInput, value_of
+from calque.graph.rewrite import silent_tracing
+from calque.model import QuantizedModel
+
+OPSET = 21  # the first with INT4
+
+
+def export_onnx(model: QuantizedModel, path: str | os.PathLike[str]) -> Path:
+    """Writes `model` to `path` as ONNX (opset 21) and returns the path; the batch axis and dynamic axes stay free.
+
+    The file holds the plan, the recipe and versions in its metadata. It is written to a temporary name and moved, so that
+    nothing half-written is ever left at `path`.
+
+    Raises:
+        ExportError: weights of other than 4 or 8 bits, or an operator without a translation; both are named.
+        OSError: the path cannot be written.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"the folder {path.parent} does not exist.")
+    proto = _translate(model)
+    expander = Expander(model, _ranks(model))
+    expander.expand(proto.graph)
+    _clean(proto, model)
+    onnx.checker.check_model(proto)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(proto.SerializeToString())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def _ranks(model: QuantizedModel) -> dict[str, int]:
+    """The rank of each layer's output."""
+    ranks = {}
+    for node in model.graph_module.graph.nodes:
+        value = value_of(node)
+        if node.op == "call_module" and value is not None:
+            ranks[str(node.target)] = value.dim()
+    return ranks
+
+
+def _translate(model: QuantizedModel) -> onnx.ModelProto:
+    """The network as torch.onnx translates it, with calque's operators by name."""
+    inputs: tuple[FlatInput | None, ...] = model.facts["inputs"]
+    if any(form is None for form in inputs):
+        raise ExportError("every input of an exported network must be a tensor. Leave out arguments that are not.")
+    forms = [form for form in inputs if form is not None]
+    device = next(iter(model.buffers())).device
+    example = tuple(torch.zeros(form.shape, dtype=form.dtype, device=device) for form in forms)
+    axes = tuple({axis: torch.export.Dim.AUTO for axis in form.dynamic} for form in forms)
+    module = _Flat(lower(model)).eval()
+    try:
+        with silent_tracing(), _silent_output(), torch.no_grad():
+            program = torch.onnx.export(
+                module,
+                example,
+                dynamo=True,
+                opset_version=OPSET,
+                dynamic_shapes=(axes,),
+                custom_translation_table=TRANSLATIONS,
+                input_names=[form.name for form in forms],
+                verbose=False,
+            )
+    except Exception as error:
+        raise ExportError(f"torch.onnx cannot translate the network: {_root_cause(error)}") from error
+    assert program is not None
+    return program.model_proto
+
+
+class _Flat(torch.nn.Module):
+    """Takes the flat inputs as *args, so that their names never clash with Python's."""
+
+    def __init__(self, module: fx.GraphModule):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: torch.Tensor) -> object:
+        return self.module(*inputs)
+
+
+@contextlib.contextmanager
+def _silent_output() -> Iterator[None]:
+    """torch.onnx prints its progress; the terminal is the command line's."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+def _root_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _clean(proto: onnx.ModelProto, model: QuantizedModel) -> None:
+    """Strips what the exporter writes beside names, drops calque's domain and unused constants, adds the metadata."""
+    graph = proto.graph
+    for node in graph.node:
+        del node.metadata_props[:]
+        node.doc_string = ""
+    del graph.value_info[:]
+    del graph.metadata_props[:]
+    read = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
+    kept = [tensor for tensor in graph.initializer if tensor.name in read]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+    for tensor in (*graph.input, *graph.output, *graph.initializer):
+        del tensor.metadata_props[:]
+    domains = [entry for entry in proto.opset_import if entry.domain != DOMAIN]
+    del proto.opset_import[:]
+    proto.opset_import.extend(domains)
+    _name_batch_axis(graph)
+    del proto.metadata_props[:]
+    facts = {"plan": json.dumps({name: str(bits) for name, bits in model.plan.items()})}
+    if model.report is not None:
+        keys = ("recipe", "placement", "seed", "calibration_rows")
+        facts["run"] = json.dumps({key: getattr(model.report, key) for key in keys})
+    facts["versions"] = json.dumps({"calque": version("calque"), "torch": torch.__version__, "onnx": onnx.__version__})
+    for key, value in facts.items():
+        proto.metadata_props.add(key=f"calque.{key}", value=value)
+    proto.producer_name, proto.producer_version = "calque", version("calque")
+    graph.name = "calque"
+
+
+def _name_batch_axis(graph: onnx.GraphProto) -> None:
+    symbol = graph.input[0].type.tensor_type.shape.dim[0].dim_param if graph.input else ""
+    for value in (*graph.input, *graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            if symbol and dim.dim_param == symbol:
+                dim.dim_param = "batch"

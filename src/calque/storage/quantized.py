@@ -1,0 +1,176 @@
+"""Quantized networks to files and back. Reading one runs no code from it.
+
+A file has what the float network's architecture lacks: codes at their bits, scales, biases, every tensor that
+stays float, and as JSON the plan, the report, the operators and the form of the inputs.
+"""
+
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calque.arithmetic import pack, unpack
+from calque.errors import CalibrationError, CaptureError, LoadError
+from calque.graph import Batch, Network, Signature, capture
+from calque.model import QuantizedModel, assemble
+from calque.placement import place
+from calque.quantizers import QuantizedLayer, Quantizer
+from calque.report import Report
+from calque.spec import Bits, Plan
+from calque.storage.architecture import (
+    describe_input,
+    differences,
+    example_input,
+    grids,
+    left_float,
+    mismatches,
+    operators,
+    shapes,
+)
+from calque.storage.file import FORMAT, FilePath, Tensors, deduplicate, read, write
+
+EXAMPLE_SEED = 0  # of the inputs with which an architecture is captured again; their values do not matter
+
+
+def save(q: QuantizedModel, path: FilePath) -> None:
+    """Writes `q` to the safetensors file `path`, whole or not at all.
+
+    Raises:
+        SpecError: forward takes something else than tensors, numbers, strings, None, lists, tuples, dicts.
+        OSError: `path` cannot be written.
+    """
+    tensors = _tensors(q)
+    example: Tensors = {}
+    form = {name: describe_input(value, example) for name, value in q.facts["example"].items()}
+    aliases = deduplicate(tensors)
+    tensors.update({key: value for key, value in example.items() if not value.is_floating_point()})
+    table = {
+        "format": FORMAT,
+        "versions": {"calque": version("calque"), "torch": torch.__version__},
+        "plan": {name: str(bits) for name, bits in q.plan.items()},
+        "report": None if q.report is None else json.loads(q.report.to_json()),
+        "placement": q.facts["placement"],
+        "dynamic": {
+            name: sorted(axes) for name, axes in q.facts["dynamic"].items() if isinstance(axes, Mapping)
+        },
+        "inputs": form,
+        "layers": {
+            name: {"bits": part.bits, "shape": list(part.codes.shape)} for name, part in q.layers.items()
+        },
+        "operators": operators(q.graph_module),
+        "grids": grids(q),
+        "aliases": aliases,
+    }
+    write(path, table, tensors)
+
+
+def load(path: FilePath, model: nn.Module) -> QuantizedModel:
+    """The quantized network that `save` wrote, on the device of `model`.
+
+    Args:
+        model: the float network's architecture; its weights are not read.
+
+    Raises:
+        LoadError: a file that is not calque's or is damaged; an architecture that does not fit it, every
+            mismatch named.
+        OSError: `path` cannot be read.
+    """
+    table, tensors = read(path)
+    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    tensors = {key: value.to(device) for key, value in tensors.items()}
+    tensors.update({alias: tensors[key] for alias, key in table["aliases"].items()})
+    generator = torch.Generator().manual_seed(EXAMPLE_SEED)
+    example = {
+        name: example_input(form, tensors, generator, device) for name, form in table["inputs"].items()
+    }
+    network = _capture(path, model, example, table)
+    problems = mismatches(network, table, tensors) or differences(
+        table["operators"], operators(network.module)
+    )
+    if problems:
+        raise _misfit(path, problems)
+    try:
+        result = _assemble(network, table, tensors)
+        result.report = None if table["report"] is None else Report.from_json(json.dumps(table["report"]))
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise LoadError(
+            f"{path} is damaged: its contents contradict each other ({error}). Save it again."
+        ) from error
+    result.facts |= {"placement": table["placement"], "example": example, "dynamic": _dynamic(table)}
+    if grids(result) != table["grids"]:
+        raise LoadError(
+            f"{path} was written by calque {table['versions']['calque']}, which placed the grids otherwise "
+            f"than this version ({version('calque')}). Quantize again with its plan."
+        )
+    return result
+
+
+def _tensors(q: QuantizedModel) -> Tensors:
+    """What is stored of the network, by key: codes packed."""
+    result: Tensors = {}
+    for name, layer in q.layers.items():
+        result[f"layer:{name}:codes"] = pack(layer.codes.cpu(), layer.bits)
+        result[f"layer:{name}:scale"] = layer.scale
+        result[f"layer:{name}:bias"] = layer.bias
+        if layer.bias_scale is not None:
+            result[f"layer:{name}:bias_scale"] = layer.bias_scale
+    for name, quantizer in q.quantizers.items():
+        result[f"grid:{name}:scale"] = quantizer.scale
+        result[f"grid:{name}:zero_point"] = quantizer.zero_point
+    result.update({f"float:{name}": tensor for name, tensor in left_float(q.graph_module)})
+    return {key: value.detach().cpu().contiguous().clone() for key, value in result.items()}
+
+
+def _capture(path: FilePath, model: nn.Module, example: Batch, table: Mapping[str, Any]) -> Network:
+    try:
+        return capture(model, Signature.of(model).bind((), example), _dynamic(table))
+    except (CaptureError, CalibrationError) as error:
+        modules, problems = dict(model.named_modules()), []
+        for name, layer in table["layers"].items():
+            weight = getattr(modules.get(name.partition("#")[0]), "weight", None)
+            if isinstance(weight, Tensor) and list(weight.shape) != layer["shape"]:
+                problems.append(shapes(f"layer {name}", layer["shape"], weight))
+        raise _misfit(path, [*problems, str(error).rstrip(".")]) from error
+
+
+def _dynamic(table: Mapping[str, Any]) -> dict[str, dict[int, Any]]:
+    return {name: dict.fromkeys(axes, torch.export.Dim.AUTO) for name, axes in table["dynamic"].items()}
+
+
+def _misfit(path: FilePath, problems: list[str]) -> LoadError:
+    return LoadError(
+        f"{path} does not fit the network: {'; '.join(problems)}. Pass the architecture it was saved from."
+    )
+
+
+def _assemble(network: Network, table: Mapping[str, Any], tensors: Tensors) -> QuantizedModel:
+    plan = Plan({name: Bits.parse(bits) for name, bits in table["plan"].items()})
+    layers = {}
+    for name, stored in table["layers"].items():
+        key, bits = f"layer:{name}", stored["bits"]
+        codes = unpack(tensors[f"{key}:codes"], bits, tuple(stored["shape"]))
+        scale, bias, bias_scale = (
+            tensors[f"{key}:scale"],
+            tensors[f"{key}:bias"],
+            tensors.get(f"{key}:bias_scale"),
+        )
+        layers[name] = QuantizedLayer(
+            network.weighted(name).geometry, codes, scale, bias, bias_scale, bits=bits
+        )
+    edges = place(network, plan, table["placement"])
+    quantizers = {
+        edge.name: Quantizer(
+            tensors[f"grid:{edge.name}:scale"], tensors[f"grid:{edge.name}:zero_point"], bits=edge.bits
+        )
+        for edge in edges
+    }
+    result = assemble(network, edges, layers, quantizers, plan)
+    for name, _ in list(left_float(result.graph_module)):
+        path, _, leaf = name.rpartition(".")
+        owner = result.graph_module.get_submodule(path)
+        delattr(owner, leaf)
+        owner.register_buffer(leaf, tensors[f"float:{name}"].clone())
+    return result
