@@ -8,6 +8,8 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 STAMP := .venv/.stamp
 CODE := $(wildcard src tests benchmarks)
+# Threads that wait in a loop starve each other where cores are shared.
+export OMP_WAIT_POLICY ?= passive
 # What the suite leaves out; `make test MARKS=real` runs the real tasks instead.
 MARKS ?= not slow and not gpu and not real
 
@@ -15,15 +17,16 @@ MARKS ?= not slow and not gpu and not real
 
 setup: $(STAMP)
 
-# A python that is on the PATH may be a shim that does not run, so each is asked for its version.
+# A python that is on the PATH may be a shim that does not run, so each is asked for its version. 3.11 comes first: it
+# is what the pinned torch has a CPU wheel for where one is at hand.
 $(STAMP): pyproject.toml constraints.txt
 	@runs() { "$$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }; \
 	if ! runs $(PY); then \
 	  found=; \
-	  for python in python3.13 python3.12 python3.11 python3; do \
+	  for python in python3.11 python3.12 python3.13 python3; do \
 	    if runs "$$python"; then found=$$python; break; fi; \
 	  done; \
-	  if [ -z "$$found" ]; then echo "calque needs Python 3.11 or newer; none of python3.13, python3.12, python3.11, python3 is." >&2; exit 1; fi; \
+	  if [ -z "$$found" ]; then echo "calque needs Python 3.11 or newer; none of python3.11, python3.12, python3.13, python3 is." >&2; exit 1; fi; \
 	  "$$found" -m venv --clear .venv; \
 	fi
 	@$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev,docs]' --constraint constraints.txt

@@ -33,9 +33,7 @@ LONGEST_FILE = 300  # lines
 
 PACKAGE = Path(__file__).parents[1] / "src" / "calque"
 FILES = sorted(
-    path.relative_to(PACKAGE)
-    for path in PACKAGE.rglob("*")
-    if path.is_file() and "__pycache__" not in path.parts
+    path.relative_to(PACKAGE) for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts
 )
 SOURCES = [path for path in FILES if path.suffix == ".py"]
 

@@ -1,7 +1,26 @@
 """Accurate post-training quantization of PyTorch networks to 2-8 bits, shipped as verified ONNX."""
 
+from importlib.metadata import version
+
+from calque import errors
+from calque.export import Verification, export_onnx, verify
 from calque.pipeline import quantize
 from calque.recipe import Recipe
+from calque.report import Report
 from calque.spec import Plan
+from calque.storage import load, save
 
-__all__ = ["Plan", "Recipe", "quantize"]
+__version__ = version("calque")
+
+__all__ = [
+    "Plan",
+    "Recipe",
+    "Report",
+    "Verification",
+    "errors",
+    "export_onnx",
+    "load",
+    "quantize",
+    "save",
+    "verify",
+]

@@ -94,7 +94,9 @@ def _check(batches: list[Batch]) -> None:
                         f"calibration inputs must be finite. Batch {position} has NaN or infinite values; remove these rows."
                     )
                 constant[index] &= bool((leaf == first.reshape(-1)[0]).all())
-    if any(c for c, leaf in zip(constant, leaves, strict=True) if isinstance(leaf, Tensor) and leaf.is_floating_point()):
+    if any(
+        c for c, leaf in zip(constant, leaves, strict=True) if isinstance(leaf, Tensor) and leaf.is_floating_point()
+    ):
         warnings.warn(
             "a calibration input has the same value everywhere: ranges cannot be estimated from it. Pass real inputs.",
             CalibrationWarning,
@@ -192,13 +194,14 @@ class Execution:
     def compute(self, node: fx.Node, module: torch.nn.Module | None = None) -> Iterator[Any]:
         """The node's value on each batch, from the values of its inputs; `module` stands in for the one it calls."""
         for index in range(self.count):
-            args, kwargs = fx.map_arg(  # type: ignore[no-untyped-call]
-                (node.args, node.kwargs), lambda source, index=index: self.store.get(self._kept[source][index])
-            )
+            values = {source: self.store.get(self._kept[source][index]) for source in node.all_input_nodes}
+            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
             with torch.no_grad():
                 yield self._call(node, module, args, kwargs)
 
-    def _call(self, node: fx.Node, module: torch.nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _call(
+        self, node: fx.Node, module: torch.nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         if node.op == "call_function":
             assert callable(node.target)
             return node.target(*args, **kwargs)

@@ -119,9 +119,7 @@ def train(images: Tensor, labels: Tensor, generator: torch.Generator, progress: 
         torch.random.manual_seed(generator.initial_seed())
         model = DigitNet()
     steps = EPOCHS * (len(images) // BATCH)
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=LEARNING_RATE, momentum=0.9, nesterov=True, weight_decay=5e-4
-    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9, nesterov=True, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5 * LEARNING_RATE, total_steps=steps)
     for epoch in range(EPOCHS):
         order = torch.randperm(len(images), generator=generator)

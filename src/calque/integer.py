@@ -8,7 +8,7 @@ in float32, as ONNX Runtime's QLinearAdd does. Everything that has no integer ke
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -147,11 +147,13 @@ class _Interpreter(fx.Interpreter):
         if n.op == "output":
             self.last = args[0]
         if n.op in ("call_function", "output"):
-            args, kwargs = fx.node.map_aggregate((args, kwargs), _real)  # type: ignore[no-untyped-call]
+            args, kwargs = fx.node.map_aggregate((args, kwargs), lambda value: cast("Any", _real(value)))
         return getattr(self, n.op)(n.target, args, kwargs)
 
     def _module(self, node: fx.Node, x: object) -> object:
-        module = self.submodules[node.target] if hasattr(self, "submodules") else self.module.get_submodule(str(node.target))
+        module = (
+            self.submodules[node.target] if hasattr(self, "submodules") else self.module.get_submodule(str(node.target))
+        )
         if isinstance(module, Quantizer):
             on_grid = _put_on_grid(x, module)
             name = self.edges.get(str(node.target))

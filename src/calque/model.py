@@ -2,9 +2,9 @@
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
@@ -17,6 +17,17 @@ from calque.quantizers import QuantizedLayer, Quantizer
 from calque.spec import Plan
 
 QUANTIZERS = "quantizers"  # the sub-module that holds the quantizers of all edges
+
+
+@dataclass(frozen=True)
+class _Specs:
+    """The trees of inputs and outputs; immutable, so a deep copy is itself (torch's own copy warns)."""
+
+    inputs: pytree.TreeSpec
+    outputs: pytree.TreeSpec
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "_Specs":
+        return self
 
 
 class QuantizedModel(nn.Module):
@@ -39,7 +50,7 @@ class QuantizedModel(nn.Module):
         super().__init__()
         self.graph_module = graph_module
         self.signature = signature
-        self.in_spec, self.out_spec = specs
+        self.specs = _Specs(*specs)
         self.plan = plan
         self.facts = dict(facts)
         self.report: Any = None
@@ -51,6 +62,14 @@ class QuantizedModel(nn.Module):
         if spec != expected:
             raise TypeError(f"the network was captured with inputs of the form {expected}. Got {spec}.")
         return pytree.tree_unflatten(self.graph_module(*leaves), self.out_spec)
+
+    @property
+    def in_spec(self) -> pytree.TreeSpec:
+        return self.specs.inputs
+
+    @property
+    def out_spec(self) -> pytree.TreeSpec:
+        return self.specs.outputs
 
     @property
     def layers(self) -> dict[str, QuantizedLayer]:

@@ -1,5 +1,6 @@
 """The method on one screen: capture, decide the bits, quantize layer by layer, re-estimate statistics, report."""
 
+import copy
 import logging
 import time
 import warnings
@@ -85,12 +86,14 @@ def quantize(
     if placement not in ("integer", "inputs"):
         raise SpecError(f'placement is "integer" or "inputs". Got {placement!r}.')
     place_of_model = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    target = torch.device(device) if device is not None else place_of_model
+    target = _device(device) if device is not None else place_of_model
     batches = prepare(calibration, Signature.of(model), target)
     axes = {**varying_axes(batches), **(dynamic or {})}
     network = capture(_moved(model, target), batches[0], axes)
     if not network.layers:
-        raise SpecError("the network has no Conv2d or Linear layer with constant weights: there is nothing to quantize.")
+        raise SpecError(
+            "the network has no Conv2d or Linear layer with constant weights: there is nothing to quantize."
+        )
     entries = decide_bits(network, bits=bits, plan=plan, override=override, first_last=first_last)
     edges = place(network, entries, placement)
     captured = time.perf_counter()
@@ -105,11 +108,13 @@ def quantize(
     if chosen.normalize:
         before = {name: layer.codes.clone() for name, layer in result.layers.items()}
         with Store(parse_bytes(memory)) as store:
-            para_normalize(
-                result.graph_module, swept.statistics, batches, store, _counter(show, "statistics", network)
-            )
+            para_normalize(result.graph_module, swept.statistics, batches, store, _counter(show, "statistics", network))
         assert all(torch.equal(layer.codes, before[name]) for name, layer in result.layers.items())
-    phases = {"capture": captured - started, "fit": fitted - captured, "statistics": time.perf_counter() - fitted}
+    phases = {
+        "capture": captured - started,
+        "fit": fitted - captured,
+        "statistics": time.perf_counter() - fitted,
+    }
     notes = _notes(model, network, swept)
     result.report = _report(result, swept, network, batches, chosen, placement, seed, phases, notes)
     return result
@@ -134,7 +139,10 @@ def decide_bits(
     if plan is not None:
         if bits is not None:
             raise SpecError("bits and plan exclude each other: a plan has the bits of every layer. Drop one of them.")
-        missing, unknown = [n for n in names if n not in plan], [n for n in plan if n not in (*names, *tensors)]
+        missing, unknown = (
+            [n for n in names if n not in plan],
+            [n for n in plan if n not in (*names, *tensors)],
+        )
         if missing or unknown:
             raise SpecError(f"the plan must name the network's layers. Missing: {missing}; unknown: {unknown}.")
         entries = {name: check_entry(name, plan[name], is_layer=name in names) for name in plan}
@@ -151,12 +159,19 @@ def decide_bits(
     return apply_overrides(entries, override or {}, tensors)
 
 
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        found = torch.device(device)
+        torch.zeros((), device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise SpecError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return found
+
+
 def _moved(model: nn.Module, device: torch.device) -> nn.Module:
     tensors = (*model.parameters(), *model.buffers())
     if all(tensor.device == device for tensor in tensors):
         return model
-    import copy
-
     return copy.deepcopy(model).to(device)
 
 
@@ -217,11 +232,13 @@ def _report(
         for name, quantizer in result.quantizers.items()
         if name in result.plan
     }
-    other = 4 * (parameters_left_float(result) - sum(
-        module.weight.numel() + module.bias.numel()
-        for name in network.layers if result.plan[name].weight is None and (module := network.weighted(name))
-    ))  # fmt: skip
-    whole = sum(4 * (network.weighted(n).weight.numel() + network.weighted(n).bias.numel()) for n in network.layers)
+    parameters = {
+        name: module.weight.numel() + module.bias.numel()
+        for name, module in ((name, network.weighted(name)) for name in network.layers)
+    }
+    in_layers = sum(count for name, count in parameters.items() if result.plan[name].weight is None)
+    other = 4 * (parameters_left_float(result) - in_layers)
+    whole = 4 * sum(parameters.values())
     return Report(
         recipe.name, placement, seed, sum(rows(batch) for batch in batches), tuple(swept.reports), tensors,
         whole + other, other, phases, tuple(notes), {"calque": version("calque"), "torch": torch.__version__},

@@ -65,7 +65,14 @@ class QuantizedLayer(nn.Module):
     bias_scale: Tensor | None
 
     def __init__(
-        self, geometry: Geometry, codes: Tensor, scale: Tensor, bias: Tensor, bias_scale: Tensor | None, *, bits: int
+        self,
+        geometry: Geometry,
+        codes: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        bias_scale: Tensor | None,
+        *,
+        bits: int,
     ):
         super().__init__()
         if codes.dtype != torch.int8 or scale.shape != codes.shape[:1] or bias.shape != codes.shape[:1]:

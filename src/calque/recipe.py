@@ -43,11 +43,15 @@ class Recipe:
     rates: StepSizes = STEP_SIZES
 
     def __post_init__(self) -> None:
-        choices = {"activation_range": ActivationRange, "tensor_range": TensorRange, "weight_range": WeightRange}
+        choices = {
+            "activation_range": ActivationRange,
+            "tensor_range": TensorRange,
+            "weight_range": WeightRange,
+        }
         for field, kind in choices.items():
             if getattr(self, field) not in get_args(kind):
                 raise SpecError(f"{field} is one of {', '.join(get_args(kind))}. Got {getattr(self, field)!r}.")
-        if not isinstance(self.steps, int) or self.steps < 0:
+        if type(self.steps) is not int or self.steps < 0:
             raise SpecError(f"steps must be an int >= 0. Got {self.steps!r}.")
         if any(not rate > 0 for rate in asdict(self.rates).values()):
             raise SpecError(f"rates must be positive. Got {self.rates}.")
@@ -78,7 +82,9 @@ class Recipe:
 def _toml_lines(table: Mapping[str, Any]) -> list[str]:
     written = {True: "true", False: "false"}
     return [
-        f'{key} = "{value}"' if isinstance(value, str) else f"{key} = {written[value] if isinstance(value, bool) else value}"
+        f'{key} = "{value}"'
+        if isinstance(value, str)
+        else f"{key} = {written[value] if isinstance(value, bool) else value}"
         for key, value in table.items()
     ]
 
@@ -86,7 +92,9 @@ def _toml_lines(table: Mapping[str, Any]) -> list[str]:
 def _require_fields(table: Mapping[str, Any], names: set[str], what: str) -> None:
     if set(table) != names:
         unknown, missing = sorted(set(table) - names), sorted(names - set(table))
-        raise SpecError(f"{what} has exactly the fields {', '.join(sorted(names))}. Unknown: {unknown}; missing: {missing}.")
+        raise SpecError(
+            f"{what} has exactly the fields {', '.join(sorted(names))}. Unknown: {unknown}; missing: {missing}."
+        )
 
 
 NEAREST = Recipe("nearest", "output", "least_squares", "least_squares", steps=0, normalize=False)

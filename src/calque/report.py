@@ -5,7 +5,18 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-HEADINGS = ("layer", "bits", "input range", "error before", "after", "dB before", "after", "seconds", "bytes", "Mbit-ops")
+HEADINGS = (
+    "layer",
+    "bits",
+    "input range",
+    "error before",
+    "after",
+    "dB before",
+    "after",
+    "seconds",
+    "bytes",
+    "Mbit-ops",
+)
 CHANNEL_BYTES = 12  # scale, bias and bias scale of an output channel (METHOD section 3)
 FLOAT_BITS = 32
 
@@ -79,7 +90,9 @@ class Report:
         """The report that `to_json` wrote."""
         table: dict[str, Any] = json.loads(text)
         table["layers"] = tuple(LayerReport(**layer) for layer in table["layers"])
-        table["tensors"] = {name: (str(b), float(low), float(high)) for name, (b, low, high) in table["tensors"].items()}
+        table["tensors"] = {
+            name: (str(b), float(low), float(high)) for name, (b, low, high) in table["tensors"].items()
+        }
         table["notes"] = tuple(table["notes"])
         return cls(**table)
 
@@ -127,7 +140,9 @@ def table_lines(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[
 
     def line(cells: tuple[str, ...]) -> str:
         first = cells[0].ljust(widths[0])
-        return "  ".join([first, *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))]).rstrip()
+        return "  ".join(
+            [first, *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))]
+        ).rstrip()
 
     return [line(headings), line(tuple("-" * width for width in widths)), *(line(row) for row in rows)]
 

@@ -50,7 +50,7 @@ class Bits:
         """The bits that `text` names: "w4a8", "w4" (float activations), "a8" (a tensor) or "float"."""
         if text == "float":
             return FLOAT
-        match = _PATTERN.fullmatch(text) if isinstance(text, str) else None
+        match = _PATTERN.fullmatch(str(text))
         if not match or not match[0]:
             raise SpecError(f'bits are written "w<bits>a<bits>", "w<bits>", "a<bits>" or "float". Got {text!r}.')
         weight, activation = match["w"], match["a"]

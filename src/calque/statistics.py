@@ -7,7 +7,6 @@ and gamma^2, which a small calibration set does not have; so the float network i
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -21,7 +20,7 @@ from calque.quantizers import QuantizedLayer
 GAIN_LIMITS = (0.5, 2.0)  # a channel that became (nearly) constant must not be amplified
 
 
-AnyLayer = TypeVar("AnyLayer", QuantizedLayer, WeightedLayer)
+Rescalable = QuantizedLayer | WeightedLayer
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,10 @@ class ChannelStatistics:
         """Exact statistics of the outputs (N, C, H, W) or (N, ..., C), accumulated in float64."""
         total, squares, count = None, None, 0
         for output in outputs:
-            rows = output.flatten(2).transpose(0, 1).flatten(1) if geometry.kind == "convolution" else (
-                output.reshape(-1, output.shape[-1]).T
+            rows = (
+                output.flatten(2).transpose(0, 1).flatten(1)
+                if geometry.kind == "convolution"
+                else (output.reshape(-1, output.shape[-1]).T)
             )  # (C, n)
             variance, mean = torch.var_mean(rows, dim=1, correction=0)
             mean, variance = mean.double(), variance.double()
@@ -46,12 +47,13 @@ class ChannelStatistics:
             total = first if total is None else total + first
             squares = second if squares is None else squares + second
             count += n
-        assert total is not None and squares is not None
+        assert total is not None
+        assert squares is not None
         mean = total / count
         return cls(mean, (squares / count - mean.square()).clamp(min=0))
 
 
-def absorb(layer: AnyLayer, gain: Tensor, offset: Tensor) -> AnyLayer:
+def absorb(layer: Rescalable, gain: Tensor, offset: Tensor) -> Rescalable:
     """The layer followed by y * gain + offset per channel (float64 (C,), gain > 0); codes stay what they are.
 
     s_w' = s_w gain,  b' = b gain + offset (on the new accumulator grid).
@@ -93,7 +95,8 @@ def para_normalize(
             layer = module.get_submodule(names[node])
             assert isinstance(layer, (QuantizedLayer, WeightedLayer))
             now = ChannelStatistics.of(execution.values(node), layer.geometry)
-            corrected = absorb(layer, *correction(now, targets[names[node]]))
+            gain, offset = correction(now, targets[names[node]])
+            corrected = absorb(layer, gain, offset)
             module.set_submodule(names[node], corrected)
             execution.put(node, execution.compute(node, corrected))
             on_layer(names[node])

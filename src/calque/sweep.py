@@ -180,9 +180,7 @@ class Sweep:
         source = layer.node.args[0]
         assert isinstance(source, fx.Node)
         values = self.shadow.values(source)
-        pairs = (
-            ((x, weighted(x)) for x in values) if targets is None else zip(values, targets, strict=True)
-        )
+        pairs = ((x, weighted(x)) for x in values) if targets is None else zip(values, targets, strict=True)
         return layer_problem(
             weighted.geometry, weighted.weight, weighted.bias, _activation(layer), pairs,
             inputs=self.inputs, generator=self._generator(layer.name),
@@ -293,4 +291,3 @@ def _activation(layer: Layer) -> Callable[[Tensor], Tensor]:
         return result
 
     return apply
-

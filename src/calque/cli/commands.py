@@ -5,17 +5,19 @@ import sys
 import tempfile
 import time
 import traceback
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, cast
 
 import typer
 
-from calque.cli.folder import NETWORK, Run, claim, read_report, read_run, versions, write_run
+from calque.cli.folder import NETWORK, Run, claim, read_report, read_run, versions, write_run, write_start
 from calque.cli.inputs import (
     InputError,
     build_model,
-    call,
+    check_device,
+    evaluate_model,
     load_calibration,
     load_weights,
     parse_axes,
@@ -99,17 +101,13 @@ def _demo_table(rows: list[DemoRow]) -> list[str]:
 
 @app.command("quantize")
 def quantize_command(
-    model: Annotated[
-        str, typer.Argument(help="function that returns the network: my_package.my_module:build")
-    ],
+    model: Annotated[str, typer.Argument(help="function that returns the network: my_package.my_module:build")],
     calibration: Annotated[Path, typer.Option(help="unlabelled inputs: .npy, .npz, .safetensors or .pt")],
     output: Annotated[Path, typer.Option("-o", "--output", help="folder of the run")],
     weights: Annotated[Path | None, typer.Option(help="state dict: .safetensors or .pt")] = None,
     bits: Annotated[str | None, typer.Option(help="w<bits>a<bits> or w<bits>; w8a8 without a plan")] = None,
     plan: Annotated[Path | None, typer.Option(help="TOML file with the bits of every layer")] = None,
-    override: Annotated[
-        list[str] | None, typer.Option(help="pattern=bits or pattern=float; repeatable")
-    ] = None,
+    override: Annotated[list[str] | None, typer.Option(help="pattern=bits or pattern=float; repeatable")] = None,
     recipe: Annotated[str | None, typer.Option(help="nearest, sequential or a TOML file")] = None,
     placement: Annotated[str, typer.Option(help="integer or inputs")] = "integer",
     first_last: Annotated[str, typer.Option(help="bits of the ends, auto or none")] = "auto",
@@ -117,9 +115,7 @@ def quantize_command(
     seed: Seed = 0,
     memory: Annotated[str, typer.Option(help="for values between operators; the rest goes to disk")] = "2GB",
     device: Annotated[str | None, typer.Option(help="where to compute: cpu, cuda, ...")] = None,
-    evaluate: Annotated[
-        str | None, typer.Option(help="metric of a network: my_package.my_module:score")
-    ] = None,
+    evaluate: Annotated[str | None, typer.Option(help="metric of a network: my_package.my_module:score")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Quantizes a network and writes the folder of the run; prints the report."""
@@ -132,7 +128,9 @@ def quantize_command(
     chosen = find_recipe(recipe)
     known_plan = None if plan is None else Plan.load(plan)
     overrides, axes = parse_overrides(override or []), parse_axes(dynamic or [])
+    check_device(device)
     claim(output)
+    scores = {} if evaluate is None else {"float": evaluate_model(evaluate, network.eval())}
     with bars(quiet) as show:
         q = quantize(
             network, inputs, bits=bits, plan=known_plan, override=overrides, recipe=chosen,
@@ -140,25 +138,17 @@ def quantize_command(
             first_last=None if first_last == "none" else first_last, dynamic=axes, seed=seed, device=device,
             memory=memory, progress=show,
         )  # fmt: skip
-    scores = (
-        {} if evaluate is None else {"float": _score(evaluate, network), "quantized": _score(evaluate, q)}
-    )
-    run = Run(
+    settings = Run(
         model, None if weights is None else str(weights.resolve()), str(calibration.resolve()), seed,
         shlex.join([ENTRY, *sys.argv[1:]]), scores, versions(),
     )  # fmt: skip
-    write_run(output, q, chosen, run)
+    write_run(output, q, chosen, settings)
+    if evaluate is not None:
+        scores = {**scores, "quantized": evaluate_model(evaluate, q)}
+        write_start(output, replace(settings, scores=scores))
     print(q.report)
     for name, score in scores.items():
         print(f"{name}: {score:.6g} ({evaluate})")
-
-
-def _score(reference: str, model: object) -> float:
-    result = call(reference, model)
-    try:
-        return float(result)  # type: ignore[arg-type]  # anything that is a number: a tensor, NumPy's
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{reference} must return a number. Got {type(result).__name__}.") from error
 
 
 @app.command("export")

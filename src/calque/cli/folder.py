@@ -57,19 +57,22 @@ def write_run(folder: Path, q: QuantizedModel, recipe: Recipe, run: Run) -> None
         "report.txt": f"{q.report}\n",
         "report.json": q.report.to_json(),
         "recipe.toml": recipe.to_toml(),
-        RUN: json.dumps(asdict(run), indent=1),
     }
     for name, text in texts.items():
         write_whole(folder / name, text.encode())
+    write_start(folder, run)
+
+
+def write_start(folder: Path, run: Run) -> None:
+    """Writes how the run was started."""
+    write_whole(folder / RUN, json.dumps(asdict(run), indent=1).encode())
 
 
 def read_run(folder: Path) -> Run:
     """How the run in `folder` was started. Raises: InputError."""
     path = folder / RUN
     if not path.is_file():
-        raise InputError(
-            f"{folder} is not the folder of a finished run: it has no {RUN}. Start with calque quantize."
-        )
+        raise InputError(f"{folder} is not the folder of a finished run: it has no {RUN}. Start with calque quantize.")
     try:
         return Run(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:

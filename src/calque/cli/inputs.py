@@ -38,7 +38,7 @@ def find_function(reference: str) -> Callable[..., object]:
     try:
         found: object = importlib.import_module(module_name)
     except Exception as error:  # whatever the user's module raises while it is imported
-        raise InputError(f"{module_name} cannot be imported: {type(error).__name__}: {error}.") from error
+        raise InputError(f"{module_name} cannot be imported: {type(error).__name__}: {error}") from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise InputError(f"{module_name} has no {attribute}. Check the name in {reference}.")
@@ -63,6 +63,23 @@ def build_model(reference: str) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise InputError(f"{reference} must return an nn.Module. Got {type(model).__name__}.")
     return model
+
+
+def evaluate_model(reference: str, model: nn.Module) -> float:
+    """The number that the user's metric has for `model`. Raises: InputError."""
+    result = call(reference, model)
+    try:
+        return float(result)  # type: ignore[arg-type]  # whatever is a number: a tensor, NumPy's
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{reference} must return a number. Got {type(result).__name__}.") from error
+
+
+def check_device(device: str | None) -> None:
+    """Raises: InputError if torch cannot compute on it."""
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise InputError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -154,7 +171,7 @@ def _numpy(path: Path) -> object:
         with loaded:
             return {name: torch.from_numpy(loaded[name]) for name in loaded.files}
     except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} does not hold plain NumPy arrays: {error}.") from error
+        raise InputError(f"{path} does not hold plain NumPy arrays: {error}") from error
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:

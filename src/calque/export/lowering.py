@@ -4,6 +4,8 @@ The operators carry names only. Their meaning in ONNX, with every constant, is w
 """
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import onnxscript
 import torch
@@ -40,8 +42,11 @@ def _(x: Tensor, name: str, highest: int) -> Tensor:
 
 
 @torch.library.custom_op("calque::layer", mutates_args=())
-def _layer(x: Tensor, weight: Tensor, name: str, pads: list[int], stride: list[int], dilation: list[int], groups: int) -> Tensor:
-    return _layer_shape(x, weight, name, pads, stride, dilation, groups)
+def _layer(
+    x: Tensor, weight: Tensor, name: str, pads: list[int], stride: list[int], dilation: list[int], groups: int
+) -> Tensor:
+    result: Tensor = _layer_shape(x, weight, name, pads, stride, dilation, groups)
+    return result
 
 
 @_layer.register_fake
@@ -97,7 +102,7 @@ def _translate_global_average(x):  # type: ignore[no-untyped-def]
     return onnxscript.opset21.GlobalAveragePool(x)
 
 
-TRANSLATIONS = {
+TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.calque.global_average.default: _translate_global_average,
     torch.ops.calque.quantize.default: _translate_quantize,
     torch.ops.calque.layer.default: _translate_layer,
@@ -126,7 +131,13 @@ class _NamedLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         geometry = self.geometry
         return torch.ops.calque.layer(  # type: ignore[no-any-return]
-            x, self.weight, self.name, self.pads, list(geometry.stride), list(geometry.dilation), geometry.groups
+            x,
+            self.weight,
+            self.name,
+            self.pads,
+            list(geometry.stride),
+            list(geometry.dilation),
+            geometry.groups,
         )
 
 
@@ -170,7 +181,8 @@ def _drop_implied_clip(
 ) -> None:
     """Removes a clip in front of the quantizer whose bounds, as codes, saturation and an integer Min give as well."""
     clip, grid = node.args[0], quantizers[node]
-    assert isinstance(clip, fx.Node) and grid is not None
+    assert isinstance(clip, fx.Node)
+    assert grid is not None
     bounds = clamp_bounds(clip) if clip.op == "call_function" else None
     if bounds is None or len(clip.users) != 1:
         return
@@ -185,13 +197,11 @@ def _drop_implied_clip(
     graph.erase_node(clip)
 
 
-def _means_as_pools(
-    graph: fx.Graph, quantizers: dict[fx.Node, Quantizer | None], highest: dict[fx.Node, int]
-) -> None:
+def _means_as_pools(graph: fx.Graph, quantizers: dict[fx.Node, Quantizer | None], highest: dict[fx.Node, int]) -> None:
     """Spatial means as ONNX's GlobalAveragePool, which has an integer kernel; torch.onnx would write ReduceMean."""
     for node in list(graph.nodes):
         value, source = value_of(node), node.args[0] if node.args else None
-        adaptive = node.target is aten.adaptive_avg_pool2d.default and list(node.args[1]) == [1, 1]  # type: ignore[arg-type]
+        adaptive = node.target is aten.adaptive_avg_pool2d.default and node.args[1] in ([1, 1], (1, 1))
         if value is None or not (is_spatial_mean(node) or (adaptive and value.dim() == 4)):
             continue
         readers = list(node.users)

@@ -5,6 +5,7 @@ that folds at load), int32 biases, linear layers as Reshape, Gemm, Reshape.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,6 +16,8 @@ from calque.export.lowering import DOMAIN, LAYER, QUANTIZE
 from calque.graph import Geometry
 from calque.model import QuantizedModel
 from calque.quantizers import QuantizedLayer, Quantizer
+
+Array = np.ndarray[Any, Any]
 
 CONTAINER_MAX = 255  # of uint8, where runtimes saturate
 WEIGHT_BITS = (4, 8)
@@ -50,7 +53,7 @@ class Expander:
         graph.node.extend(nodes)
         graph.initializer.extend(self.initializers.values())
 
-    def _constant(self, name: str, values: np.ndarray) -> str:  # type: ignore[type-arg]
+    def _constant(self, name: str, values: Array) -> str:
         if name not in self.initializers:
             self.initializers[name] = numpy_helper.from_array(values, name)
         return name
@@ -103,7 +106,7 @@ class Expander:
             operands.append(self._constant(f"zeros/{len(values)}", np.zeros(len(values), dtype=np.int8)))
         yield helper.make_node("DequantizeLinear", operands, [output], f"{name}/weight/dequantize", axis=0)
 
-    def _codes(self, values: np.ndarray, bits: int, name: str) -> str:  # type: ignore[type-arg]
+    def _codes(self, values: Array, bits: int, name: str) -> str:
         """The initializer of these codes; layers that share codes share it."""
         key = repr((bits, values.shape)).encode() + values.tobytes()
         if key not in self._by_content:
@@ -148,8 +151,8 @@ def _convolution(geometry: Geometry, inputs: list[str], y: str, name: str) -> on
     )
 
 
-def _pack_int4(values: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+def _pack_int4(values: Array) -> Array:
     """Two codes a byte, the first in the low half, as ONNX stores INT4."""
     nibbles = (values.reshape(-1) & 0xF).astype(np.uint8)
     nibbles = np.pad(nibbles, (0, nibbles.size % 2))
-    return nibbles[0::2] | (nibbles[1::2] << 4)  # type: ignore[no-any-return]
+    return nibbles[0::2] | (nibbles[1::2] << 4)

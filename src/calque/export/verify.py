@@ -85,7 +85,14 @@ class Verification:
         return json.dumps(asdict(self))
 
     def __str__(self) -> str:
-        headings = ("ONNX Runtime", "= exact", "= simulated", "mean steps", "largest", "first tensor that parts")
+        headings = (
+            "ONNX Runtime",
+            "= exact",
+            "= simulated",
+            "mean steps",
+            "largest",
+            "first tensor that parts",
+        )
         cases = (("optimized", self.optimized), ("optimizer off", self.plain), ("far outside", self.outside))
         lines = table_lines(headings, [(name, *_cells(case)) for name, case in cases])
         for title, kernels in (("integer", self.integer_kernels), ("float", self.float_kernels)):
@@ -97,7 +104,13 @@ class Verification:
 
 def _cells(case: Agreement) -> tuple[str, ...]:
     parted = f"{case.parted} ({case.parted_share:.1e} of its codes)" if case.parted else "none"
-    return f"{case.exact:.2%}", f"{case.simulated:.2%}", f"{case.mean_steps:.2g}", f"{case.largest_steps:.2g}", parted
+    return (
+        f"{case.exact:.2%}",
+        f"{case.simulated:.2%}",
+        f"{case.mean_steps:.2g}",
+        f"{case.largest_steps:.2g}",
+        parted,
+    )
 
 
 def verify(path: str | os.PathLike[str], model: QuantizedModel, inputs: object) -> Verification:
@@ -124,7 +137,7 @@ def verify(path: str | os.PathLike[str], model: QuantizedModel, inputs: object) 
     probed = _with_outputs(proto, edges)
     optimized, plain = _session(probed, optimize=True), _session(probed, optimize=False)
     larger = [_scaled(batch) for batch in batches]
-    integer, floats, others = _kernels(path)
+    integer, floats, others = count_kernels(path)
     return Verification(
         sum(rows(batch) for batch in batches),
         _agreement(optimized, model, batches, edges),
@@ -144,7 +157,7 @@ def run_onnx(path: str | os.PathLike[str], inputs: list[Tensor], *, batch: int =
         VerificationError: ONNX Runtime cannot load or run the file.
     """
     session = _session(_load(Path(path)), optimize=True)
-    pieces = zip(*(tensor.split(batch) for tensor in inputs), strict=True)
+    pieces = zip(*(torch.split(tensor, batch) for tensor in inputs), strict=True)
     return torch.cat([_run(session, list(piece))[0] for piece in pieces])
 
 
@@ -192,13 +205,18 @@ def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _kernels(path: Path) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
-    """Operators of the optimized graph, counted: integer kernels, float kernels, neutral ones."""
+def count_kernels(path: str | os.PathLike[str]) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+    """Operators of ONNX Runtime's optimized graph by name: integer kernels, float kernels, and neutral ones.
+
+    Neutral operators move, convert or clip codes and indices.
+    """
     with tempfile.TemporaryDirectory(prefix="calque-") as folder:
         saved = str(Path(folder) / "optimized.onnx")
-        _session(_load(path), optimize=True, save=saved)
+        _session(_load(Path(path)), optimize=True, save=saved)
         counts = Counter(node.op_type for node in onnx.load(saved).graph.node)
-    integer = {name: count for name, count in counts.items() if name.startswith(("QLinear", "QGemm")) or "Integer" in name}
+    integer = {
+        name: count for name, count in counts.items() if name.startswith(("QLinear", "QGemm")) or "Integer" in name
+    }
     other = {name: count for name, count in counts.items() if name in _NEUTRAL}
     floats = {name: count for name, count in counts.items() if name not in integer and name not in other}
     return integer, floats, other

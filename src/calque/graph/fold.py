@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, fx
 
 from calque.graph.layers import WeightedLayer
+from calque.graph.rewrite import drop_unread_buffers
 
 aten = torch.ops.aten
 
@@ -31,6 +32,7 @@ def fold_batch_norms(module: fx.GraphModule) -> list[str]:
         module.graph.erase_node(node)
     module.graph.eliminate_dead_code()
     module.delete_all_unused_submodules()
+    drop_unread_buffers(module)
     module.recompile()
     return kept
 
@@ -45,7 +47,8 @@ def folded(layer: WeightedLayer, gain: Tensor, offset: Tensor) -> WeightedLayer:
 def batch_norm_affine(module: fx.GraphModule, node: fx.Node) -> tuple[Tensor, Tensor]:
     """(gain, offset) in float64 of a batch norm in eval mode: y = x * gain + offset per channel."""
     gamma, beta, mean, var = (_tensor(module, argument) for argument in node.args[1:5])
-    assert mean is not None and var is not None
+    assert mean is not None
+    assert var is not None
     eps = node.args[7]
     assert isinstance(eps, float)
     gain = (var.double() + eps).rsqrt()
@@ -70,7 +73,8 @@ def _obstacle(module: fx.GraphModule, node: fx.Node, producer: object) -> str | 
 def _tensor(module: fx.GraphModule, argument: object) -> Tensor | None:
     if argument is None:
         return None
-    assert isinstance(argument, fx.Node) and argument.op == "get_attr"
+    assert isinstance(argument, fx.Node)
+    assert argument.op == "get_attr"
     value = module
     for part in str(argument.target).split("."):
         value = getattr(value, part)

@@ -64,7 +64,7 @@ class Geometry:
             return chosen.reshape(1, -1, x.shape[-1])
         kernel_h, kernel_w = weight.shape[2:]
         x = self.pad(x)
-        height, width = x.shape[2:]
+        width = x.shape[3]
         out_w = (width - self.dilation[1] * (kernel_w - 1) - 1) // self.stride[1] + 1
         rows_at = (positions // out_w) * self.stride[0]
         columns_at = (positions % out_w) * self.stride[1]

@@ -98,8 +98,11 @@ def is_spatial_mean(node: fx.Node) -> bool:
         return False
     axes = node.args[1]
     rank = value_of(node.args[0])
-    return isinstance(axes, (list, tuple)) and rank is not None and rank.dim() == 4 and (
-        sorted(axis % 4 for axis in axes if isinstance(axis, int)) == [2, 3]
+    return (
+        isinstance(axes, (list, tuple))
+        and rank is not None
+        and rank.dim() == 4
+        and (sorted(axis % 4 for axis in axes if isinstance(axis, int)) == [2, 3])
     )
 
 
@@ -188,6 +191,11 @@ def find_layers(module: fx.GraphModule) -> dict[str, Layer]:
     return layers
 
 
+def is_symbolic(size: object) -> bool:
+    """Whether tracing left the size open."""
+    return not isinstance(size, int)
+
+
 def flat_inputs(module: fx.GraphModule, example: list[object]) -> tuple[FlatInput | None, ...]:
     """The forms of the placeholders, given the flat example that the module was traced with."""
     forms: list[FlatInput | None] = []
@@ -197,6 +205,6 @@ def flat_inputs(module: fx.GraphModule, example: list[object]) -> tuple[FlatInpu
         if not isinstance(leaf, Tensor) or traced is None:
             forms.append(None)
             continue
-        dynamic = tuple(axis for axis, size in enumerate(traced.shape) if not isinstance(size, int))
+        dynamic = tuple(axis for axis, size in enumerate(traced.shape) if is_symbolic(size))
         forms.append(FlatInput(node.name, tuple(leaf.shape), leaf.dtype, dynamic))
     return tuple(forms)

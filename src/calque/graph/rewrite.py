@@ -1,16 +1,26 @@
 """Small rewrites of a traced graph: in-place operators made functional, constants evaluated."""
 
 import logging
-import operator
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 
 from calque.errors import CaptureError
-from calque.graph.network import MOVEMENTS, is_movement
+from calque.graph.network import is_movement
+
+aten = torch.ops.aten
+
+# Movements whose result never shares memory with their input.
+_COPIES = frozenset(
+    {
+        aten.max_pool2d.default, aten.adaptive_max_pool2d.default, aten.clone.default, aten.index_select.default,
+        aten.flip.default, aten.roll.default, aten.constant_pad_nd.default, aten.pad.default,
+    }
+)  # fmt: skip
 
 
 @contextmanager
@@ -41,18 +51,13 @@ def functionalize(graph: fx.Graph) -> fx.Graph:
         written = node.args[0]
         packet = getattr(torch.ops.aten, str(node.target).split(".")[1].rstrip("_"), None)
         overload = getattr(packet, str(node.target).split(".")[-1], None)
-        if not isinstance(written, fx.Node) or overload is None or written.op != "call_function" or _aliased(written):
+        if not isinstance(written, fx.Node) or overload is None or _aliases_are_read(written, node):
             raise CaptureError(
                 f"the network cannot be captured. {_line(node)} writes in place ({node.target}) into a view, an input or a "
                 "buffer; write the result into a new tensor instead."
             )
         node.target = overload
-        later = set()
-        following = node.next
-        while following.op != "root":
-            later.add(following)
-            following = following.next
-        written.replace_all_uses_with(node, delete_user_cb=lambda user, later=later: user in later)
+        _replace_after(node, written)
     return graph
 
 
@@ -61,14 +66,36 @@ def _writes(node: fx.Node) -> bool:
     return bool(schema is not None and schema.is_mutable)
 
 
-def _aliased(node: fx.Node) -> bool:
-    """Whether the value shares memory with another: a view, or read by a view."""
-    views = [user for user in node.users if is_movement(user)]
-    return is_movement(node) and node.target in MOVEMENTS or bool(views and node.target is not operator.getitem and _before(views))
+def _replace_after(node: fx.Node, written: fx.Node) -> None:
+    """Makes every reader of `written` behind `node` read `node`."""
+    written.replace_all_uses_with(node, delete_user_cb=_behind(node).__contains__)
 
 
-def _before(views: list[fx.Node]) -> bool:
-    return any(user.target in MOVEMENTS for user in views)
+def _behind(node: fx.Node) -> set[fx.Node]:
+    later = set()
+    following = node.next
+    while following.op != "root":
+        later.add(following)
+        following = following.next
+    return later
+
+
+def _aliases_are_read(written: fx.Node, write: fx.Node) -> bool:
+    """Whether a value that may share memory with `written`, its base or another view of that, is read behind the write."""
+    base = written
+    while _may_be_view(base):
+        base = base.all_input_nodes[0]
+    later, pending = _behind(write), [base]
+    while pending:
+        alias = pending.pop()
+        if alias is not written and any(user in later for user in alias.users):
+            return True
+        pending.extend(user for user in alias.users if _may_be_view(user) and user is not write)
+    return base.op == "get_attr"
+
+
+def _may_be_view(node: fx.Node) -> bool:
+    return is_movement(node) and node.target not in _COPIES
 
 
 def _line(node: fx.Node) -> str:
@@ -104,7 +131,15 @@ def _evaluate(module: fx.GraphModule, node: fx.Node, values: dict[fx.Node, objec
         for part in str(node.target).split("."):
             owner = getattr(owner, part)
         return owner
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda child: values[child])  # type: ignore[no-untyped-call]
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda child: cast("Any", values[child]))
+    assert callable(node.target)
     with torch.no_grad():
-        assert callable(node.target)
-        return node.target(*args, **kwargs)
+        result: object = node.target(*args, **kwargs)
+    return result
+
+
+def drop_unread_buffers(module: fx.GraphModule) -> None:
+    """Removes, in place, buffers at the module's root that no operator reads (delete_all_unused_submodules keeps them)."""
+    read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+    for name in [name for name, _ in module.named_buffers(recurse=False) if name not in read]:
+        delattr(module, name)

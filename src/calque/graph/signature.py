@@ -99,4 +99,4 @@ def select(batch: Mapping[str, object], index: Tensor) -> Batch:
 
 def split(batch: Mapping[str, object], size: int) -> list[Batch]:
     """The batch in pieces of at most `size` rows."""
-    return [select(batch, index) for index in torch.arange(rows(batch)).split(size)]
+    return [select(batch, index) for index in torch.split(torch.arange(rows(batch)), size)]

@@ -49,9 +49,7 @@ class LayerProblem:
         return (error / power.clamp(min=1e-30)).item()
 
 
-def sample_positions(
-    count: int, available: int, width: int, inputs: int, generator: torch.Generator
-) -> Tensor:
+def sample_positions(count: int, available: int, width: int, inputs: int, generator: torch.Generator) -> Tensor:
     """Random output positions (count, P) for `count` inputs, P the same for all: at most POSITIONS, fewer for wide layers.
 
     Args:

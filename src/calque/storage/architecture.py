@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def operators(module: fx.GraphModule) -> list[list[str]]:
             continue
         called = module.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(called, (QuantizedLayer, WeightedLayer)):
-            operator = f"layer {node.target} {called.geometry}"
+            operator = f"layer {node.target} {' '.join(map(str, astuple(called.geometry)))}"
         else:
             named = isinstance(node.target, (str, torch._ops.OpOverload))
             operator = str(node.target) if named else getattr(node.target, "__name__", str(node.target))
@@ -77,7 +78,7 @@ def _is_quantizer(module: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def grids(q: QuantizedModel) -> dict[str, dict[str, Any]]:
-    """Edge -> bits, what is put on the grid and who reads it; a quantizer goes by its edge's name."""
+    """Edge -> its grid, what is put on it and who reads it; a quantizer goes by its edge's name."""
 
     def name(node: fx.Node) -> str:
         return q.edge_name(node) if _is_quantizer(q.graph_module, node) else node.name
@@ -88,8 +89,14 @@ def grids(q: QuantizedModel) -> dict[str, dict[str, Any]]:
             source = node.args[0]
             assert isinstance(source, fx.Node)
             readers = sorted(name(user) for user in node.users)
-            bits = q.quantizers[name(node)].bits
-            result[name(node)] = {"bits": bits, "source": name(source), "readers": readers}
+            grid = q.quantizers[name(node)]
+            result[name(node)] = {
+                "bits": grid.bits,
+                "scale": grid.scale.item(),  # a float32 is the same after JSON
+                "zero_point": grid.zero_point.item(),
+                "source": name(source),
+                "readers": readers,
+            }
     return result
 
 

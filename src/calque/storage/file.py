@@ -47,22 +47,18 @@ def read(path: FilePath) -> tuple[dict[str, Any], Tensors]:
             metadata: dict[str, str] = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
     except SafetensorError as error:
-        raise LoadError(
-            f"{path} is not a safetensors file, or is damaged: {error}. Save it again."
-        ) from error
+        raise LoadError(f"{path} is not a safetensors file, or is damaged: {error}. Save it again.") from error
     if METADATA not in metadata:
         raise LoadError(f"{path} is a safetensors file, but not one of calque's. Write it with calque.save.")
     try:
         table: dict[str, Any] = json.loads(metadata[METADATA])
         checksum = table.pop("checksum")
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, AttributeError, TypeError):
         checksum = None
     if checksum is None or _checksum(_text(table), tensors) != checksum:
         raise LoadError(f"{path} is damaged: its checksum does not fit its contents. Save it again.")
     if table["format"] != FORMAT:
-        raise LoadError(
-            f"{path} has format {table['format']}; this version of calque reads {FORMAT}. Update calque."
-        )
+        raise LoadError(f"{path} has format {table['format']}; this version of calque reads {FORMAT}. Update calque.")
     return table, tensors
 
 

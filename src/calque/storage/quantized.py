@@ -4,6 +4,7 @@ A file has what the float network's architecture lacks: codes at their bits, sca
 stays float, and as JSON the plan, the report, the operators and the form of the inputs.
 """
 
+import copy
 import json
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -53,13 +54,9 @@ def save(q: QuantizedModel, path: FilePath) -> None:
         "plan": {name: str(bits) for name, bits in q.plan.items()},
         "report": None if q.report is None else json.loads(q.report.to_json()),
         "placement": q.facts["placement"],
-        "dynamic": {
-            name: sorted(axes) for name, axes in q.facts["dynamic"].items() if isinstance(axes, Mapping)
-        },
+        "dynamic": {name: sorted(axes) for name, axes in q.facts["dynamic"].items() if isinstance(axes, Mapping)},
         "inputs": form,
-        "layers": {
-            name: {"bits": part.bits, "shape": list(part.codes.shape)} for name, part in q.layers.items()
-        },
+        "layers": {name: {"bits": part.bits, "shape": list(part.codes.shape)} for name, part in q.layers.items()},
         "operators": operators(q.graph_module),
         "grids": grids(q),
         "aliases": aliases,
@@ -83,28 +80,25 @@ def load(path: FilePath, model: nn.Module) -> QuantizedModel:
     tensors = {key: value.to(device) for key, value in tensors.items()}
     tensors.update({alias: tensors[key] for alias, key in table["aliases"].items()})
     generator = torch.Generator().manual_seed(EXAMPLE_SEED)
-    example = {
-        name: example_input(form, tensors, generator, device) for name, form in table["inputs"].items()
-    }
+    example = {name: example_input(form, tensors, generator, device) for name, form in table["inputs"].items()}
     network = _capture(path, model, example, table)
-    problems = mismatches(network, table, tensors) or differences(
-        table["operators"], operators(network.module)
-    )
+    problems = mismatches(network, table, tensors) or differences(table["operators"], operators(network.module))
     if problems:
         raise _misfit(path, problems)
+    plan = Plan({name: Bits.parse(bits) for name, bits in table["plan"].items()})
+    edges = place(network, plan, table["placement"])
+    if {edge.name for edge in edges} != set(table["grids"]):
+        raise _moved_grids(path, table)
     try:
-        result = _assemble(network, table, tensors)
+        quantizers = {edge.name: _quantizer(table["grids"][edge.name], edge.bits, device) for edge in edges}
+        result = assemble(network, edges, _layers(network, table, tensors), quantizers, plan)
+        _restore_float(result, tensors)
         result.report = None if table["report"] is None else Report.from_json(json.dumps(table["report"]))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise LoadError(
-            f"{path} is damaged: its contents contradict each other ({error}). Save it again."
-        ) from error
+        raise LoadError(f"{path} is damaged: its contents contradict each other ({error}). Save it again.") from error
     result.facts |= {"placement": table["placement"], "example": example, "dynamic": _dynamic(table)}
     if grids(result) != table["grids"]:
-        raise LoadError(
-            f"{path} was written by calque {table['versions']['calque']}, which placed the grids otherwise "
-            f"than this version ({version('calque')}). Quantize again with its plan."
-        )
+        raise _moved_grids(path, table)
     return result
 
 
@@ -117,16 +111,16 @@ def _tensors(q: QuantizedModel) -> Tensors:
         result[f"layer:{name}:bias"] = layer.bias
         if layer.bias_scale is not None:
             result[f"layer:{name}:bias_scale"] = layer.bias_scale
-    for name, quantizer in q.quantizers.items():
-        result[f"grid:{name}:scale"] = quantizer.scale
-        result[f"grid:{name}:zero_point"] = quantizer.zero_point
     result.update({f"float:{name}": tensor for name, tensor in left_float(q.graph_module)})
     return {key: value.detach().cpu().contiguous().clone() for key, value in result.items()}
 
 
 def _capture(path: FilePath, model: nn.Module, example: Batch, table: Mapping[str, Any]) -> Network:
+    blank = copy.deepcopy(model)  # with the weights at hand, values might overflow, and no trace could be checked
+    for parameter in blank.parameters():
+        parameter.data.zero_()
     try:
-        return capture(model, Signature.of(model).bind((), example), _dynamic(table))
+        return capture(blank, Signature.of(model).bind((), example), _dynamic(table))
     except (CaptureError, CalibrationError) as error:
         modules, problems = dict(model.named_modules()), []
         for name, layer in table["layers"].items():
@@ -146,8 +140,14 @@ def _misfit(path: FilePath, problems: list[str]) -> LoadError:
     )
 
 
-def _assemble(network: Network, table: Mapping[str, Any], tensors: Tensors) -> QuantizedModel:
-    plan = Plan({name: Bits.parse(bits) for name, bits in table["plan"].items()})
+def _moved_grids(path: FilePath, table: Mapping[str, Any]) -> LoadError:
+    return LoadError(
+        f"{path} was written by calque {table['versions']['calque']}, which placed the grids otherwise than "
+        f"this version ({version('calque')}). Quantize again with its plan."
+    )
+
+
+def _layers(network: Network, table: Mapping[str, Any], tensors: Tensors) -> dict[str, QuantizedLayer]:
     layers = {}
     for name, stored in table["layers"].items():
         key, bits = f"layer:{name}", stored["bits"]
@@ -157,20 +157,20 @@ def _assemble(network: Network, table: Mapping[str, Any], tensors: Tensors) -> Q
             tensors[f"{key}:bias"],
             tensors.get(f"{key}:bias_scale"),
         )
-        layers[name] = QuantizedLayer(
-            network.weighted(name).geometry, codes, scale, bias, bias_scale, bits=bits
-        )
-    edges = place(network, plan, table["placement"])
-    quantizers = {
-        edge.name: Quantizer(
-            tensors[f"grid:{edge.name}:scale"], tensors[f"grid:{edge.name}:zero_point"], bits=edge.bits
-        )
-        for edge in edges
-    }
-    result = assemble(network, edges, layers, quantizers, plan)
-    for name, _ in list(left_float(result.graph_module)):
+        geometry = network.weighted(name).geometry
+        layers[name] = QuantizedLayer(geometry, codes, scale, bias, bias_scale, bits=bits)
+    return layers
+
+
+def _restore_float(q: QuantizedModel, tensors: Tensors) -> None:
+    """Puts, in place, the stored tensors where the architecture's own weights are."""
+    for name, _ in list(left_float(q.graph_module)):
         path, _, leaf = name.rpartition(".")
-        owner = result.graph_module.get_submodule(path)
+        owner = q.graph_module.get_submodule(path)
         delattr(owner, leaf)
         owner.register_buffer(leaf, tensors[f"float:{name}"].clone())
-    return result
+
+
+def _quantizer(grid: Mapping[str, Any], bits: int, device: torch.device) -> Quantizer:
+    scale = torch.tensor(grid["scale"], dtype=torch.float32, device=device)
+    return Quantizer(scale, torch.tensor(grid["zero_point"], device=device), bits=bits)

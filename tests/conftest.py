@@ -1,0 +1,26 @@
+"""Fixtures that several files share; each is made once."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import networks
+
+torch.set_num_threads(
+    1
+)  # the networks are tiny: more threads only wait for each other, 20 times as long on a busy machine
+
+
+@pytest.fixture(scope="session")
+def trained() -> networks.Residual:
+    return networks.trained()
+
+
+@pytest.fixture(scope="session")
+def calibration() -> Tensor:
+    return networks.stripes(128, seed=3)[0]
+
+
+@pytest.fixture(scope="session")
+def test_inputs() -> Tensor:
+    return networks.stripes(256, seed=4)[0]
