@@ -134,7 +134,6 @@ def test_parameters_that_stay_float_are_in_the_size() -> None:
     assert report.float_size == 4 * (36 + 4 + 16)
 
 
-@pytest.mark.xfail(reason="the float weight of a functional layer stays in the module and in the sizes", strict=True)
 def test_a_functional_layer_leaves_no_float_weight_behind() -> None:
     net = Net(lambda net, x: F.linear(x.flatten(1), net.weight), weight=torch.zeros(4, 64))
 

@@ -84,6 +84,7 @@ def test_absorbing_scales_the_output_and_leaves_the_codes(bias_scale: Tensor | N
 
     absorbed = absorb(layer, gain, offset)
 
+    assert isinstance(absorbed, QuantizedLayer)
     assert torch.equal(absorbed.codes, layer.codes)
     expected = layer(x) * gain + offset
     torch.testing.assert_close(absorbed(x).double(), expected, rtol=1e-5, atol=0.01)  # the step of the bias

@@ -14,7 +14,7 @@ from calque.solvers.adaquant import StepSizes
 TensorRange = Literal["minmax", "mean_minmax", "percentile", "least_squares"]
 
 # Chosen on calibration images of resnet20 and mobilenet_v1: docs/experiments.md.
-STEP_SIZES = StepSizes(weight=0.01, weight_scale=1e-3, bias=1e-3, activation_scale=1e-3, zero_point=1e-2)
+STEP_SIZES = StepSizes(weight=0.01, weight_scale=3e-3, bias=1e-3, activation_scale=3e-3, zero_point=1e-2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Recipe:
         activation_range: estimator of the input grids of layers.
         tensor_range: estimator of grids that no layer owns (residual adds, pools, ...).
         weight_range: estimator of the weights' scales.
-        steps: of AdaQuant per layer; 0 leaves the weights rounded to nearest.
+        steps: of AdaQuant per layer; 0 leaves the weights rounded to nearest, with the bias corrected.
         normalize: whether the channel statistics are re-estimated at the end (para-normalization).
         rates: AdaQuant's relative step sizes.
 

@@ -28,6 +28,7 @@ from calque.solvers.problem import (
     Fit,
     Grid,
     LayerProblem,
+    correct_bias,
     covariance,
     layer_problem,
     output_error,
@@ -198,7 +199,8 @@ class Sweep:
             scale = self.swept.layers[self.network.shared[layer.name]].scale.reshape(problem.weight.shape[:2])
         start = round_to_nearest(problem, scale, grid, bits.weight, codes)
         if not self.recipe.steps:
-            return start
+            corrected = correct_bias(problem, start)
+            return corrected if corrected.after < start.after else start
         equations, unknowns = self._equations(layer), problem.weight.shape[-1]
         if equations < unknowns:
             self.swept.weak[layer.name] = (equations, unknowns)

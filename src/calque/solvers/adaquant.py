@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from calque.arithmetic import BIAS_LIMIT, SMALLEST_SCALE, learned_fake_quantize, round_through, weight_limits
-from calque.solvers.problem import Fit, Grid, LayerProblem, round_to_nearest
+from calque.arithmetic import SMALLEST_SCALE, learned_fake_quantize, round_through, weight_limits
+from calque.solvers.problem import Fit, Grid, LayerProblem, correct_bias
 
 CHECKS = 8  # times that the iterate is judged on held-out rows
 BATCH_VALUES = 2**18  # patch values per step at most
@@ -136,10 +136,9 @@ def _iterates(
     learn_grid: bool,
 ) -> Iterator[Fit]:
     """The start with its bias corrected, then the iterates at CHECKS moments of the descent."""
-    corrected = _correct_bias(problem, start)
+    corrected = correct_bias(problem, start)
     parameters = _Parameters(problem, corrected, bits, codes=codes, learn_grid=learn_grid)
-    if codes is None:
-        yield _judged(problem, corrected)
+    yield corrected
     optimizer = torch.optim.Adam(parameters.groups(rates))
     rows = max(BATCH_ROWS[0], min(BATCH_ROWS[1], BATCH_VALUES // problem.patches[:, 0].numel()))
     checks = {round(steps * (k + 1) / CHECKS) for k in range(CHECKS)}
@@ -153,24 +152,3 @@ def _iterates(
         optimizer.step()
         if step + 1 in checks:
             yield parameters.fit(start.before)
-
-
-@torch.no_grad()
-def _correct_bias(problem: LayerProblem, fit: Fit) -> Fit:
-    """The fit with each channel's mean error on the fitted rows, before the activation, taken off the bias."""
-    rows = problem.fitted[:4096]
-    x = problem.patches[:, rows]
-    inputs = x if fit.grid is None else fit.grid.quantize(x)
-    output = inputs @ (fit.codes.float() * fit.scale[..., None]).transpose(1, 2) + fit.bias
-    bias = fit.bias + (problem.targets[:, rows] - output).mean(1, keepdim=True)
-    return Fit(fit.codes, fit.scale, bias, fit.grid, fit.before, fit.after)
-
-
-def _judged(problem: LayerProblem, fit: Fit) -> Fit:
-    inputs = problem.patches if fit.grid is None else fit.grid.quantize(problem.patches)
-    weight = fit.codes.float() * fit.scale[..., None]
-    after = problem.error(inputs, weight, fit.bias, problem.held_out)
-    return Fit(fit.codes, fit.scale, fit.bias, fit.grid, fit.before, after)
-
-
-__all__ = ["BIAS_LIMIT", "StepSizes", "fit_layer", "round_to_nearest"]

@@ -1,7 +1,7 @@
 """One layer's least-squares problem on sampled output positions, and what a solver returns for it."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -147,6 +147,17 @@ def round_to_nearest(
     inputs = problem.patches if grid is None else grid.quantize(problem.patches)
     error = problem.error(inputs, codes * scale[..., None], problem.bias, problem.held_out)
     return Fit(codes.to(torch.int8), scale, problem.bias, grid, error, error)
+
+
+@torch.no_grad()
+def correct_bias(problem: LayerProblem, fit: Fit, rows: int = 4096) -> Fit:
+    """The fit with each channel's mean error on up to `rows` fitted rows, before the activation, taken off the bias."""
+    chosen = problem.fitted[:: max(1, len(problem.fitted) // rows)]
+    x, weight = problem.patches[:, chosen], fit.codes.float() * fit.scale[..., None]
+    output = (x if fit.grid is None else fit.grid.quantize(x)) @ weight.transpose(1, 2) + fit.bias
+    bias = fit.bias + (problem.targets[:, chosen] - output).mean(1, keepdim=True)
+    held_out = problem.patches if fit.grid is None else fit.grid.quantize(problem.patches)
+    return replace(fit, bias=bias, after=problem.error(held_out, weight, bias, problem.held_out))
 
 
 def covariance(problem: LayerProblem, rows: int = 4096) -> Tensor:
