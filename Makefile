@@ -8,8 +8,6 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 STAMP := .venv/.stamp
 CODE := $(wildcard src tests benchmarks)
-# Threads that wait in a loop starve each other where cores are shared.
-export OMP_WAIT_POLICY ?= passive
 # What the suite leaves out; `make test MARKS=real` runs the real tasks instead.
 MARKS ?= not slow and not gpu and not real
 

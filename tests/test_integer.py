@@ -142,7 +142,6 @@ def test_sums_beyond_float32_are_exact() -> None:
 
 
 @pytest.mark.parametrize("placement", ["integer", "inputs"])
-@pytest.mark.xfail(reason="a second clip replaces the first instead of cutting it", strict=True)
 def test_two_clips_in_a_row_both_clip(placement: str) -> None:
     net = Net(lambda net, x: F.hardtanh(F.relu(net.fc(x.flatten(1))), -0.5, 0.5), fc=nn.Linear(64, 4))
     q = calque.quantize(net, CALIBRATION, recipe="nearest", placement=placement)  # type: ignore[arg-type]

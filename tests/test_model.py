@@ -127,7 +127,6 @@ def test_a_module_called_quantizers_keeps_its_layers() -> None:
     assert (q(INPUTS) - net(INPUTS)).detach().abs().max() < 0.05 * net(INPUTS).detach().std()
 
 
-@pytest.mark.xfail(reason="a quantizer is put on the tuple: it fails when the network is called", strict=True)
 def test_an_operator_that_returns_a_tuple_can_feed_a_layer() -> None:
     net = Net(
         lambda net, x: net.fc(net.conv(x).flatten(2).max(2).values),

@@ -93,7 +93,6 @@ def test_an_override_of_a_tensor_sets_its_bits(net: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("placement", ["inputs", "integer"])
-@pytest.mark.xfail(reason="an entry for a tensor that has no grid of its own is dropped silently", strict=True)
 def test_an_override_of_a_tensor_is_obeyed_or_refused(net: nn.Module, placement: Placement) -> None:
     name = "conv1.output" if placement == "integer" else "stem.output"
     try:
@@ -103,7 +102,6 @@ def test_an_override_of_a_tensor_is_obeyed_or_refused(net: nn.Module, placement:
     assert q.plan[name] == Bits(None, 6)
 
 
-@pytest.mark.xfail(reason="8-bit grids on results of convolutions, adds and pools", strict=True)
 def test_weights_alone_leave_all_activations_float(net: nn.Module) -> None:
     assert not calque.quantize(net, INPUTS, bits="w4", recipe="nearest").quantizers
 
@@ -177,19 +175,19 @@ def test_a_network_without_layers_is_refused() -> None:
         calque.quantize(nn.Sequential(nn.ReLU()), INPUTS)
 
 
-@pytest.mark.xfail(reason="the tensor's entry replaces the layer's in the plan", strict=True)
 def test_a_layer_and_a_tensor_of_the_same_name_both_stay_in_the_plan() -> None:
     def forward(net: Net, x: Tensor) -> Tensor:
         y = F.relu(net.c(x))
         z: Tensor = net.get_submodule("add")(y) + y
-        return z
+        return z.sigmoid()
 
     q = calque.quantize(
         Net(forward, c=nn.Conv2d(1, 4, 3), add=nn.Conv2d(4, 4, 1)), INPUTS, bits="w4a4", recipe="nearest"
     )
 
     assert {bits.weight for name, bits in q.plan.items() if name in q.layers} == {8}
-    assert len(q.plan) == len(q.layers) + sum(name not in q.layers for name in q.report.tensors) + 1
+    assert len(q.plan) == len(q.layers) + len(q.report.tensors)
+    assert len(q.report.tensors) == 3  # both convolutions and the sum
 
 
 # ---- results
@@ -236,7 +234,6 @@ def test_the_same_seed_gives_the_same_bits_twice(net: nn.Module) -> None:
     assert one.report.seed == 5
 
 
-@pytest.mark.xfail(reason="torch's CPU generator reads the lower 32 bits of a seed alone", strict=True)
 def test_another_seed_gives_other_bits(net: nn.Module) -> None:
     one, other = (calque.quantize(net, INPUTS, bits="w4a4", recipe=QUICK, seed=seed) for seed in (5, 6))
 
@@ -285,7 +282,6 @@ def test_progress_counts_every_layer_in_every_phase(net: nn.Module) -> None:
     assert calls == [(phase, done, 5) for phase in ("fit", "statistics") for done in range(1, 6)]
 
 
-@pytest.mark.xfail(reason="a float layer has no statistics, but counts in their total", strict=True)
 def test_progress_reaches_its_total_where_a_layer_stays_float(net: nn.Module) -> None:
     calls: list[tuple[str, int, int]] = []
 
@@ -403,15 +399,11 @@ def test_inputs_of_a_shape_that_the_network_refuses_are_refused(net: nn.Module) 
         calque.quantize(net, networks.images(4, seed=0, channels=3))
 
 
-@pytest.mark.xfail(reason="a bare RuntimeError of conv2d", strict=True, raises=RuntimeError)
 def test_a_later_batch_of_a_shape_that_the_network_refuses_is_refused(net: nn.Module) -> None:
     with pytest.raises((CalibrationError, CaptureError)):
         calque.quantize(net, [INPUTS, networks.images(4, seed=0, channels=2)])
 
 
-@pytest.mark.xfail(
-    reason="the first batch's number is built in; the others are calibrated and run with it", strict=True
-)
 def test_a_number_that_differs_between_batches_is_refused_or_obeyed() -> None:
     net = networks.seeded(Scaled())
     try:
@@ -479,7 +471,7 @@ class Unreached(nn.Module):
 
 @pytest.mark.parametrize(
     "features",
-    [5, pytest.param(3, marks=pytest.mark.xfail(reason="a layer of equal shape passes for it", strict=True))],
+    [5, 3],
 )
 def test_a_layer_that_is_never_reached_is_warned_about(features: int) -> None:
     with warnings.catch_warnings(record=True) as caught:

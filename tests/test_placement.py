@@ -105,10 +105,6 @@ def test_float_layers_have_no_input_grid(residual: Network) -> None:
         assert not any("conv2" in edge.readers for edge in edges)
 
 
-@pytest.mark.xfail(
-    reason="results of convolutions and adds get 8-bit grids although activations are to be float",
-    strict=True,
-)
 def test_weights_alone_put_no_tensor_on_a_grid(residual: Network) -> None:
     assert place(residual, dict.fromkeys(residual.layers, Bits(4, None)), "integer") == []
 
@@ -200,7 +196,6 @@ def test_a_layer_read_through_movements_alone_is_on_its_readers_grid() -> None:
     ],
     ids=["max", "topk"],
 )
-@pytest.mark.xfail(reason="a grid is put on the tuple that the operator returns", strict=True)
 def test_an_operator_that_returns_a_tuple_gets_no_grid(forward: object) -> None:
     assert callable(forward)
     network = capture(Net(forward, a=nn.Conv2d(4, 4, 1), b=nn.Linear(4, 2)), {"x": X})

@@ -143,7 +143,6 @@ def test_a_functional_layer_leaves_no_float_weight_behind() -> None:
     assert not any(name.endswith("weight") for name in q.state_dict())
 
 
-@pytest.mark.xfail(reason="a shared weight is counted once per call in the float network's size", strict=True)
 def test_a_shared_weight_is_counted_once() -> None:
     net = Net(lambda net, x: net.c(F.relu(net.c(x))), c=nn.Conv2d(1, 1, 3, padding=1))
 

@@ -247,7 +247,6 @@ def test_the_same_seed_gives_the_same_fit_and_another_seed_another(problem: Laye
 
 
 @pytest.mark.parametrize("factor", [2.0**-10, 2.0**10])
-@pytest.mark.xfail(reason="the loss is absolute: Adam's epsilon outweighs a small layer's gradients", strict=True)
 def test_step_sizes_are_relative_to_the_layers_scale(problem: LayerProblem, factor: float) -> None:
     scaled = replace(
         problem, weight=problem.weight * factor, bias=problem.bias * factor, targets=problem.targets * factor

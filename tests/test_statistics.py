@@ -179,7 +179,8 @@ def test_a_quantized_network_gets_the_float_statistics_and_keeps_its_codes(
         deviation = targets[name].variance.sqrt()
         apart = ((now[name].mean - targets[name].mean) / deviation).abs().max()
         assert apart < 0.02
-        assert apart < ((before[name].mean - targets[name].mean) / deviation).abs().max()
+        if layer.bits < 8:
+            assert not torch.allclose(before[name].variance, targets[name].variance, rtol=0.02, atol=0.0)
         torch.testing.assert_close(now[name].variance, targets[name].variance, rtol=0.02, atol=0.0)
 
 

@@ -31,7 +31,7 @@ def parse_bytes(text: str | int) -> int:
     """
     if isinstance(text, int) and text > 0:
         return text
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([kKMG]?B)\s*", text) if isinstance(text, str) else None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([kKMG]?B)\s*", text) if isinstance(text, str) else None
     if not match:
         raise SpecError(f'a size is written as a number with a unit, such as "2GB" or "300MB". Got {text!r}.')
     return int(float(match[1]) * _UNITS[match[2]])
@@ -196,8 +196,12 @@ class Execution:
         for index in range(self.count):
             values = {source: self.store.get(self._kept[source][index]) for source in node.all_input_nodes}
             args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-            with torch.no_grad():
-                yield self._call(node, module, args, kwargs)
+            try:
+                with torch.no_grad():
+                    yield self._call(node, module, args, kwargs)
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0]
+                raise CalibrationError(f"operator {node.name} fails on calibration batch {index}: {reason}") from error
 
     def _call(
         self, node: fx.Node, module: torch.nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -175,7 +175,10 @@ class _Interpreter(fx.Interpreter):
             return pytree.tree_map(lambda offsets: OnGrid(offsets, first.grid), moved)
         if isinstance(first, (Accumulator, Sum)):
             bounds = clamp_bounds(node)
-            return None if bounds is None else replace(first, bounds=bounds)
+            if bounds is None:
+                return None
+            low, high = (min(max(end, bounds[0]), bounds[1]) for end in first.bounds)
+            return replace(first, bounds=(low, high))
         if node.target in ADDITIONS and len(args) == 2 and all(isinstance(a, OnGrid) for a in args) and not kwargs:
             return Sum(*args)
         return None

@@ -99,7 +99,9 @@ def quantize(
     captured = time.perf_counter()
     show = progress or (lambda phase, done, total: None)
     with Store(parse_bytes(memory)) as store:
-        swept = Sweep(network, entries, edges, chosen, batches, store, seed).run(_counter(show, "fit", network))
+        swept = Sweep(network, entries, edges, chosen, batches, store, seed).run(
+            _counter(show, "fit", len(network.layers))
+        )
     fitted = time.perf_counter()
     final = Plan(_final_entries(network, entries, edges))
     result = assemble(network, edges, swept.layers, swept.quantizers, final)
@@ -108,7 +110,13 @@ def quantize(
     if chosen.normalize:
         before = {name: layer.codes.clone() for name, layer in result.layers.items()}
         with Store(parse_bytes(memory)) as store:
-            para_normalize(result.graph_module, swept.statistics, batches, store, _counter(show, "statistics", network))
+            para_normalize(
+                result.graph_module,
+                swept.statistics,
+                batches,
+                store,
+                _counter(show, "statistics", len(swept.statistics)),
+            )
         assert all(torch.equal(layer.codes, before[name]) for name, layer in result.layers.items())
     phases = {
         "capture": captured - started,
@@ -175,13 +183,13 @@ def _moved(model: nn.Module, device: torch.device) -> nn.Module:
     return copy.deepcopy(model).to(device)
 
 
-def _counter(progress: Progress, phase: str, network: Network) -> Callable[[str], None]:
+def _counter(progress: Progress, phase: str, total: int) -> Callable[[str], None]:
     done = 0
 
     def count(_: str) -> None:
         nonlocal done
         done += 1
-        progress(phase, done, len(network.layers))
+        progress(phase, done, total)
 
     return count
 
@@ -238,7 +246,7 @@ def _report(
     }
     in_layers = sum(count for name, count in parameters.items() if result.plan[name].weight is None)
     other = 4 * (parameters_left_float(result) - in_layers)
-    whole = 4 * sum(parameters.values())
+    whole = 4 * sum(count for name, count in parameters.items() if name not in network.shared)
     return Report(
         recipe.name, placement, seed, sum(rows(batch) for batch in batches), tuple(swept.reports), tensors,
         whole + other, other, phases, tuple(notes), {"calque": version("calque"), "torch": torch.__version__},

@@ -6,6 +6,7 @@ from typing import Literal
 
 from torch import fx
 
+from calque.errors import SpecError
 from calque.graph.network import (
     ADDITIONS,
     AVERAGE_POOLS,
@@ -61,19 +62,29 @@ def place(network: Network, bits: Mapping[str, Bits], placement: Placement) -> l
         bits: layer name -> bits; tensor name -> bits (optional entries).
     """
     quantized = [name for name in network.layers if bits[name].activation is not None]
+    if not quantized:
+        return []
     if placement == "inputs":
+        asked = [name for name in bits if name not in network.layers]
+        if asked:
+            raise SpecError(
+                f'tensors have grids of their own in the placement "integer" only. Got bits for {asked[0]}.'
+            )
         return [_input_edge(network, [name], _bits_of(bits, name)) for name in quantized]
     readers = _readers_by_root(network, quantized)
     shared = shared_tensors(network)
+    skipped = _needless(network, bits)
     edges = []
     for node in network.nodes():
         names = readers.get(node, [])
         name = shared.get(node)
         widths = {_bits_of(bits, reader) for reader in names}
-        if names and len(widths) == 1 and _is_exclusive(node, network, names, bits):
+        if names and len(widths) == 1 and name not in bits and _is_exclusive(node, network, names):
             edges.append(_root_edge(node, names, widths.pop()))
             continue
-        own = bits.get(name, Bits(None, SHARED_TENSOR_BITS)).activation if name is not None else None
+        own = None
+        if name is not None and (node not in skipped or name in bits):
+            own = bits.get(name, Bits(None, SHARED_TENSOR_BITS)).activation
         direct = [reader for reader in names if _bits_of(bits, reader) == own]
         if name is not None and own is not None:
             edges.append(Edge(name, node, own, tuple(direct), "tensor"))
@@ -92,7 +103,8 @@ def shared_tensors(network: Network) -> dict[fx.Node, str]:
 
     def add(node: fx.Node) -> None:
         layer = by_result.get(node)
-        names.setdefault(node, f"{layer.name}.output" if layer else node.name)
+        own = node.name if node.name not in network.layers else f"{node.name}#tensor"
+        names.setdefault(node, f"{layer.name}.output" if layer else own)
 
     for node in network.nodes():
         operands = list(_operands(node))
@@ -107,6 +119,36 @@ def shared_tensors(network: Network) -> dict[fx.Node, str]:
                 add(layer.result)
     order = {node: index for index, node in enumerate(network.nodes())}
     return dict(sorted(names.items(), key=lambda item: order[item[0]]))
+
+
+def _needless(network: Network, bits: Mapping[str, Bits]) -> set[fx.Node]:
+    """Shared tensors that no integer kernel needs on a grid.
+
+    Results of convolutions that stay float, and network outputs that no convolution makes: they stay float, as the logits
+    of a final Linear do.
+    """
+    by_result = {layer.result: layer for layer in network.layers.values()}
+    found = set()
+    for node in shared_tensors(network):
+        layer = by_result.get(node)
+        if layer is not None:
+            if bits[layer.name].activation is None and not any(list(_operands(user)) for user in node.users):
+                found.add(node)
+        elif node.op != "placeholder" and _is_only_output(node):
+            found.add(node)
+    return found
+
+
+def _is_only_output(node: fx.Node) -> bool:
+    """Whether the network's outputs alone read the node, movements aside."""
+    pending = list(node.users)
+    while pending:
+        reader = pending.pop()
+        if is_movement(reader):
+            pending.extend(reader.users)
+        elif reader.op != "output":
+            return False
+    return True
 
 
 def _operands(node: fx.Node) -> Iterator[fx.Node]:
@@ -154,7 +196,7 @@ def _readers_by_root(network: Network, names: list[str]) -> dict[fx.Node, list[s
     return readers
 
 
-def _is_exclusive(node: fx.Node, network: Network, names: list[str], bits: Mapping[str, Bits]) -> bool:
+def _is_exclusive(node: fx.Node, network: Network, names: list[str]) -> bool:
     """Whether nothing but these layers reads the node, movements aside, and no integer operator made it."""
     makers = [node, *node.all_input_nodes]  # the node may be the clip behind an add
     if any(list(_operands(maker)) for maker in makers if result_of(maker) is node):

@@ -98,7 +98,7 @@ def _require_fields(table: Mapping[str, Any], names: set[str], what: str) -> Non
 
 
 NEAREST = Recipe("nearest", "output", "least_squares", "least_squares", steps=0, normalize=False)
-SEQUENTIAL = replace(NEAREST, name="sequential", weight_range="output", steps=400, normalize=True)
+SEQUENTIAL = replace(NEAREST, name="sequential", weight_range="output", steps=250, normalize=True)
 RECIPES = {recipe.name: recipe for recipe in (NEAREST, SEQUENTIAL)}
 
 

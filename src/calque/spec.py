@@ -143,6 +143,8 @@ def apply_overrides(
 ) -> dict[str, Bits]:
     """`entries` with each glob pattern's bits put on the layers and tensors that it matches; later patterns win.
 
+    Bits with weights go to layers, bits of activations alone to tensors, float to both.
+
     Args:
         entries: bits per layer.
         overrides: pattern -> bits; None stands for float.
@@ -158,8 +160,10 @@ def apply_overrides(
         if not matched:
             names = ", ".join([*entries, *tensors])
             raise SpecError(f"override pattern {pattern!r} matches no layer or tensor. The names are: {names}.")
-        for name in matched:
-            result[name] = check_entry(name, bits, is_layer=name in entries)
+        suited = [name for name in matched if bits == FLOAT or (bits.weight is not None) == (name in entries)]
+        if not suited:
+            check_entry(matched[0], bits, is_layer=matched[0] in entries)
+        result.update(dict.fromkeys(suited, bits))
     return result
 
 

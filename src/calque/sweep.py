@@ -108,7 +108,7 @@ class Sweep:
         return self.swept
 
     def _generator(self, name: str) -> torch.Generator:
-        return torch.Generator().manual_seed((self.seed << 32) ^ zlib.crc32(name.encode()))
+        return torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{name}".encode()))
 
     def _tensor(self, edge: Edge) -> None:
         """Gives a tensor its own grid and puts the quantized values on it."""

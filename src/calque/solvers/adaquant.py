@@ -17,7 +17,7 @@ from calque.arithmetic import SMALLEST_SCALE, learned_fake_quantize, round_throu
 from calque.solvers.problem import Fit, Grid, LayerProblem, correct_bias
 
 CHECKS = 8  # times that the iterate is judged on held-out rows
-BATCH_VALUES = 2**18  # patch values per step at most
+BATCH_VALUES = 2**17  # patch values per step at most
 BATCH_ROWS = (32, 512)  # rows per step
 
 
@@ -42,6 +42,8 @@ class _Parameters:
         self.levels = (problem.weight / start.scale[..., None]).clone()
         self.start_scale = start.scale
         self.log_scale = torch.zeros_like(start.scale)
+        # Adam's epsilon must be small beside the gradients of any layer, whatever its unit
+        self.power = problem.activation(problem.targets).var().clamp(min=1e-30)
         self.bias_unit = problem.targets.std(1, keepdim=True).clamp(min=1e-12)
         self.bias = start.bias / self.bias_unit
         self.start_grid = start.grid
@@ -79,7 +81,8 @@ class _Parameters:
     def loss(self, rows: Tensor) -> Tensor:
         problem = self.problem
         output = self.inputs(rows) @ self.weight().transpose(1, 2) + self.bias * self.bias_unit
-        return (problem.activation(output) - problem.activation(problem.targets[:, rows])).square().mean()
+        error = problem.activation(output) - problem.activation(problem.targets[:, rows])
+        return error.square().mean() / self.power
 
     @torch.no_grad()
     def fit(self, before: float) -> Fit:
