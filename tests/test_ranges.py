@@ -32,7 +32,9 @@ def batches(seed: int, *, shift: float = 0.0) -> list[Tensor]:
 
 
 def sample(made: list[Tensor], count: int = 10**6) -> TensorSample:
-    return TensorSample.of(made, count=count, generator=torch.Generator().manual_seed(0))
+    return TensorSample.of(
+        made, count=count, inputs=sum(len(batch) for batch in made), generator=torch.Generator().manual_seed(0)
+    )
 
 
 def squared_error(values: Tensor, low: Tensor, high: Tensor, bits: int) -> float:

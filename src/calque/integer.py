@@ -1,8 +1,9 @@
 """The exact integer evaluation of a quantized network: what integer kernels compute, settled without rounding errors.
 
 Codes times codes are accumulated exactly, the int32 bias is added, and one float32 factor per channel leads to the next
-grid (METHOD section 1). Operators that only move values work on codes; a residual add is rescaled from both operands' codes
-in float32, as ONNX Runtime's QLinearAdd does. Everything that has no integer kernel runs in float32 on real values.
+grid (METHOD section 1). Operators that only move values work on codes. A residual add is rescaled from both operands'
+codes in float32, with the zero points in one constant that is added before rounding, as ONNX Runtime's QLinearAdd does
+it. Everything that has no integer kernel runs in float32 on real values.
 """
 
 import operator

@@ -7,7 +7,7 @@ least_squares       the clip whose rounding error on the tensor is smallest
 output              the clip whose error at the layer's output is smallest, under float weights
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,19 +40,18 @@ class TensorSample:
     values: Tensor
 
     @classmethod
-    def of(cls, batches: list[Tensor], *, count: int, generator: torch.Generator) -> "TensorSample":
-        """The sample of about `count` values of tensors (N, ...), the same share of each batch."""
+    def of(cls, batches: Iterable[Tensor], *, count: int, inputs: int, generator: torch.Generator) -> "TensorSample":
+        """The sample of about `count` values of tensors (N, ...) with `inputs` rows in all, the same share of each."""
         lows, highs, values = [], [], []
-        total = sum(batch.numel() for batch in batches)
         for batch in batches:
             flat = batch.reshape(batch.shape[0], -1)
             low, high = flat.aminmax(dim=1)
             lows.append(low)
             highs.append(high)
-            if total <= count:
+            share = max(1, count * batch.shape[0] // inputs)
+            if batch.numel() <= share:
                 values.append(flat.reshape(-1))
                 continue
-            share = max(1, count * batch.numel() // total)
             picked = torch.randint(batch.numel(), (share,), generator=generator)
             values.append(flat.reshape(-1)[picked.to(batch.device)])
         low, high = torch.cat(lows), torch.cat(highs)
@@ -63,7 +62,7 @@ def activation_range(sample: TensorSample, kind: ActivationRange, bits: int) -> 
     """(low, high) of a tensor by an estimator that needs no layer ("output" is `search_range` with a layer's error).
 
     >>> gradient = torch.linspace(0, 1, 101)[None]
-    >>> sample = TensorSample.of([gradient], count=1000, generator=torch.Generator())
+    >>> sample = TensorSample.of([gradient], count=1000, inputs=1, generator=torch.Generator())
     >>> activation_range(sample, "minmax", 8)
     (tensor(0.), tensor(1.))
     """

@@ -8,7 +8,7 @@ import logging
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -112,15 +112,26 @@ class Sweep:
 
     def _tensor(self, edge: Edge) -> None:
         """Gives a tensor its own grid and puts the quantized values on it."""
-        sample = TensorSample.of(
-            list(self.shadow.values(edge.source)), count=SAMPLED_VALUES, generator=self._generator(edge.name)
-        )
+        sample = self._sample(edge, edge.source)
         low, high = activation_range(sample, self.recipe.tensor_range, edge.bits)
         if low == high:
             self.swept.notes.append(f"tensor {edge.name} is zero on all calibration inputs; its grid is a guess.")
         quantizer = Quantizer(*affine_grid(low, high, edge.bits), bits=edge.bits)
         self.swept.quantizers[edge.name] = quantizer
         self.shadow.put(edge.source, (quantizer(value) for value in self.shadow.values(edge.source)))
+
+    def _sample(self, edge: Edge, source: fx.Node) -> TensorSample:
+        """Values of the quantized prefix with the extremes of the float network.
+
+        Extremes of values on a grid are whole multiples of its scale; a range from them would make the ratio of two scales a
+        simple fraction, and then a good part of all values lies exactly between two codes.
+        """
+        generator = self._generator(edge.name)
+
+        def sample(values: Iterator[Tensor]) -> TensorSample:
+            return TensorSample.of(values, count=SAMPLED_VALUES, inputs=self.inputs, generator=generator)
+
+        return replace(sample(self.reference.values(source)), values=sample(self.shadow.values(source)).values)
 
     def _layer(self, layer: Layer) -> None:
         started = time.perf_counter()
@@ -228,9 +239,7 @@ class Sweep:
             return Grid(known.scale, known.zero_point, known.qmax), False
         source = layer.node.args[0]
         assert isinstance(source, fx.Node)
-        sample = TensorSample.of(
-            list(self.shadow.values(source)), count=SAMPLED_VALUES, generator=self._generator(edge.name)
-        )
+        sample = self._sample(edge, source)
         if sample.low == sample.high:
             self.swept.notes.append(f"layer {layer.name}: its input is the same value everywhere; its grid is a guess.")
         _, qmax = activation_limits(edge.bits)
