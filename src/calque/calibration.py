@@ -82,6 +82,11 @@ def _check(batches: list[Batch]) -> None:
             raise CalibrationError(f"calibration batch {position} has the form {other_spec}; batch 0 has {spec}.")
         for index, (first, leaf) in enumerate(zip(leaves, others, strict=True)):
             if not isinstance(leaf, Tensor):
+                if leaf != first:
+                    raise CalibrationError(
+                        f"arguments that are no tensors must be the same in every batch. Batch {position}: {leaf!r}; "
+                        f"batch 0: {first!r}."
+                    )
                 continue
             if leaf.dim() != first.dim() or leaf.dtype != first.dtype:
                 raise CalibrationError(

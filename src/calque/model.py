@@ -61,6 +61,11 @@ class QuantizedModel(nn.Module):
         expected = self.in_spec.child(1)
         if spec != expected:
             raise TypeError(f"the network was captured with inputs of the form {expected}. Got {spec}.")
+        for leaf, constant in zip(leaves, self.facts["constants"], strict=True):
+            if not isinstance(leaf, Tensor) and leaf != constant:
+                raise TypeError(
+                    f"the network was captured with the argument {constant!r}. Got {leaf!r}; capture it anew."
+                )
         return pytree.tree_unflatten(self.graph_module(*leaves), self.out_spec)
 
     @property
@@ -128,7 +133,12 @@ def assemble(
         module.set_submodule(name, layer)
     module.graph.lint()
     module.recompile()
-    facts = {"edges": targets, "inputs": network.inputs, "left_float": network.left_float}
+    facts = {
+        "edges": targets,
+        "inputs": network.inputs,
+        "constants": network.constants,
+        "left_float": network.left_float,
+    }
     return QuantizedModel(module, network.signature, (network.in_spec, network.out_spec), plan, facts)
 
 

@@ -205,23 +205,14 @@ def _notes(model: nn.Module, network: Network, swept: Swept) -> list[str]:
     notes = [*network.left_float, *swept.notes]
     if any(module.training for module in model.modules()):
         notes.insert(0, "the model was in train mode; its eval mode was quantized.")
-    called = {name.partition("#")[0] for name in network.layers}
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)) and name not in called and not _functional(network, module):
-            notes.append(f"layer {name} is never reached by forward on these inputs; it is not part of the result.")
-            warnings.warn(notes[-1] + " Check the calibration inputs.", CalibrationWarning, stacklevel=3)
+    for name in network.unreached:
+        notes.append(f"layer {name} is never reached by forward on these inputs; it is not part of the result.")
+        warnings.warn(notes[-1] + " Check the calibration inputs.", CalibrationWarning, stacklevel=3)
     if swept.weak:
         cases = ", ".join(f"{name} ({rows_} rows for {unknowns})" for name, (rows_, unknowns) in swept.weak.items())
         notes.append(f"fewer calibration rows than unknowns per output, so that a fit may over-fit: {cases}.")
         warnings.warn(notes[-1] + " Pass more inputs; held-out ones guard the fit.", CalibrationWarning, stacklevel=3)
     return notes
-
-
-def _functional(network: Network, module: nn.Module) -> bool:
-    """Whether some captured layer has the shape of this module's weight under a graph name."""
-    weight = module.weight
-    assert isinstance(weight, torch.Tensor)
-    return any(network.weighted(name).weight.shape == weight.shape for name in network.layers if "." not in name)
 
 
 def _report(

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from calque.errors import SpecError
 from calque.ranges import ActivationRange, WeightRange
 from calque.solvers.adaquant import StepSizes
+from calque.spec import toml_string
 
 TensorRange = Literal["minmax", "mean_minmax", "percentile", "least_squares"]
 
@@ -53,7 +54,9 @@ class Recipe:
                 raise SpecError(f"{field} is one of {', '.join(get_args(kind))}. Got {getattr(self, field)!r}.")
         if type(self.steps) is not int or self.steps < 0:
             raise SpecError(f"steps must be an int >= 0. Got {self.steps!r}.")
-        if any(not rate > 0 for rate in asdict(self.rates).values()):
+        if type(self.normalize) is not bool:
+            raise SpecError(f"normalize must be true or false. Got {self.normalize!r}.")
+        if any(not (isinstance(rate, (int, float)) and rate > 0) for rate in asdict(self.rates).values()):
             raise SpecError(f"rates must be positive. Got {self.rates}.")
 
     def to_toml(self) -> str:
@@ -74,6 +77,8 @@ class Recipe:
         except tomllib.TOMLDecodeError as error:
             raise SpecError(f"a recipe is a TOML file. This one does not parse: {error}.") from error
         rates = table.pop("rates", {})
+        if not isinstance(rates, dict):
+            raise SpecError(f"rates must be a table [rates]. Got {rates!r}.")
         _require_fields(table, {field.name for field in fields(cls)} - {"rates"}, "a recipe")
         _require_fields(rates, {field.name for field in fields(StepSizes)}, "the table [rates]")
         return cls(**table, rates=StepSizes(**rates))
@@ -82,7 +87,7 @@ class Recipe:
 def _toml_lines(table: Mapping[str, Any]) -> list[str]:
     written = {True: "true", False: "false"}
     return [
-        f'{key} = "{value}"'
+        f"{key} = {toml_string(value)}"
         if isinstance(value, str)
         else f"{key} = {written[value] if isinstance(value, bool) else value}"
         for key, value in table.items()

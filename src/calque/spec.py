@@ -42,7 +42,7 @@ class Bits:
 
     def __post_init__(self) -> None:
         for value in (self.weight, self.activation):
-            if value is not None and not LOWEST_BITS <= value <= HIGHEST_BITS:
+            if value is not None and not (type(value) is int and LOWEST_BITS <= value <= HIGHEST_BITS):
                 raise SpecError(f"bits must be an int in [{LOWEST_BITS}, {HIGHEST_BITS}]. Got {value}.")
 
     @classmethod
@@ -97,8 +97,8 @@ class Plan(Mapping[str, Bits]):
         return self.to_toml()
 
     def to_toml(self) -> str:
-        """The plan as a TOML table; a JSON string is a valid TOML key and value."""
-        lines = [f"{json.dumps(name)} = {json.dumps(str(bits))}" for name, bits in self.bits.items()]
+        """The plan as a TOML table."""
+        lines = [f'{toml_string(name)} = "{bits}"' for name, bits in self.bits.items()]
         return "\n".join(["[plan]", *lines, ""])
 
     @classmethod
@@ -124,6 +124,15 @@ class Plan(Mapping[str, Bits]):
     def load(cls, path: str | os.PathLike[str]) -> "Plan":
         """The plan in the TOML file `path`. Raises: OSError, SpecError."""
         return cls.parse(Path(path).read_text(encoding="utf-8"))
+
+
+def toml_string(text: str) -> str:
+    """The text as a TOML basic string: a JSON string, but for DEL, which TOML wants escaped.
+
+    >>> print(toml_string('say "a"'))
+    "say \\"a\\""
+    """
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def uniform(layers: list[str], bits: Bits, first_last: Bits | None) -> dict[str, Bits]:

@@ -194,7 +194,7 @@ class Sweep:
         values = self.shadow.values(source)
         pairs = ((x, weighted(x)) for x in values) if targets is None else zip(values, targets, strict=True)
         return layer_problem(
-            weighted.geometry, weighted.weight, weighted.bias, _activation(layer), pairs,
+            weighted.geometry, weighted.weight, weighted.bias, layer.activate, pairs,
             inputs=self.inputs, generator=self._generator(layer.name),
         )  # fmt: skip
 
@@ -288,17 +288,3 @@ def integer_layer(
         note = f"{int(wide.sum())} channels got a larger weight scale, because their bias would not fit 32 bits."
     bias_scale = input_scale * scale
     return QuantizedLayer(geometry, codes, scale, bias_codes(bias, bias_scale), bias_scale, bits=bits), note
-
-
-def _activation(layer: Layer) -> Callable[[Tensor], Tensor]:
-    node = layer.activation
-    if node is None:
-        return lambda x: x
-
-    def apply(x: Tensor) -> Tensor:
-        assert callable(node.target)
-        result = node.target(x, *node.args[1:], **node.kwargs)
-        assert isinstance(result, Tensor)
-        return result
-
-    return apply

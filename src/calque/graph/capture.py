@@ -1,29 +1,27 @@
 """Captures a network with `torch.export` and rewrites it into a `Network`."""
 
-import copy
 import logging
-import re
-import traceback
-from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from calque.errors import CaptureError
 from calque.graph.fold import fold_batch_norms
 from calque.graph.layers import Geometry, WeightedLayer
 from calque.graph.network import Network, find_layers, flat_inputs, padding_of, value_of
-from calque.graph.rewrite import constant_value, drop_unread_buffers, functionalize, silent_tracing
+from calque.graph.rewrite import (
+    constant_value,
+    drop_unread_buffers,
+    erase_with_constants,
+    functionalize,
+)
 from calque.graph.signature import Batch, Signature, flatten, rows, select
+from calque.graph.trace import DynamicAxes, distinct, private_copy, require_float32, trace
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
-
-DynamicAxes = Mapping[str, Any]  # as torch.export's dynamic_shapes, without the batch axis
 
 # Other operators with a trained weight. They stay float, and are listed.
 _OTHER_WEIGHTED = frozenset(
@@ -48,89 +46,36 @@ def capture(model: nn.Module, example: Batch, dynamic: DynamicAxes | None = None
         CaptureError: control flow on data, an operator that cannot be traced, an in-place write into a view, a batch
             axis that the network fixes, or a trace that computes something else than the model.
     """
-    model = copy.deepcopy(model).eval()
-    _require_float32(model)
+    model = private_copy(model)
+    require_float32(model)
     signature = Signature.of(model)
     count = rows(example)
-    batch = _distinct(select(example, torch.arange(max(count, 2)).clamp(max=count - 1)[:2]))
-    program = _export(model, batch, dynamic)
-    module = program.module(check_guards=False)
+    batch = distinct(select(example, torch.arange(max(count, 2)).clamp(max=count - 1)[:2]))
+    module = trace(model, batch, dynamic)
     in_spec, out_spec = module._in_spec, module._out_spec  # tree specs of (args, kwargs) and of the result
     assert out_spec is not None
+    read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr" and node.users}
     graph = functionalize(module.graph)
     flat = _flatten_calls(module, graph)
     sources = _introduce_layers(flat)
     kept = fold_batch_norms(flat)
-    layers = find_layers(flat)
+    leaves = flatten(batch)[0]
     network = Network(
         flat,
         signature,
         in_spec,
         out_spec,
-        flat_inputs(flat, flatten(batch)[0]),
-        layers,
-        _shared(flat, sources),
-        tuple(kept + _uncovered(flat)),
+        inputs=flat_inputs(flat, leaves),
+        constants=tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves),
+        layers=find_layers(flat),
+        shared=_shared(flat, sources),
+        unreached=_unreached(model, read),
+        left_float=tuple(kept + _uncovered(flat)),
     )
     for size in (2, 3):  # the traced batch size, and another
         picked = select(example, torch.arange(size) % count)
         _compare(model, network, picked)
     return network
-
-
-def _require_float32(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and parameter.dtype != torch.float32:
-            raise CaptureError(f"parameters must be float32. {name} is {parameter.dtype}. Convert it with .float().")
-
-
-def _distinct(batch: Batch) -> Batch:
-    """The batch with every tensor copied: one tensor passed twice would be traced as one input."""
-    return {
-        name: pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, value)
-        for name, value in batch.items()
-    }
-
-
-def _export(model: nn.Module, batch: Batch, dynamic: DynamicAxes | None) -> torch.export.ExportedProgram:
-    unknown = set(dynamic or {}) - set(batch)
-    if unknown:
-        raise CaptureError(f"dynamic names inputs of forward: {', '.join(batch)}. Got {', '.join(sorted(unknown))}.")
-    count = rows(batch)
-
-    def axes(extra: object) -> Callable[[object], object]:
-        def of(leaf: object) -> object:
-            if not isinstance(leaf, Tensor):
-                return None
-            batched = {0: Dim.AUTO} if leaf.dim() and leaf.shape[0] == count else {}
-            return {**batched, **(extra if isinstance(extra, Mapping) else {})}
-
-        return of
-
-    shapes = {name: pytree.tree_map(axes((dynamic or {}).get(name)), value) for name, value in batch.items()}
-    try:
-        with silent_tracing(), torch.no_grad():
-            return torch.export.export(model, (), dict(batch), dynamic_shapes=shapes, strict=False)
-    except Exception as error:
-        raise CaptureError(_explain(error)) from error
-
-
-def _explain(error: Exception) -> str:
-    """One sentence with the user's line and the tracer's first line."""
-    text = str(error)
-    reason = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
-    place = re.search(r"The following call raised this error:\s*(File .*?)\n\s*(.*)", text)
-    if place:
-        where = f"{place[1].strip()}: {place[2].strip()}"
-    else:
-        inside = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(inside)]
-        last = frames[-1] if frames else None
-        where = f'File "{last.filename}", line {last.lineno}, in {last.name}: {last.line}' if last else "unknown line"
-    return (
-        f"the network cannot be captured. {where} -- {reason} Control flow and shapes must not depend on the values of "
-        "tensors; rewrite that line, or quantize the sub-module without it."
-    )
 
 
 def _flatten_calls(module: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
@@ -159,6 +104,8 @@ def _introduce_layers(module: fx.GraphModule) -> dict[str, str]:
     """
     calls: dict[str, int] = {}
     sources: dict[str, str] = {}
+    layers: dict[str, WeightedLayer] = {}
+    modules = {name for name, _ in module.named_modules()}
     for node in list(module.graph.nodes):
         geometry = _geometry(node)
         if geometry is None:
@@ -169,15 +116,16 @@ def _introduce_layers(module: fx.GraphModule) -> dict[str, str]:
             continue
         if geometry.kind == "convolution":
             geometry, x = _absorb_padding(geometry, x)
-        name = _layer_name(node, calls)
+        name = _layer_name(node, calls, modules | set(layers))
         sources[name] = str(_weight_and_bias(node)[0])
-        layer = WeightedLayer(geometry, weight, bias)
-        _add_submodule(module, name, layer)
+        layers[name] = WeightedLayer(geometry, weight, bias)
         with module.graph.inserting_before(node):
-            replacement = module.graph.call_module(name, (x,))
+            replacement = module.graph.create_node("call_module", name, (x,))
         replacement.meta = dict(node.meta)
         node.replace_all_uses_with(replacement)
-        module.graph.erase_node(node)
+        erase_with_constants(node)
+    for name, layer in layers.items():  # only now: a parametrized module's tensors lie under the layer's own name
+        _add_submodule(module, name, layer)
     module.graph.eliminate_dead_code()
     module.delete_all_unused_submodules()
     drop_unread_buffers(module)
@@ -239,15 +187,21 @@ def _weight_and_bias(node: fx.Node) -> tuple[object, object]:
     return node.args[1], node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
 
 
-def _layer_name(node: fx.Node, calls: dict[str, int]) -> str:
-    """The module path where the weight is that module's own, "#2" appended to its second call; else the node's name."""
+def _layer_name(node: fx.Node, calls: dict[str, int], taken: set[str]) -> str:
+    """The module path where the weight is that module's own, "#2" appended to its second call; else the node's name.
+
+    A node whose name is `taken` gets an underscore.
+    """
     weight = node.args[1]
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     path = str(stack[-1][0]) if stack else ""
     if not isinstance(weight, fx.Node) or weight.op != "get_attr" or not path or weight.target != f"{path}.weight":
         parametrized = path and isinstance(weight, fx.Node) and weight.op != "get_attr" and _is_layer_type(stack[-1][1])
         if not parametrized:
-            return node.name
+            name = node.name
+            while name in taken:
+                name += "_"
+            return name
     calls[path] = calls.get(path, 0) + 1
     return path if calls[path] == 1 else f"{path}#{calls[path]}"
 
@@ -268,6 +222,19 @@ def _add_submodule(module: fx.GraphModule, name: str, layer: WeightedLayer) -> N
     owner.add_module(leaf, layer)
 
 
+def _unreached(model: nn.Module, read: set[str]) -> tuple[str, ...]:
+    """Conv2d and Linear modules whose weight the graph does not read, under any of its names."""
+    aliases: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(parameter), set()).add(name)
+    return tuple(
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Conv2d, nn.Linear))
+        and not any(aliases[id(parameter)] & read for parameter in module.parameters())
+    )
+
+
 def _uncovered(module: fx.GraphModule) -> list[str]:
     """A sentence for each operator with weights, or product of activations, that stays float."""
     sentences = []
@@ -281,13 +248,13 @@ def _uncovered(module: fx.GraphModule) -> list[str]:
 
 def _compare(model: nn.Module, network: Network, batch: Batch) -> None:
     with torch.no_grad():
-        expected = [leaf for leaf in pytree.tree_leaves(model(**_distinct(batch)))]
         try:
+            expected = pytree.tree_leaves(model(**distinct(batch)))
             received = network.module(*flatten(batch)[0])
         except Exception as error:
             raise CaptureError(
-                f"the captured network fails on a batch of {rows(batch)} rows: {str(error).splitlines()[0]} It was traced "
-                "with 2 rows; the network must accept any number of rows on axis 0 of its inputs."
+                f"the network fails on a batch of {rows(batch)} rows: {str(error).splitlines()[0]} It was traced with 2; "
+                "it must accept any number of rows on axis 0 of its inputs."
             ) from error
     for position, (a, b) in enumerate(zip(expected, received, strict=True)):
         if not isinstance(a, Tensor) or not a.is_floating_point():

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, fx
 
 from calque.graph.layers import WeightedLayer
-from calque.graph.rewrite import drop_unread_buffers
+from calque.graph.network import value_of
+from calque.graph.rewrite import constant_value, drop_unread_buffers
 
 aten = torch.ops.aten
 
@@ -46,7 +47,7 @@ def folded(layer: WeightedLayer, gain: Tensor, offset: Tensor) -> WeightedLayer:
 
 def batch_norm_affine(module: fx.GraphModule, node: fx.Node) -> tuple[Tensor, Tensor]:
     """(gain, offset) in float64 of a batch norm in eval mode: y = x * gain + offset per channel."""
-    gamma, beta, mean, var = (_tensor(module, argument) for argument in node.args[1:5])
+    gamma, beta, mean, var = (constant_value(module, argument) for argument in node.args[1:5])
     assert mean is not None
     assert var is not None
     eps = node.args[7]
@@ -61,25 +62,19 @@ def batch_norm_affine(module: fx.GraphModule, node: fx.Node) -> tuple[Tensor, Te
 def _obstacle(module: fx.GraphModule, node: fx.Node, producer: object) -> str | None:
     if not isinstance(producer, fx.Node) or producer.op != "call_module":
         return "it does not follow a weighted layer."
-    if not isinstance(module.get_submodule(str(producer.target)), WeightedLayer):
+    layer = module.get_submodule(str(producer.target))
+    if not isinstance(layer, WeightedLayer):
         return "it does not follow a weighted layer."
     if len(producer.users) > 1:
         return f"layer {producer.target} is read by other operators too."
     if node.args[3] is None or node.args[5]:
         return "it normalizes with the statistics of the batch."
+    output = value_of(producer)
+    if output is None or output.dim() != (4 if layer.geometry.kind == "convolution" else 2):
+        return f"its channels are not the output channels of layer {producer.target}."
+    if any(constant_value(module, argument) is None for argument in node.args[1:5] if argument is not None):
+        return "its parameters depend on the input."
     return None
-
-
-def _tensor(module: fx.GraphModule, argument: object) -> Tensor | None:
-    if argument is None:
-        return None
-    assert isinstance(argument, fx.Node)
-    assert argument.op == "get_attr"
-    value = module
-    for part in str(argument.target).split("."):
-        value = getattr(value, part)
-    assert isinstance(value, Tensor)
-    return value
 
 
 def _name(node: fx.Node) -> str:

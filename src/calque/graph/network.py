@@ -1,5 +1,6 @@
 """The captured network: a flat graph of operators whose weighted layers are modules under the user's names."""
 
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -46,7 +47,9 @@ def is_movement(node: fx.Node) -> bool:
         return False
     if node.target is aten.constant_pad_nd.default or node.target is aten.pad.default:
         return padding_of(node) is not None
-    return node.target in MOVEMENTS or getattr(node.target, "__name__", "") == "getitem"
+    if node.target is operator.getitem:  # of a list of pieces, not of (values, indices)
+        return isinstance(node.args[0], fx.Node) and is_movement(node.args[0])
+    return node.target in MOVEMENTS
 
 
 def padding_of(node: fx.Node) -> list[int] | None:
@@ -121,6 +124,14 @@ class Layer:
     activation: fx.Node | None  # the elementwise activation that alone reads the layer
     result: fx.Node  # the activation if it only clips, else the layer itself
 
+    def activate(self, x: Tensor) -> Tensor:
+        """The layer's fused activation of its output x; x itself where it has none."""
+        if self.activation is None:
+            return x
+        assert callable(self.activation.target)
+        y: Tensor = self.activation.target(x, *self.activation.args[1:], **self.activation.kwargs)
+        return y
+
 
 @dataclass(frozen=True, slots=True)
 class FlatInput:
@@ -139,8 +150,10 @@ class Network:
     Attributes:
         module: flat placeholders in, a flat tuple out; weighted layers are `WeightedLayer` modules under their names.
         inputs: the placeholders' forms, in order; None for an input that is no tensor.
+        constants: the values of those inputs, which tracing fixed; None for tensors.
         layers: by name, in execution order.
         shared: layer -> the earlier layer that has the same weights (one module called twice).
+        unreached: Conv2d and Linear modules that forward never reads.
         left_float: what will not be quantized, one sentence each.
     """
 
@@ -149,8 +162,10 @@ class Network:
     in_spec: pytree.TreeSpec
     out_spec: pytree.TreeSpec
     inputs: tuple[FlatInput | None, ...]
+    constants: tuple[object, ...]
     layers: dict[str, Layer]
     shared: dict[str, str]
+    unreached: tuple[str, ...]
     left_float: tuple[str, ...]
 
     def weighted(self, name: str) -> WeightedLayer:

@@ -143,3 +143,12 @@ def drop_unread_buffers(module: fx.GraphModule) -> None:
     read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
     for name in [name for name, _ in module.named_buffers(recurse=False) if name not in read]:
         delattr(module, name)
+
+
+def erase_with_constants(node: fx.Node) -> None:
+    """Removes the node, which nothing reads, and the constants that it alone read."""
+    sources = node.all_input_nodes
+    node.graph.erase_node(node)
+    for source in sources:
+        if not source.users and source.op in ("get_attr", "call_function"):
+            erase_with_constants(source)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from calque.errors import CalibrationError
+from calque.errors import CalibrationError, CaptureError
 
 Batch = dict[str, object]  # argument name -> value, in the order of forward's parameters
 
@@ -26,15 +26,26 @@ class Signature:
 
     @classmethod
     def of(cls, model: nn.Module) -> "Signature":
-        """The signature of `model.forward`; a variadic *args takes one argument per position, named args_0, args_1 ..."""
+        """The signature of `model.forward`.
+
+        Raises:
+            CaptureError: a forward with *args or positional-only parameters; its arguments have no names.
+        """
         positional, required, keyword_only = [], [], []
         for parameter in inspect.signature(model.forward).parameters.values():
-            if parameter.kind in (_KINDS.POSITIONAL_ONLY, _KINDS.POSITIONAL_OR_KEYWORD):
+            if parameter.kind in (_KINDS.POSITIONAL_ONLY, _KINDS.VAR_POSITIONAL):
+                raise CaptureError(
+                    f"forward's arguments must have names. Its parameter {parameter.name} is positional only; wrap the "
+                    "network in a module whose forward names its inputs."
+                )
+            if parameter.kind is _KINDS.POSITIONAL_OR_KEYWORD:
                 positional.append(parameter.name)
                 if parameter.default is _KINDS.empty:
                     required.append(parameter.name)
             elif parameter.kind is _KINDS.KEYWORD_ONLY:
                 keyword_only.append(parameter.name)
+                if parameter.default is _KINDS.empty:
+                    required.append(parameter.name)
         return cls(tuple(positional), tuple(required), tuple(keyword_only))
 
     def bind(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Batch:
@@ -65,7 +76,8 @@ class Signature:
         if isinstance(item, Mapping):
             return self.bind((), item)
         if isinstance(item, (tuple, list)):
-            return self.bind(tuple(item)[: max(len(self.required), 1)], {})
+            needed = [name for name in self.required if name in self.positional]
+            return self.bind(tuple(item)[: max(len(needed), 1)], {})
         if isinstance(item, Tensor):
             return self.bind((item,), {})
         raise CalibrationError(

@@ -1,0 +1,94 @@
+"""The call of `torch.export`, with errors that name the user's line."""
+
+import copy
+import re
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim
+from torch.utils import _pytree as pytree
+
+from calque.errors import CaptureError
+from calque.graph.rewrite import silent_tracing
+from calque.graph.signature import Batch, rows
+
+DynamicAxes = Mapping[str, Any]  # as torch.export's dynamic_shapes, without the batch axis
+
+
+def private_copy(model: nn.Module) -> nn.Module:
+    """A deep copy in eval mode. Raises CaptureError where the model cannot be copied."""
+    try:
+        return copy.deepcopy(model).eval()
+    except Exception as error:
+        raise CaptureError(
+            f"the network cannot be copied: {str(error).splitlines()[0]} Old-style weight norm must be removed first "
+            "(torch.nn.utils.remove_weight_norm); torch.nn.utils.parametrizations.weight_norm works as it is."
+        ) from error
+
+
+def require_float32(model: nn.Module) -> None:
+    """Raises CaptureError where a parameter has another floating-point type."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+            raise CaptureError(f"parameters must be float32. {name} is {parameter.dtype}. Convert it with .float().")
+
+
+def distinct(batch: Batch) -> Batch:
+    """The batch with every tensor copied: one tensor passed twice would be traced as one input."""
+    return {
+        name: pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, value)
+        for name, value in batch.items()
+    }
+
+
+def trace(model: nn.Module, batch: Batch, dynamic: DynamicAxes | None) -> fx.GraphModule:
+    """The model as a graph of operators, its parameters under their own names; the batch axis and `dynamic` stay free.
+
+    Raises:
+        CaptureError: what cannot be traced, with the line; names in `dynamic` that are no inputs.
+    """
+    unknown = set(dynamic or {}) - set(batch)
+    if unknown:
+        raise CaptureError(f"dynamic names inputs of forward: {', '.join(batch)}. Got {', '.join(sorted(unknown))}.")
+    count = rows(batch)
+
+    def axes(extra: object) -> Callable[[object], object]:
+        def of(leaf: object) -> object:
+            if not isinstance(leaf, Tensor):
+                return None
+            batched = {0: Dim.AUTO} if leaf.dim() and leaf.shape[0] == count else {}
+            return {**batched, **(extra if isinstance(extra, Mapping) else {})}
+
+        return of
+
+    shapes = {name: pytree.tree_map(axes((dynamic or {}).get(name)), value) for name, value in batch.items()}
+    try:
+        with silent_tracing(), torch.no_grad():
+            program = torch.export.export(model, (), dict(batch), dynamic_shapes=shapes, strict=False)
+            module = program.module(check_guards=False)
+            assert isinstance(module, fx.GraphModule)
+            return module
+    except Exception as error:
+        raise CaptureError(_explain(error)) from error
+
+
+def _explain(error: Exception) -> str:
+    """One sentence with the user's line and the tracer's first line."""
+    text = str(error)
+    reason = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    place = re.search(r"The following call raised this error:\s*(File .*?)\n\s*(.*)", text)
+    if place:
+        where = f"{place[1].strip()}: {place[2].strip()}"
+    else:
+        inside = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(inside)]
+        last = frames[-1] if frames else None
+        where = f'File "{last.filename}", line {last.lineno}, in {last.name}: {last.line}' if last else "unknown line"
+    return (
+        f"the network cannot be captured. {where} -- {reason} Control flow and shapes must not depend on the values of "
+        "tensors; rewrite that line, or quantize the sub-module without it."
+    )
