@@ -28,10 +28,10 @@ _FREE = torch.export.Dim.AUTO
 SETTINGS = (
     Setting("resnet20_cifar10", 1024, 1000),
     Setting("resnet32_cifar10", 1024, 1000),
-    Setting("mobilenet_v1_0.25_224_imagenet", 1000, 1300),
-    Setting("squeezenet1_1_imagenet", 256, 600),
+    Setting("mobilenet_v1_0.25_224_imagenet", 512, 1300),
+    Setting("squeezenet1_1_imagenet", 128, 400),
     Setting("dncnn_s25", 128, 12, {"x": {2: _FREE, 3: _FREE}}),
-    Setting("efficientnet_lite0_imagenet", 256, 500),
+    Setting("efficientnet_lite0_imagenet", 128, 300),
     Setting("digits_depthwise", 256, 597),
     Setting("digits_mlp", 256, 597),
 )

@@ -109,11 +109,12 @@ def measured(module: fx.GraphModule, batches: list[Batch], names: list[str]) -> 
     with Store(10**9) as store:
         execution = Execution(module, batches, store)
         for node in module.graph.nodes:
-            execution.step(node)
             if str(node.target) in names:
                 layer = module.get_submodule(str(node.target))
                 assert isinstance(layer, (QuantizedLayer, WeightedLayer))
-                found[str(node.target)] = ChannelStatistics.of(execution.values(node), layer.geometry)
+                raw = layer.alone() if isinstance(layer, QuantizedLayer) else layer
+                found[str(node.target)] = ChannelStatistics.of(execution.compute(node, raw), layer.geometry)
+            execution.step(node)
             execution.release(node)
     return found
 

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from calque.graph import Network
-from calque.graph.network import is_movement
+from calque.graph.network import clamp_bounds, is_movement, result_of
 from calque.graph.signature import Signature, flatten
 from calque.integer import IntegerModel
 from calque.placement import Edge
@@ -133,6 +133,7 @@ def assemble(
         module.set_submodule(name, layer)
     module.graph.lint()
     module.recompile()
+    link_requantization(module)
     facts = {
         "edges": targets,
         "inputs": network.inputs,
@@ -140,6 +141,24 @@ def assemble(
         "left_float": network.left_float,
     }
     return QuantizedModel(module, network.signature, (network.in_spec, network.out_spec), plan, facts)
+
+
+def link_requantization(module: fx.GraphModule) -> None:
+    """Tells, in place, each quantized layer on which grid its result goes, where a single quantizer reads it."""
+    for node in module.graph.nodes:
+        layer = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if not isinstance(layer, QuantizedLayer):
+            continue
+        result = result_of(node)
+        readers = list(result.users)
+        reader = module.get_submodule(str(readers[0].target)) if _calls_one_module(readers) else None
+        if isinstance(reader, Quantizer):
+            bounds = None if result is node else clamp_bounds(result)
+            layer.feed(reader, bounds or (float("-inf"), float("inf")))
+
+
+def _calls_one_module(readers: list[fx.Node]) -> bool:
+    return len(readers) == 1 and readers[0].op == "call_module"
 
 
 def _insert(

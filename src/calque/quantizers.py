@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from calque.arithmetic import activation_limits, fake_quantize, per_channel
+from calque.arithmetic import activation_limits, fake_quantize, per_channel, quantize, requantize
 from calque.errors import SpecError
 from calque.graph import Geometry
 
@@ -35,6 +35,12 @@ class Quantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return fake_quantize(x, self.scale, self.zero_point, self.qmin, self.qmax)
+
+    def code_bounds(self, bounds: tuple[float, float]) -> tuple[Tensor, Tensor]:
+        """The codes that a clip of real values to `bounds` leaves; rounding is monotone, so the bounds may be rounded."""
+        ends = torch.tensor(bounds, device=self.scale.device)
+        low, high = quantize(ends, self.scale, self.zero_point, self.qmin, self.qmax)
+        return low, high
 
     @property
     def range(self) -> tuple[float, float]:
@@ -86,6 +92,19 @@ class QuantizedLayer(nn.Module):
         self.register_buffer("scale", scale.detach().clone())
         self.register_buffer("bias", bias.detach().clone())
         self.register_buffer("bias_scale", None if bias_scale is None else bias_scale.detach().clone())
+        self._next: list[tuple[Quantizer, tuple[float, float]]] = []  # in a list, so that it is no sub-module
+
+    def feed(self, grid: Quantizer, bounds: tuple[float, float]) -> None:
+        """Makes `forward` return values on `grid`, clipped to `bounds`, requantized as integer kernels do it.
+
+        For a layer whose result goes to that quantizer alone, through a clip to `bounds` at most. The quantizer then changes
+        nothing; but y / s_y of a rounded y is not always the code that one factor s_x s_w / s_y gives.
+        """
+        self._next = [(grid, bounds)]
+
+    def alone(self) -> "QuantizedLayer":
+        """A copy of the layer that feeds no grid: its `forward` returns the real sums."""
+        return QuantizedLayer(self.geometry, self.codes, self.scale, self.bias, self.bias_scale, bits=self.bits)
 
     @property
     def weight(self) -> Tensor:
@@ -102,7 +121,13 @@ class QuantizedLayer(nn.Module):
             return self.geometry.apply(x, self.weight, self.bias)
         offsets = x.div(self.bias_scale[0] / self.scale[0]).round_()
         sums = self.geometry.apply(offsets, self.codes.to(x.dtype), self.bias.to(x.dtype))
-        return sums.mul_(self.geometry.along_channels(self.bias_scale))
+        if not self._next:
+            return sums.mul_(self.geometry.along_channels(self.bias_scale))
+        grid, bounds = self._next[0]
+        low, high = grid.code_bounds(bounds)
+        multiplier = self.geometry.along_channels(self.bias_scale / grid.scale)
+        codes = requantize(sums, multiplier, grid.zero_point, low, high)
+        return codes.sub_(grid.zero_point).mul_(grid.scale)
 
     def extra_repr(self) -> str:
         return f"{self.geometry.kind}, bits={self.bits}, codes={tuple(self.codes.shape)}"

@@ -15,6 +15,7 @@ from calque.arithmetic import SMALLEST_SCALE, bias_codes
 from calque.calibration import Execution, Store
 from calque.graph import Batch, Geometry, WeightedLayer
 from calque.graph.fold import folded
+from calque.model import link_requantization
 from calque.quantizers import QuantizedLayer
 
 GAIN_LIMITS = (0.5, 2.0)  # a channel that became (nearly) constant must not be amplified
@@ -90,10 +91,13 @@ def para_normalize(
     for node in module.graph.nodes:
         if node.op == "output":
             break
-        execution.step(node)
-        if node in names:
+        if node not in names:
+            execution.step(node)
+        else:
             layer = module.get_submodule(names[node])
             assert isinstance(layer, (QuantizedLayer, WeightedLayer))
+            raw = layer.alone() if isinstance(layer, QuantizedLayer) else layer
+            execution.put(node, execution.compute(node, raw))
             now = ChannelStatistics.of(execution.values(node), layer.geometry)
             gain, offset = correction(now, targets[names[node]])
             corrected = absorb(layer, gain, offset)
@@ -101,6 +105,7 @@ def para_normalize(
             execution.put(node, execution.compute(node, corrected))
             on_layer(names[node])
         execution.release(node)
+    link_requantization(module)
 
 
 def correction(now: ChannelStatistics, target: ChannelStatistics) -> tuple[Tensor, Tensor]:
