@@ -8,8 +8,8 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 STAMP := .venv/.stamp
 CODE := $(wildcard src tests benchmarks)
-# What the suite leaves out; `make test MARKS=real` runs the real tasks instead.
-MARKS ?= not slow and not gpu and not real
+# What the suite leaves out. The real tasks of ../shared run where it is there and skip where it is not.
+MARKS ?= not slow and not gpu
 
 .PHONY: setup demo lint types docs doctest test clean
 

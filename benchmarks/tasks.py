@@ -27,11 +27,11 @@ class Setting:
 _FREE = torch.export.Dim.AUTO
 SETTINGS = (
     Setting("resnet20_cifar10", 1024, 1000),
+    Setting("mobilenet_v1_0.25_224_imagenet", 256, 1300),
+    Setting("dncnn_s25", 64, 12, {"x": {2: _FREE, 3: _FREE}}),
+    Setting("squeezenet1_1_imagenet", 64, 400),
     Setting("resnet32_cifar10", 1024, 1000),
-    Setting("mobilenet_v1_0.25_224_imagenet", 512, 1300),
-    Setting("squeezenet1_1_imagenet", 128, 400),
-    Setting("dncnn_s25", 128, 12, {"x": {2: _FREE, 3: _FREE}}),
-    Setting("efficientnet_lite0_imagenet", 128, 300),
+    Setting("efficientnet_lite0_imagenet", 64, 200),
     Setting("digits_depthwise", 256, 597),
     Setting("digits_mlp", 256, 597),
 )

@@ -43,7 +43,7 @@ def test_eight_bits_rounded_to_nearest_are_next_to_float(resnet: tuple[nn.Module
 
     q = calque.quantize(model, calibration, bits="w8a8", recipe="nearest")
 
-    assert divergence(model, q, inputs) < 0.003
+    assert divergence(model, q, inputs) < 0.005  # a quarter of the images that the benchmark calibrates with
 
 
 def test_at_four_bits_sequential_is_much_nearer_to_float_than_nearest(

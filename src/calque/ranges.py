@@ -3,8 +3,8 @@
 minmax              the extremes (of everything seen)
 mean_minmax         the mean over inputs of each input's extremes (Hubara et al. 2021, section 5)
 percentile          the PERCENTILE of the sampled values on either side
-least_squares       the clip whose rounding error on the tensor is smallest
-output              the clip whose error at the layer's output is smallest, under float weights
+least_squares       the widest clip whose rounding error on the tensor is within TOLERANCE of the smallest
+output              the same with the error at the layer's output, under float weights
 """
 
 from collections.abc import Callable, Iterable
@@ -20,7 +20,11 @@ ActivationRange = Literal["minmax", "mean_minmax", "percentile", "least_squares"
 WeightRange = Literal["minmax", "least_squares", "output"]
 
 PERCENTILE = 0.9999
-CLIP_CANDIDATES = torch.logspace(0, -1.5, 28).tolist()  # fractions of the largest value; METHOD: 28, log-spaced
+# Fractions of the largest value, from the widest: fine near 1, where 8 bits are decided, then evenly spaced logarithms.
+CLIP_CANDIDATES = [1 - 0.04 * step for step in range(12)] + torch.logspace(-0.3, -1.5, 16).tolist()
+# A wider range is taken if its error is at most this much above the least: clipping errors, unlike rounding errors, add up
+# over the layers (docs/experiments.md).
+TOLERANCE = 0.3
 WEIGHT_CANDIDATES = torch.linspace(1.0, 0.2, 60).tolist()
 
 
@@ -85,23 +89,26 @@ def activation_range(sample: TensorSample, kind: ActivationRange, bits: int) -> 
 def search_range(
     low: Tensor, high: Tensor, bits: int, error: Callable[[Tensor, Tensor], float]
 ) -> tuple[Tensor, Tensor]:
-    """The (low, high), both shrunk and then each alone, whose grid has the smallest error; the full range wins ties.
+    """The widest (low, high), both shrunk and then each alone, whose grid's error is within TOLERANCE of the least.
 
     Args:
         error: of a grid's (scale, zero_point).
     """
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+    tried: list[tuple[float, Tensor, Tensor]] = []
 
-    def best(candidates: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        errors = [error(*affine_grid(*candidate, bits)) for candidate in candidates]
-        return candidates[errors.index(min(errors))]
+    def least(candidates: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        tried.extend((error(*affine_grid(*candidate, bits)), *candidate) for candidate in candidates)
+        return min(tried, key=lambda case: case[0])[1:]
 
-    chosen = best([(low * fraction, high * fraction) for fraction in CLIP_CANDIDATES])
-    if low == 0 or high == 0:
-        return chosen
-    finer = [fraction for fraction in CLIP_CANDIDATES if fraction > 0.3] + [1.2, 1.5]
-    chosen = best([chosen] + [((chosen[0] * f).clamp(min=low), chosen[1]) for f in finer])
-    return best([chosen] + [(chosen[0], (chosen[1] * f).clamp(max=high)) for f in finer])
+    chosen = least([(low * fraction, high * fraction) for fraction in CLIP_CANDIDATES])
+    if low < 0 < high:
+        finer = [1.5, 1.2, *(fraction for fraction in CLIP_CANDIDATES if fraction > 0.3)]
+        chosen = least([((chosen[0] * f).clamp(min=low), chosen[1]) for f in finer])
+        least([(chosen[0], (chosen[1] * f).clamp(max=high)) for f in finer])
+    enough = min(case[0] for case in tried) * (1 + TOLERANCE)
+    _, low, high = max((case for case in tried if case[0] <= enough), key=lambda case: (case[2] - case[1]).item())
+    return low, high
 
 
 def weight_scale(weight: Tensor, bits: int, kind: WeightRange, covariance: Tensor | None = None) -> Tensor:
