@@ -1,0 +1,209 @@
+"""The exported file against the network it was made from, in ONNX Runtime."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+from onnx import numpy_helper
+from torch import Tensor, nn
+
+import calque
+import networks
+from calque.errors import ExportError, VerificationError
+from calque.export import count_kernels, run_onnx
+from calque.export.nodes import _pack_int4
+from networks import Net
+
+BITS = ["w8a8", "w4a8", "w4a4", "w4a2"]
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("placement", ["integer", "inputs"])
+def test_the_file_computes_the_exact_integer_evaluation(
+    tmp_path: Path,
+    trained: nn.Module,
+    calibration: Tensor,
+    test_inputs: Tensor,
+    bits: str,
+    placement: calque.spec.Placement,
+) -> None:
+    q = calque.quantize(trained, calibration, bits=bits, recipe="nearest", placement=placement)
+    path = calque.export_onnx(q, tmp_path / "model.onnx")
+
+    result = calque.verify(path, q, test_inputs)
+
+    assert result.inputs == len(test_inputs)
+    assert result.optimized.exact >= 0.99
+    assert result.plain.exact >= 0.97
+    assert result.outside.exact >= 0.97
+    if placement == "integer":
+        assert result.optimized.parted == ""
+        assert result.optimized.largest_steps == 0
+        assert result.integer_kernels["QLinearConv"] == 4
+        assert result.integer_kernels["QGemm"] == 1
+        assert not result.float_kernels
+
+
+def test_a_file_of_another_network_does_not_agree(
+    tmp_path: Path, trained: nn.Module, calibration: Tensor, test_inputs: Tensor
+) -> None:
+    q = calque.quantize(trained, calibration, bits="w4a4", recipe="nearest")
+    other = calque.quantize(trained, calibration, bits="w8a8", recipe="nearest")
+    path = calque.export_onnx(other, tmp_path / "model.onnx")
+
+    result = calque.verify(path, q, test_inputs)
+
+    assert result.optimized.parted == "stem.input" or result.optimized.parted
+    assert result.optimized.largest_steps > 1
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+def test_the_batch_axis_is_free(tmp_path: Path, trained: nn.Module, calibration: Tensor, rows: int) -> None:
+    q = calque.quantize(trained, calibration, bits="w4a8", recipe="nearest")
+    path = calque.export_onnx(q, tmp_path / "model.onnx")
+
+    assert run_onnx(path, [calibration[:rows]]).shape == (rows, networks.CLASSES)
+    assert onnx.load(path).graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+
+
+def test_dynamic_axes_stay_free(tmp_path: Path) -> None:
+    net = Net(lambda net, x: net.b(F.relu(net.a(x))), a=nn.Conv2d(1, 4, 3, padding=1), b=nn.Conv2d(4, 1, 3, padding=1))
+    axis = torch.export.Dim.AUTO
+    q = calque.quantize(net, networks.images(32, seed=0), recipe="nearest", dynamic={"x": {2: axis, 3: axis}})
+    path = calque.export_onnx(q, tmp_path / "model.onnx")
+    larger = networks.images(3, seed=1, side=13)
+
+    torch.testing.assert_close(run_onnx(path, [larger]), q.integer()(larger), rtol=0, atol=0)
+
+
+def wide(net: Net, x: Tensor) -> Tensor:
+    y = F.silu(net.a(net.pad(x)))
+    y = torch.cat([F.max_pool2d(F.relu6(net.b(y)), 2), F.avg_pool2d(F.relu(net.c(y)), 2)], 1)
+    tokens: Tensor = net.d(y.flatten(2).transpose(1, 2))  # a Linear on (N, T, C)
+    return net.e(F.gelu(tokens).mean(1))  # type: ignore[no-any-return]
+
+
+def test_pads_concatenations_pools_and_linear_layers_on_tokens_are_exported(tmp_path: Path) -> None:
+    net = Net(
+        wide,
+        pad=nn.ZeroPad2d((1, 0, 0, 1)),
+        a=nn.Conv2d(1, 6, 2),
+        b=nn.Conv2d(6, 6, 3, padding=1, groups=6),
+        c=nn.Conv2d(6, 4, 3, padding=2, dilation=2),
+        d=nn.Linear(10, 8),
+        e=nn.Linear(8, 3),
+    )
+    inputs = networks.images(200, seed=0)
+    q = calque.quantize(net, inputs, bits="w4a4", recipe="nearest")
+    path = calque.export_onnx(q, tmp_path / "model.onnx")
+
+    result = calque.verify(path, q, inputs)
+
+    assert result.integer_kernels["QLinearConv"] == 3
+    assert result.integer_kernels["QGemm"] == 2
+    assert {"Conv", "Gemm", "MatMul"}.isdisjoint(result.float_kernels)
+    assert result.optimized.mean_steps < 2
+
+
+def test_several_inputs_and_outputs_keep_their_names_and_order(tmp_path: Path) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(1, 4, 3), nn.Conv2d(1, 4, 3)
+
+        def forward(self, left: Tensor, right: Tensor) -> dict[str, Tensor]:
+            x, y = F.relu(self.a(left)), F.relu(self.b(right))
+            return {"sum": (x + y).mean((2, 3)), "first": x}
+
+    net = networks.seeded(Two())
+    left, right = networks.images(40, seed=0), networks.images(40, seed=1)
+    q = calque.quantize(net, (left, right), recipe="nearest")
+    path = calque.export_onnx(q, tmp_path / "model.onnx")
+
+    assert [value.name for value in onnx.load(path).graph.input] == ["left", "right"]
+    torch.testing.assert_close(run_onnx(path, [left, right]), q(left, right)["sum"], rtol=0.05, atol=0.05)
+    assert calque.verify(path, q, (left, right)).optimized.exact >= 0.97
+
+
+def test_a_module_that_is_called_twice_has_its_codes_once_in_the_file(tmp_path: Path) -> None:
+    net = Net(
+        lambda net, x: net.c(F.relu(net.c(F.relu(net.stem(x))))), stem=nn.Conv2d(1, 32, 1), c=nn.Conv2d(32, 32, 3)
+    )
+    q = calque.quantize(net, networks.images(40, seed=0), first_last=None, bits="w4a8", recipe="nearest")
+    path = calque.export_onnx(q, tmp_path / "model.onnx")
+
+    sizes = [tensor.dims for tensor in onnx.load(path).graph.initializer if list(tensor.dims) == [32, 32, 3, 3]]
+    assert len(sizes) == 1
+
+
+def test_four_bit_weights_are_packed_and_the_file_is_near_the_packed_ideal(
+    tmp_path: Path, trained: nn.Module, calibration: Tensor
+) -> None:
+    q = calque.quantize(trained, calibration, bits="w4a4", recipe="nearest")
+    path = calque.export_onnx(q, tmp_path / "model.onnx")
+
+    weights = {t.name: t for t in onnx.load(path).graph.initializer if t.name.endswith("/codes")}
+    assert weights["conv1/codes"].data_type == onnx.TensorProto.INT4
+    np.testing.assert_array_equal(
+        numpy_helper.to_array(weights["conv1/codes"]).astype(np.int8), q.layers["conv1"].codes.numpy()
+    )
+    assert path.stat().st_size <= 1.05 * q.report.size + 1500 * len(q.layers) + 20_000
+
+
+def test_odd_counts_of_four_bit_codes_are_padded() -> None:
+    assert _pack_int4(np.array([1, -1, 7], dtype=np.int8)).tolist() == [0xF1, 0x07]
+
+
+def test_the_metadata_has_plan_and_versions(tmp_path: Path, trained: nn.Module, calibration: Tensor) -> None:
+    q = calque.quantize(trained, calibration, bits="w4a4", recipe="nearest")
+    path = calque.export_onnx(q, tmp_path / "model.onnx")
+
+    facts = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+    assert '"conv1": "w4a4"' in facts["calque.plan"]
+    assert '"torch"' in facts["calque.versions"]
+    assert '"recipe": "nearest"' in facts["calque.run"]
+
+
+@pytest.mark.parametrize("bits", ["w3a4", "w2a8"])
+def test_other_weight_bits_are_refused_with_the_layer_and_nothing_is_written(
+    tmp_path: Path, trained: nn.Module, calibration: Tensor, bits: str
+) -> None:
+    q = calque.quantize(trained, calibration, bits=bits, recipe="nearest")
+
+    with pytest.raises(ExportError, match=r"layer conv1: ONNX files carry weights of 4 and 8 bits\. Got"):
+        calque.export_onnx(q, tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_folder_and_a_missing_file_are_named(tmp_path: Path, trained: nn.Module, calibration: Tensor) -> None:
+    q = calque.quantize(trained, calibration, recipe="nearest")
+
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        calque.export_onnx(q, tmp_path / "nowhere" / "model.onnx")
+    with pytest.raises(FileNotFoundError, match=r"no\.onnx"):
+        calque.verify(tmp_path / "no.onnx", q, calibration)
+    (tmp_path / "text.onnx").write_text("no model")
+    with pytest.raises(VerificationError, match=r"text\.onnx is not an ONNX file|cannot load"):
+        calque.verify(tmp_path / "text.onnx", q, calibration)
+
+
+def test_kernels_are_counted_by_name(tmp_path: Path, trained: nn.Module, calibration: Tensor) -> None:
+    q = calque.quantize(trained, calibration, recipe="nearest", override={"head": None})
+    path = calque.export_onnx(q, tmp_path / "model.onnx")
+
+    integer, floats, other = count_kernels(path)
+
+    assert integer["QLinearConv"] == 4
+    assert floats["Gemm"] == 1
+    assert other["QuantizeLinear"] >= 1
+
+
+def test_a_verification_reads_as_a_table_and_as_json(tmp_path: Path, trained: nn.Module, calibration: Tensor) -> None:
+    q = calque.quantize(trained, calibration, recipe="nearest")
+    result = calque.verify(calque.export_onnx(q, tmp_path / "model.onnx"), q, calibration)
+
+    assert "integer kernels: 1 QGemm" in str(result)
+    assert '"file_bytes"' in result.to_json()
