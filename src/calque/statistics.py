@@ -15,7 +15,7 @@ from calque.arithmetic import SMALLEST_SCALE, bias_codes
 from calque.calibration import Execution, Store
 from calque.graph import Batch, Geometry, WeightedLayer
 from calque.graph.fold import folded
-from calque.model import link_requantization
+from calque.model import grid_of, link_requantization
 from calque.quantizers import QuantizedLayer
 
 GAIN_LIMITS = (0.5, 2.0)  # a channel that became (nearly) constant must not be amplified
@@ -54,10 +54,13 @@ class ChannelStatistics:
         return cls(mean, (squares / count - mean.square()).clamp(min=0))
 
 
-def absorb(layer: Rescalable, gain: Tensor, offset: Tensor) -> Rescalable:
+def absorb(layer: Rescalable, gain: Tensor, offset: Tensor, input_scale: Tensor | None = None) -> Rescalable:
     """The layer followed by y * gain + offset per channel (float64 (C,), gain > 0); codes stay what they are.
 
-    s_w' = s_w gain,  b' = b gain + offset (on the new accumulator grid).
+    s_w' = s_w gain,  b' = b gain + offset (on the new accumulator grid, s_x s_w').
+
+    Args:
+        input_scale: s_x, a scalar; derived from the layer where it is not given, up to a rounding error.
     """
     if isinstance(layer, WeightedLayer):
         return folded(layer, gain, offset)
@@ -65,7 +68,9 @@ def absorb(layer: Rescalable, gain: Tensor, offset: Tensor) -> Rescalable:
     scale = (layer.scale.double() * gain).to(layer.scale.dtype).clamp(min=SMALLEST_SCALE)
     if layer.bias_scale is None:
         return QuantizedLayer(layer.geometry, layer.codes, scale, bias.to(scale.dtype), None, bits=layer.bits)
-    bias_scale = (layer.bias_scale.double() * gain).to(scale.dtype)
+    if input_scale is None:
+        input_scale = layer.bias_scale[0] / layer.scale[0]
+    bias_scale = input_scale * scale
     codes = bias_codes(bias, bias_scale)
     return QuantizedLayer(layer.geometry, layer.codes, scale, codes, bias_scale, bits=layer.bits)
 
@@ -100,7 +105,10 @@ def para_normalize(
             execution.put(node, execution.compute(node, raw))
             now = ChannelStatistics.of(execution.values(node), layer.geometry)
             gain, offset = correction(now, targets[names[node]])
-            corrected = absorb(layer, gain, offset)
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            grid = grid_of(module, source)
+            corrected = absorb(layer, gain, offset, None if grid is None else grid.scale)
             module.set_submodule(names[node], corrected)
             execution.put(node, execution.compute(node, corrected))
             on_layer(names[node])
