@@ -30,8 +30,8 @@ SETTINGS = (
     Setting("mobilenet_v1_0.25_224_imagenet", 256, 1300),
     Setting("dncnn_s25", 64, 12, {"x": {2: _FREE, 3: _FREE}}),
     Setting("squeezenet1_1_imagenet", 64, 400),
+    Setting("efficientnet_lite0_imagenet", 64, 100),
     Setting("resnet32_cifar10", 1024, 1000),
-    Setting("efficientnet_lite0_imagenet", 64, 200),
     Setting("digits_depthwise", 256, 597),
     Setting("digits_mlp", 256, 597),
 )
