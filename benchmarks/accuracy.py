@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import calque
-from benchmarks.tasks import SETTINGS, Setting, load
+from benchmarks.tasks import SETTINGS, Setting, load, score
 from calque.export import count_kernels, run_onnx
 
 FOLDER = Path(__file__).resolve().parent
@@ -111,9 +111,9 @@ class Bench:
         return {
             "network": self.setting.name, "bits": bits, "recipe": recipe, "seed": seed,
             "calibration": len(self.calibration), "test": len(self.test), "metric": self.task.metric,
-            "score_float": self.task.score_outputs(self.reference), "score": self.task.score_outputs(simulated),
+            "score_float": score(self.task, self.reference), "score": score(self.task, simulated),
             **fidelity(self.reference, simulated, self.task.classifier),
-            "score_file": self.task.score_outputs(received),
+            "score_file": score(self.task, received),
             "file_exact": same(received, exact), "file_simulated": same(received, simulated),
             "bytes": size, "ideal": ideal, "allowed": round(1.05 * ideal + 1500 * len(model.layers) + 20_000),
             "integer_kernels": integer, "float_kernels": floats,

@@ -122,3 +122,12 @@ def load(name: str) -> Any:
     from zoo import load as load_from_zoo
 
     return load_from_zoo(name)
+
+
+def score(task: Any, outputs: Tensor) -> float:
+    """The task's metric; on the first len(outputs) ImageNet images where the outputs are fewer than the test set."""
+    if len(outputs) == len(task.test):
+        return float(task.score_outputs(outputs))
+    from zoo.tasks import imagenet_pixels, top1
+
+    return float(top1(imagenet_pixels("val")[1][: len(outputs)])(outputs))
