@@ -26,8 +26,8 @@ OUTSIDE = 8.0  # inputs "far outside": this many times as large
 _NEUTRAL = frozenset(
     {
         "QuantizeLinear", "DequantizeLinear", "Reshape", "Transpose", "Slice", "Pad", "Flatten", "Squeeze", "Unsqueeze",
-        "Identity", "Shape", "Gather", "Cast", "Constant", "Min", "Max", "MaxPool", "NhwcMaxPool", "Split", "Expand", "Concat",
-        "ReorderInput", "ReorderOutput", "DepthToSpace", "SpaceToDepth",
+        "Identity", "Shape", "Gather", "Cast", "Constant", "Min", "Max", "MaxPool", "NhwcMaxPool", "Split", "Expand",
+        "Concat", "ReorderInput", "ReorderOutput", "DepthToSpace", "SpaceToDepth",
     }
 )  # fmt: skip
 
