@@ -15,7 +15,8 @@ from torch import Tensor, fx
 from calque.errors import CalibrationError, CalibrationWarning, SpecError
 from calque.graph.signature import Batch, Signature, flatten, rows, split
 
-ROWS = 50  # rows that are executed at a time
+ROWS = 50  # rows that are executed at a time, at most
+VALUES = 1_500_000  # input values at a time: with larger tensors most of the time goes into mapping fresh memory
 
 _UNITS = {"B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -60,12 +61,18 @@ def prepare(calibration: object, signature: Signature, device: torch.device) -> 
     for item in given:
         batch = signature.batch(item)
         if rows(batch) > 0:
-            batches.extend(split(batch, ROWS))
+            batches.extend(split(batch, rows_at_a_time(batch)))
     if not batches:
         raise CalibrationError("calibration needs at least one input. Got none; pass a few hundred rows.")
     batches = [_to_device(batch, device) for batch in batches]
     _check(batches)
     return batches
+
+
+def rows_at_a_time(batch: Batch) -> int:
+    """How many rows of such a batch are executed at once: ROWS, fewer where the inputs are large."""
+    values = sum(leaf.numel() for leaf in flatten(batch)[0] if isinstance(leaf, Tensor))
+    return max(1, min(ROWS, VALUES * rows(batch) // max(1, values)))
 
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:
