@@ -11,6 +11,7 @@ from calque.graph import Geometry
 
 POSITIONS = 32  # sampled output positions per input (METHOD section 9: 32 to 64 are enough)
 HELD_OUT = 5  # one row in so many, by input, judges the iterates
+SEARCHED = 2**21  # values of the patches that judge an activation range: wide depthwise layers need few rows
 LARGEST = 2**25  # values of the sampled patches at most, 128 MB
 
 
@@ -171,7 +172,9 @@ def output_error(problems: list[LayerProblem], rows: int = 2048) -> Callable[[Te
     """The relative error that an activation grid alone causes at the outputs of the layers that read it."""
     cases = []
     for problem in problems:
-        spread = torch.linspace(0, problem.patches.shape[1] - 1, min(rows, problem.patches.shape[1]))
+        available = problem.patches.shape[1]
+        count = max(1, min(rows, available, SEARCHED // problem.patches[:, 0].numel()))
+        spread = torch.linspace(0, available - 1, count)
         x = problem.patches[:, spread.long()]
         exact = x @ problem.weight.transpose(1, 2)
         power = (exact - exact.mean(1, keepdim=True)).square().mean().clamp(min=1e-30)
