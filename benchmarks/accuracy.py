@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 import time
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,48 +23,75 @@ from torch import Tensor, nn
 import calque
 from benchmarks.tasks import SETTINGS, Setting, load, score
 from calque.export import count_kernels, run_onnx
+from calque.model import QuantizedModel
+from calque.report import count_bits
+from calque.spec import Bits
 
 FOLDER = Path(__file__).resolve().parent
-BITS = ("w8a8", "w4a8", "w4a4")
-RECIPES = ("nearest", "sequential")
 BATCH = 50
+SHARES = ("w8a8", "w6a6", "w4a4", "w3a4", "w2a4")  # candidates under a budget in percent
+UNIFORM = "bytes of w4a4"  # the budget of the uniform plan, whose ends have 8 bits in both
+WEIGHTS = ("w8a4", "w6a4", "w4a4", "w3a4", "w2a4")  # its candidates
 
 Row = dict[str, Any]
+Key = tuple[str, str, str, int]  # network, bits or budget, recipe, seed
+
+
+def cases() -> list[Key]:
+    """What is measured, the most telling first."""
+    main, fixed, first = "resnet20_cifar10", ("nearest", "light", "sequential", "advanced"), ("w4a4", "w2a4")
+    rest = ("w8a8", "w4a8", "w3a3")
+    budgets = [(UNIFORM, "advanced"), ("13%", "advanced"), ("18%", "advanced"), ("13%", "light"), ("18%", "light")]
+    others = [setting.name for setting in SETTINGS if setting.name != main]
+    found = [(main, bits, recipe, 0) for bits in first for recipe in fixed]
+    found += [(main, budget, recipe, 0) for budget, recipe in budgets] + [(main, "w4a4", "paper-2021", 0)]
+    for name in others:
+        found += [(name, "w4a4", recipe, 0) for recipe in ("light", "sequential")] + [(name, UNIFORM, "advanced", 0)]
+    found += [(main, bits, recipe, 0) for bits in rest for recipe in fixed]
+    found += [(main, bits, "paper-2021", 0) for bits in ("w2a4", "w4a8")]
+    for seed in (1, 2):
+        found += [(main, bits, recipe, seed) for bits in (*first, *rest) for recipe in fixed]
+        found += [(main, budget, recipe, seed) for budget, recipe in budgets]
+    found += [(name, "18%", recipe, 0) for name in others for recipe in ("light", "advanced")]
+    return found + [
+        (name, bits, recipe, 0) for name in others for bits in ("w8a8", "w4a8") for recipe in ("nearest", "sequential")
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     names = [setting.name for setting in SETTINGS]
     parser.add_argument("--networks", nargs="+", default=names, choices=names)
-    parser.add_argument("--bits", nargs="+", default=list(BITS))
-    parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--bits", nargs="+", help="bits and budgets, of those in the table")
+    parser.add_argument("--recipes", nargs="+")
+    parser.add_argument("--seeds", nargs="+", type=int)
     parser.add_argument("--rows", type=Path, default=FOLDER / "accuracy.jsonl")
     parser.add_argument("--fresh", action="store_true", help="forget the rows that were measured before")
     arguments = parser.parse_args()
     if arguments.fresh:
         arguments.rows.unlink(missing_ok=True)
-    measured = read_rows(arguments.rows)
-    for setting in SETTINGS:
-        wanted = [
-            key
-            for seed in arguments.seeds
-            for bits in arguments.bits
-            for recipe in arguments.recipes
-            if (key := (setting.name, bits, recipe, seed)) not in measured
-        ]
-        if setting.name not in arguments.networks or not wanted:
+    asked = (arguments.networks, arguments.bits, arguments.recipes, arguments.seeds)
+    bench: Bench | None = None
+    for key in cases():
+        if key in read_rows(arguments.rows) or any(
+            chosen and part not in chosen for part, chosen in zip(key, asked, strict=True)
+        ):
             continue
-        bench = Bench(setting)
-        for _, bits, recipe, seed in wanted:
-            row = bench.measure(bits, recipe, seed)
-            with arguments.rows.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            print(json.dumps(row), flush=True)
-    arguments.rows.with_suffix(".md").write_text(table(list(read_rows(arguments.rows).values())), encoding="utf-8")
+        if bench is None or bench.setting.name != key[0]:
+            bench = Bench(next(setting for setting in SETTINGS if setting.name == key[0]))
+        row = bench.measure(*key[1:])
+        with arguments.rows.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps(row), flush=True)
+        write_table(arguments.rows)
+    write_table(arguments.rows)
 
 
-def read_rows(path: Path) -> dict[tuple[str, str, str, int], Row]:
+def write_table(rows: Path) -> None:
+    rows.with_suffix(".md").write_text(table(list(read_rows(rows).values())), encoding="utf-8")
+
+
+def read_rows(path: Path) -> dict[Key, Row]:
     """Rows by (network, bits, recipe, seed)."""
     if not path.is_file():
         return {}
@@ -82,44 +110,66 @@ class Bench:
         self.reference = outputs(self.task.model, self.test)
 
     def measure(self, bits: str, recipe: str, seed: int) -> Row:
+        options = self.options(bits)
         outputs(self.task.model, self.calibration[:BATCH])
         started = time.perf_counter()
         outputs(self.task.model, self.calibration)
         float_pass = time.perf_counter() - started
         before = reset_peak()
         started = time.perf_counter()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", calque.errors.CalibrationWarning)  # the report has them
-            model = calque.quantize(
-                self.task.model,
-                self.calibration,
-                bits=bits,
-                recipe=recipe,
-                seed=seed,
-                dynamic=self.setting.dynamic,
-            )
+        model = self.quantize(recipe=recipe, seed=seed, **options)
         seconds = time.perf_counter() - started
         peak = peak_bytes() - before
         simulated = outputs(model, self.test)
-        exact = outputs(model.integer(), self.test)
-        with tempfile.TemporaryDirectory() as folder:
-            path = calque.export_onnx(model, Path(folder) / "model.onnx")
-            size = path.stat().st_size
-            received = run_onnx(path, [self.test])
-            integer, floats, _ = count_kernels(path)
         ideal = model.report.size
+        chosen = next((asdict(finalist) for finalist in model.report.finalists if finalist.chosen), {})
         return {
             "network": self.setting.name, "bits": bits, "recipe": recipe, "seed": seed,
             "calibration": len(self.calibration), "test": len(self.test), "metric": self.task.metric,
             "score_float": score(self.task, self.reference), "score": score(self.task, simulated),
             **fidelity(self.reference, simulated, self.task.classifier),
-            "score_file": score(self.task, received),
-            "file_exact": same(received, exact), "file_simulated": same(received, simulated),
-            "bytes": size, "ideal": ideal, "allowed": round(1.05 * ideal + 1500 * len(model.layers) + 20_000),
-            "integer_kernels": integer, "float_kernels": floats,
+            **self.file(model, simulated),
+            "ideal": ideal, "share": ideal / model.report.float_size, "plan": count_bits(map(str, layer_bits(model))),
+            "loss": model.report.loss, "predicted": chosen.get("predicted"), "measured": chosen.get("measured"),
+            "finalists": [[count_bits(f.plan.values()), f.size, f.predicted, f.measured] for f in model.report.finalists],
             "seconds": seconds, "passes": seconds / float_pass, "float_pass": float_pass, "peak": peak,
+            "phases": model.report.phases, "tuned": model.report.tuned,
             "commit": commit(), "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         }  # fmt: skip
+
+    def options(self, bits: str) -> dict[str, Any]:
+        """What the label of a row stands for, as arguments of `quantize`."""
+        if bits == UNIFORM:
+            size = self.quantize(bits="w4a4", recipe="nearest", seed=0).report.size
+            return {"bits": WEIGHTS, "budget": calque.Budget(size=size), "first_last": "w8a8"}
+        if bits.endswith("%"):
+            return {"bits": SHARES, "budget": calque.Budget(size=bits)}
+        return {"bits": bits}
+
+    def quantize(self, **options: Any) -> QuantizedModel:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", calque.errors.CalibrationWarning)  # the report has them
+            return calque.quantize(self.task.model, self.calibration, dynamic=self.setting.dynamic, **options)
+
+    def file(self, model: QuantizedModel, simulated: Tensor) -> Row:
+        """The exported file beside the simulation; nothing where a width cannot be exported yet."""
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                path = calque.export_onnx(model, Path(folder) / "model.onnx")
+            except calque.errors.ExportError:
+                return {"score_file": None}
+            received = run_onnx(path, [self.test])
+            integer, floats, _ = count_kernels(path)
+            exact = outputs(model.integer(), self.test)
+            return {
+                "score_file": score(self.task, received), "file_exact": same(received, exact),
+                "file_simulated": same(received, simulated), "bytes": path.stat().st_size,
+                "integer_kernels": integer, "float_kernels": floats,
+            }  # fmt: skip
+
+
+def layer_bits(model: QuantizedModel) -> list[Bits]:
+    return [model.plan[layer.name] for layer in model.report.layers]
 
 
 @torch.no_grad()
@@ -172,25 +222,31 @@ def commit() -> str:
     return result.stdout.strip() or "unknown"
 
 
-HEADINGS = ("bits", "recipe", "score", "KL", "agreement", "SQNR dB", "file: score", "= exact", "= simulated", "bytes",
-            "of ideal", "integer / float kernels", "seconds", "float passes", "peak +MB")  # fmt: skip
+HEADINGS = ("bits or budget", "recipe", "seed", "score", "KL", "agreement", "SQNR dB", "layers", "bytes", "of float32",
+            "loss: predicted", "measured", "file: score", "= exact", "= simulated", "file bytes", "integer / float kernels",
+            "seconds", "float passes", "peak +MB")  # fmt: skip
 
 
 def table(rows: list[Row]) -> str:
     """The rows as Markdown, a section for each network."""
     lines = [
-        "# Accuracy at fixed bits",
+        "# Accuracy at fixed bits and under budgets",
         "",
         "Written by `python -m benchmarks.accuracy`; every row is one call of `calque.quantize` at the recipe's defaults",
-        "and one exported file. KL(float || quantized) in nats and top-1 agreement with the float network;",
-        "*= exact* and *= simulated*: top-1 (for images: output values) of ONNX Runtime equal to the exact integer",
-        "evaluation and to the PyTorch simulation; *of ideal*: file bytes over packed codes, 12 bytes per channel and what",
-        "stays float; *float passes*: seconds over those of one float pass over the same calibration inputs in the same run;",
-        "*peak*: rise of peak memory over the moment before the call.",
+        "and, where all bits can be exported, one file. KL(float || quantized) in nats and top-1 agreement with the float",
+        "network on test inputs. Budgets are shares of the float32 bytes, with the candidates "
+        + ", ".join(SHARES)
+        + ";",
+        f"*{UNIFORM}*: the bytes of the uniform plan with 8-bit ends, which stay, and the candidates {', '.join(WEIGHTS)}",
+        "for the other layers. At fixed bits the recipe advanced is sequential with biases tuned. *loss*: rise over the base precision",
+        "on calibration inputs, the sum of the prices and as the network was built. *bytes*: packed codes, 12 bytes per channel",
+        "and what stays float. *= exact*, *= simulated*: top-1 (for images: output values) of ONNX Runtime equal to the exact",
+        "integer evaluation and to the PyTorch simulation. *float passes*: seconds over those of one float pass over the same",
+        "calibration inputs in the same run; *peak*: rise of peak memory over the moment before the call.",
         "Scores on these subsets compare float and quantized networks; they are not published benchmarks' accuracies.",
     ]
     for setting in SETTINGS:
-        mine = [row for row in rows if row["network"] == setting.name]
+        mine = sorted((row for row in rows if row["network"] == setting.name), key=order)
         if not mine:
             continue
         first = mine[0]
@@ -199,8 +255,8 @@ def table(rows: list[Row]) -> str:
             f"## {setting.name}",
             "",
             f"{first['calibration']} calibration inputs, {first['test']} test inputs; float {first['metric']} "
-            f"{first['score_float']:.2f}; one float pass {first['float_pass']:.2f} s; {first['machine']}; "
-            f"commit {values(mine, 'commit')}; seed {values(mine, 'seed')}.",
+            f"{first['score_float']:.2f}; one float pass {first['float_pass']:.2f} s; {values(mine, 'machine')}; "
+            f"commit {values(mine, 'commit')}.",
             "",
             "| " + " | ".join(HEADINGS) + " |",
             "|" + "---|" * len(HEADINGS),
@@ -209,18 +265,28 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def order(row: Row) -> tuple[object, ...]:
+    bits = ("w8a8", "w4a8", "w4a4", UNIFORM, "w3a3", "w2a4", "18%", "13%")
+    recipes = ("nearest", "light", "sequential", "advanced", "paper-2021")
+    return bits.index(row["bits"]), recipes.index(row["recipe"]), row["seed"]
+
+
 def values(rows: list[Row], key: str) -> str:
     return ", ".join(sorted({str(row[key]) for row in rows}))
 
 
 def cells(row: Row) -> list[str]:
-    kl = "" if row["kl"] is None else f"{row['kl']:.4f}"
-    agreement = "" if row["agreement"] is None else f"{row['agreement']:.1%}"
-    kernels = f"{sum(row['integer_kernels'].values())} / {sum(row['float_kernels'].values())}"
+    def shown(key: str, form: str) -> str:
+        return "" if row.get(key) is None else format(row[key], form)
+
+    kernels = ""
+    if "integer_kernels" in row:
+        kernels = f"{sum(row['integer_kernels'].values())} / {sum(row['float_kernels'].values())}"
     return [
-        row["bits"], row["recipe"], f"{row['score']:.2f}", kl, agreement, f"{row['sqnr']:.1f}", f"{row['score_file']:.2f}",
-        f"{row['file_exact']:.2%}", f"{row['file_simulated']:.2%}", f"{row['bytes']:,}", f"{row['bytes'] / row['ideal']:.3f}",
-        kernels, f"{row['seconds']:.1f}", f"{row['passes']:.0f}", f"{row['peak'] / 1e6:.0f}",
+        row["bits"], row["recipe"], str(row["seed"]), f"{row['score']:.2f}", shown("kl", ".4f"), shown("agreement", ".1%"),
+        f"{row['sqnr']:.1f}", row["plan"], f"{row['ideal']:,}", f"{row['share']:.1%}", shown("predicted", ".4f"),
+        shown("measured", ".4f"), shown("score_file", ".2f"), shown("file_exact", ".2%"), shown("file_simulated", ".2%"),
+        shown("bytes", ","), kernels, f"{row['seconds']:.1f}", f"{row['passes']:.0f}", f"{row['peak'] / 1e6:.0f}",
     ]  # fmt: skip
 
 

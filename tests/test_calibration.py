@@ -8,10 +8,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import calque.calibration
 import networks
-from calque.calibration import ROWS, Execution, Store, parse_bytes, prepare, varying_axes
+from calque.calibration import ROWS, Execution, prepare, varying_axes
 from calque.errors import CalibrationError, CalibrationWarning, SpecError
 from calque.graph import Batch, Signature, capture
 from calque.graph.signature import rows
+from calque.store import Store, parse_bytes
 from networks import Net
 
 IMAGES = networks.images(120, seed=0)

@@ -148,7 +148,12 @@ GOOD = Plan(dict.fromkeys(("stem", "conv1", "conv2", "down", "head"), Bits(4, 4)
         ({"bits": "int8"}, "bits are written"),
         ({"bits": "w9a8"}, r"bits must be an int in \[2, 8\]"),
         ({"bits": "a8"}, 'bits must be "w<bits>a<bits>"'),
-        ({"bits": ("w8a8", "w4a4")}, "bits are written"),
+        ({"bits": ("w8a8", "w4a4")}, "candidates that a budget chooses from"),
+        ({"bits": "w4a4", "budget": calque.Budget(size=0.2)}, "a budget chooses from several bits"),
+        ({"bits": ("w4a4",), "budget": calque.Budget(size=0.2), "plan": GOOD}, "budget and plan exclude each other"),
+        ({"bits": (), "budget": calque.Budget(size=0.2)}, "at least one candidate"),
+        ({"workers": 0}, "workers must be an int >= 1"),
+        ({"loss": "l1"}, 'loss is "kl", "mse" or a function'),
         ({"bits": "w4a4", "plan": GOOD}, "bits and plan exclude each other"),
         (
             {"plan": Plan({"stem": Bits(4, 4)})},

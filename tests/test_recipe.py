@@ -5,24 +5,42 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 import calque
 import networks
+from calque.biases import Tuning
 from calque.errors import SpecError
 from calque.model import QuantizedModel
-from calque.recipe import NEAREST, RECIPES, SEQUENTIAL, Recipe, find_recipe
-from calque.solvers.adaquant import StepSizes
+from calque.recipe import ADVANCED, NEAREST, NO_TUNING, RECIPES, SEQUENTIAL, Recipe, find_recipe
+from calque.solvers.parameters import StepSizes
 
 RATES = st.floats(1e-8, 1e3)
+TUNING = st.builds(
+    Tuning,
+    optimizer=st.sampled_from(["adam", "sgd"]),
+    steps=st.integers(0, 1000),
+    rows=st.integers(1, 100),
+    rate=RATES,
+    parameters=st.sampled_from(["biases", "scales"]),
+    loss=st.sampled_from(["run", "mse"]),
+)
 RECIPE = st.builds(
     Recipe,
     name=st.from_regex(r"[a-z0-9-]{1,12}", fullmatch=True),
     activation_range=st.sampled_from(["minmax", "mean_minmax", "percentile", "least_squares", "output"]),
     tensor_range=st.sampled_from(["minmax", "mean_minmax", "percentile", "least_squares"]),
     weight_range=st.sampled_from(["minmax", "least_squares", "output"]),
+    flavour=st.sampled_from(["sequential", "parallel"]),
+    patches=st.sampled_from(["sampled", "all"]),
     steps=st.integers(0, 10**6),
-    normalize=st.booleans(),
-    rates=st.builds(StepSizes, RATES, RATES, RATES, RATES, RATES),
+    search_steps=st.integers(0, 10**6),
+    priced_inputs=st.integers(1, 10**6),
+    finalists=st.integers(1, 100),
+    block_steps=st.integers(0, 10**6),
+    statistics=st.sampled_from(["none", "float", "trained"]),
+    rates=st.builds(StepSizes, RATES, RATES, RATES, RATES, RATES, st.sampled_from(["relative", "absolute"])),
+    tuning=TUNING,
 )
 
 
@@ -47,6 +65,7 @@ def test_shipped_recipes_are_found_by_name(name: str) -> None:
 def test_a_recipe_stands_for_itself_and_nothing_for_sequential() -> None:
     assert find_recipe(NEAREST) is NEAREST
     assert find_recipe(None) is SEQUENTIAL
+    assert find_recipe(None, search=True) is ADVANCED
 
 
 def test_a_recipe_is_found_in_its_file(tmp_path: Path) -> None:
@@ -57,7 +76,10 @@ def test_a_recipe_is_found_in_its_file(tmp_path: Path) -> None:
 
 
 def test_an_unknown_recipe_is_refused_with_the_names() -> None:
-    with pytest.raises(SpecError, match=r"recipe is one of nearest, sequential, or a TOML file. Got 'best'"):
+    with pytest.raises(
+        SpecError,
+        match=r"recipe is one of nearest, .*, paper-2021, or a TOML file. Got 'best'",
+    ):
         find_recipe("best")
 
 
@@ -71,7 +93,14 @@ def test_an_unknown_recipe_is_refused_with_the_names() -> None:
         ({"steps": 2.5}, "steps must be an int >= 0. Got 2.5"),
         ({"rates": replace(SEQUENTIAL.rates, bias=0.0)}, "rates must be positive"),
         ({"rates": replace(SEQUENTIAL.rates, weight=float("nan"))}, "rates must be positive"),
-        ({"normalize": "no"}, "normalize"),
+        ({"statistics": "no"}, "statistics is one of none, float, trained. Got 'no'"),
+        ({"flavour": "both"}, "flavour is one of sequential, parallel"),
+        ({"patches": "some"}, "patches is one of sampled, all"),
+        ({"finalists": 0}, "finalists must be an int >= 1. Got 0"),
+        ({"priced_inputs": 0}, "priced_inputs must be an int >= 1. Got 0"),
+        ({"search_steps": -1}, "search_steps must be an int >= 0. Got -1"),
+        ({"block_steps": -1}, "block_steps must be an int >= 0. Got -1"),
+        ({"rates": replace(SEQUENTIAL.rates, unit="metres")}, "the unit of rates is"),  # type: ignore[arg-type]
     ],
 )
 def test_a_field_out_of_its_range_is_refused(change: dict[str, object], message: str) -> None:
@@ -102,16 +131,38 @@ def test_a_file_that_is_no_recipe_is_refused(text: str, message: str) -> None:
         Recipe.parse(text)
 
 
-BASE = replace(SEQUENTIAL, steps=16)
+SEARCHED = ("search_steps", "priced_inputs", "finalists")  # fields that a budget reads
+BASE = replace(ADVANCED, steps=16, search_steps=8, tuning=NO_TUNING)
+TUNED = replace(NEAREST, tuning=Tuning("adam", 16, 16, 1e-2, "biases"))
+
+
+def with_rate(name: str, rate: float) -> Recipe:
+    return replace(BASE, rates=replace(BASE.rates, **{name: rate}))  # type: ignore[arg-type]  # never the unit
+
+
 CHANGES: dict[str, Recipe] = {
     "name": replace(BASE, name="other"),
     "activation_range": replace(BASE, activation_range="minmax"),
     "tensor_range": replace(BASE, tensor_range="mean_minmax"),
     "weight_range": replace(BASE, weight_range="minmax"),
+    "flavour": replace(BASE, flavour="parallel"),
+    "patches": replace(BASE, patches="all"),
     "steps": replace(BASE, steps=8),
-    "normalize": replace(BASE, normalize=False),
-    **{f"rates.{f.name}": replace(BASE, rates=replace(BASE.rates, **{f.name: 0.05})) for f in fields(StepSizes)},
-    "rates.zero_point": replace(BASE, rates=replace(BASE.rates, zero_point=1.0)),
+    "search_steps": replace(BASE, search_steps=0),
+    "priced_inputs": replace(BASE, priced_inputs=7),
+    "finalists": replace(BASE, finalists=1),
+    "block_steps": replace(BASE, block_steps=16),
+    "statistics": replace(BASE, statistics="none"),
+    "statistics.trained": replace(BASE, statistics="trained"),
+    **{f"rates.{name}": with_rate(name, 0.05) for name in ("weight", "weight_scale", "bias", "activation_scale")},
+    "rates.zero_point": with_rate("zero_point", 1.0),
+    "rates.unit": replace(BASE, rates=replace(BASE.rates, unit="absolute")),
+    "tuning.optimizer": replace(TUNED, tuning=replace(TUNED.tuning, optimizer="sgd", rate=1.0)),
+    "tuning.steps": replace(TUNED, tuning=replace(TUNED.tuning, steps=0)),
+    "tuning.rows": replace(TUNED, tuning=replace(TUNED.tuning, rows=8)),
+    "tuning.rate": replace(TUNED, tuning=replace(TUNED.tuning, rate=3e-3)),
+    "tuning.parameters": replace(TUNED, tuning=replace(TUNED.tuning, parameters="scales")),
+    "tuning.loss": replace(TUNED, tuning=replace(TUNED.tuning, loss="mse")),
 }
 
 
@@ -125,16 +176,59 @@ def base() -> QuantizedModel:
     return quantized(BASE)
 
 
-@pytest.mark.parametrize("field", CHANGES)
+@pytest.mark.parametrize("field", [field for field in CHANGES if field not in SEARCHED and "tuning" not in field])
 def test_each_field_changes_something(field: str, base: QuantizedModel) -> None:
     other = quantized(CHANGES[field])
 
     if field == "name":
-        assert (base.report.recipe, other.report.recipe) == ("sequential", "other")
+        assert (base.report.recipe, other.report.recipe) == ("advanced", "other")
         return
     states = zip(base.state_dict().values(), other.state_dict().values(), strict=True)
     assert not all(torch.equal(a, b) for a, b in states)
 
 
+@pytest.mark.parametrize("field", [field for field in CHANGES if field.startswith("tuning.")])
+def test_each_field_of_the_tuning_changes_a_network_that_has_something_to_gain(
+    field: str, trained: networks.Residual, calibration: Tensor
+) -> None:
+    one, other = (
+        calque.quantize(trained, calibration, bits="w2a4", recipe=recipe) for recipe in (TUNED, CHANGES[field])
+    )
+
+    assert one.report.tuned[1] < one.report.tuned[0]
+    states = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    assert not all(torch.equal(a, b) for a, b in states)
+
+
+def searched(recipe: Recipe) -> QuantizedModel:
+    net = networks.seeded(networks.Residual())
+    budget = calque.Budget(size=0.17)
+    return calque.quantize(
+        net, networks.images(60, seed=0), bits=("w8a8", "w4a4", "w2a4"), budget=budget, recipe=recipe
+    )
+
+
+@pytest.fixture(scope="module")
+def searched_base() -> QuantizedModel:
+    return searched(BASE)
+
+
+@pytest.mark.parametrize("field", SEARCHED)
+def test_each_field_of_the_search_changes_its_prices_or_its_finalists(
+    field: str, searched_base: QuantizedModel
+) -> None:
+    other = searched(CHANGES[field])
+
+    if field == "finalists":
+        assert len(other.report.finalists) < len(searched_base.report.finalists)
+        return
+    assert other.prices is not None
+    assert searched_base.prices is not None
+    assert other.prices.increases != searched_base.prices.increases
+
+
 def test_every_field_has_a_test() -> None:
     assert {name.partition(".")[0] for name in CHANGES} == {field.name for field in fields(Recipe)}
+    for table in ("rates", "tuning"):
+        known = {name.partition(".")[2] for name in CHANGES if name.startswith(f"{table}.")}
+        assert known == {field.name for field in fields(type(getattr(BASE, table)))}

@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 import calque
 import networks
+from calque.costs import FLOAT_BITS, layer_size
 from calque.model import QuantizedModel
-from calque.report import FLOAT_BITS, LayerReport, Report, layer_size, signal_to_noise, table_lines
+from calque.report import LayerReport, Report, signal_to_noise, table_lines
 from networks import Net
 
 LAYER = LayerReport("conv", "w4a4", -1.0, 2.0, 1e-2, 1e-3, 0.5, 100, 1000, 16000)

@@ -12,14 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import networks
+from calque.checkpoint import write_whole
 from calque.errors import LoadError
 from calque.model import QuantizedModel
 from calque.pipeline import quantize
 from calque.recipe import NEAREST, SEQUENTIAL
 from calque.spec import Placement
-from calque.storage import load, save, write_whole
+from calque.storage import load, save
 
-QUICK = SEQUENTIAL.to_toml().replace("steps = 400", "steps = 5")
+QUICK = SEQUENTIAL.to_toml().replace("\nsteps = 250", "\nsteps = 5")
 
 
 class Mixed(nn.Module):

@@ -3,8 +3,10 @@
 from importlib.metadata import version
 
 from calque import errors
+from calque.budget import Budget
 from calque.export import Verification, export_onnx, verify
 from calque.pipeline import quantize
+from calque.prices import Prices
 from calque.recipe import Recipe
 from calque.report import Report
 from calque.spec import Plan
@@ -13,7 +15,9 @@ from calque.storage import load, save
 __version__ = version("calque")
 
 __all__ = [
+    "Budget",
     "Plan",
+    "Prices",
     "Recipe",
     "Report",
     "Verification",

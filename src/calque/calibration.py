@@ -1,41 +1,18 @@
 """Calibration inputs, checked; and the network executed on all of them, operator by operator, within a memory budget."""
 
-import re
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx
 
-from calque.errors import CalibrationError, CalibrationWarning, SpecError
+from calque.errors import CalibrationError, CalibrationWarning
 from calque.graph.signature import Batch, Signature, flatten, rows, split
+from calque.store import Store
 
 ROWS = 50  # rows that are executed at a time, at most
 VALUES = 1_500_000  # input values at a time: with larger tensors most of the time goes into mapping fresh memory
-
-_UNITS = {"B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-
-
-def parse_bytes(text: str | int) -> int:
-    """Bytes of a size with a unit.
-
-    >>> parse_bytes("1.5MB")
-    1500000
-
-    Raises:
-        SpecError: not a number with B, kB, MB or GB.
-    """
-    if isinstance(text, int) and text > 0:
-        return text
-    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([kKMG]?B)\s*", text) if isinstance(text, str) else None
-    if not match:
-        raise SpecError(f'a size is written as a number with a unit, such as "2GB" or "300MB". Got {text!r}.')
-    return int(float(match[1]) * _UNITS[match[2]])
 
 
 def prepare(calibration: object, signature: Signature, device: torch.device) -> list[Batch]:
@@ -128,57 +105,26 @@ def varying_axes(batches: list[Batch]) -> dict[str, dict[int, Any]]:
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class _OnDisk:
-    path: Path
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-
-
-class Store:
-    """Keeps tensors in memory up to a budget and on disk past it; a context manager that removes its files."""
-
-    def __init__(self, memory: int):
-        self.memory = memory
-        self.resident = 0
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._files = 0
-
-    def __enter__(self) -> "Store":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._folder is not None:
-            self._folder.cleanup()
-
-    def put(self, value: object) -> object:
-        """What to keep in place of `value`: itself, or its file."""
-        if not isinstance(value, Tensor):
-            return value
-        if self.resident + value.nbytes <= self.memory or value.nbytes < 2**16:
-            self.resident += value.nbytes
-            return value
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="calque-")
-        self._files += 1
-        path = Path(self._folder.name) / str(self._files)
-        value.contiguous().cpu().numpy().tofile(path)
-        return _OnDisk(path, value.shape, value.dtype, value.device)
-
-    def get(self, kept: object) -> Any:
-        """The value that `put` was given."""
-        if not isinstance(kept, _OnDisk):
-            return kept
-        dtype = torch.empty(0, dtype=kept.dtype).numpy().dtype
-        return torch.from_numpy(np.fromfile(kept.path, dtype=dtype)).reshape(kept.shape).to(kept.device)
-
-    def drop(self, kept: object) -> None:
-        """Frees what `put` kept."""
-        if isinstance(kept, _OnDisk):
-            kept.path.unlink(missing_ok=True)
-        elif isinstance(kept, Tensor):
-            self.resident -= kept.nbytes
+def call_node(
+    graph_module: fx.GraphModule,
+    node: fx.Node,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    stand_in: torch.nn.Module | None = None,
+) -> Any:
+    """What the node returns for these arguments; `stand_in` takes the place of the module that it calls."""
+    if node.op == "call_function":
+        assert callable(node.target)
+        return node.target(*args, **kwargs)
+    if node.op == "call_module":
+        return (stand_in or graph_module.get_submodule(str(node.target)))(*args, **kwargs)
+    if node.op == "get_attr":
+        owner: Any = graph_module
+        for part in str(node.target).split("."):
+            owner = getattr(owner, part)
+        return owner
+    assert node.op == "output"
+    return args[0]
 
 
 class Execution:
@@ -187,12 +133,24 @@ class Execution:
     Call `step` (or `compute` and `put` in its place) on each node of `graph_module.graph.nodes` in order, then `release`.
     """
 
-    def __init__(self, graph_module: fx.GraphModule, batches: list[Batch], store: Store):
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        batches: list[Batch],
+        store: Store,
+        *,
+        keep: Mapping[fx.Node, fx.Node] | None = None,
+    ):
+        """
+        Args:
+            keep: node -> a later node at whose release its value is freed, in place of its last reader's.
+        """
         self.module = graph_module
         self.store = store
         self.count = len(batches)
         self._kept: dict[fx.Node, list[object]] = {}
         self._last = {reader: node for node in graph_module.graph.nodes for reader in node.all_input_nodes}
+        self._last.update(keep or {})
         leaves = [flatten(batch)[0] for batch in batches]
         placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
         for index, node in enumerate(placeholders):
@@ -203,6 +161,10 @@ class Execution:
         for kept in self._kept[node]:
             yield self.store.get(kept)
 
+    def at(self, node: fx.Node, index: int) -> Any:
+        """The node's value on batch `index`."""
+        return self.store.get(self._kept[node][index])
+
     def compute(self, node: fx.Node, module: torch.nn.Module | None = None) -> Iterator[Any]:
         """The node's value on each batch, from the values of its inputs; `module` stands in for the one it calls."""
         for index in range(self.count):
@@ -210,26 +172,10 @@ class Execution:
             args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
             try:
                 with torch.no_grad():
-                    yield self._call(node, module, args, kwargs)
+                    yield call_node(self.module, node, args, kwargs, module)
             except RuntimeError as error:
                 reason = str(error).splitlines()[0]
                 raise CalibrationError(f"operator {node.name} fails on calibration batch {index}: {reason}") from error
-
-    def _call(
-        self, node: fx.Node, module: torch.nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        if node.op == "call_function":
-            assert callable(node.target)
-            return node.target(*args, **kwargs)
-        if node.op == "call_module":
-            return (module or self.module.get_submodule(str(node.target)))(*args, **kwargs)
-        if node.op == "get_attr":
-            owner: Any = self.module
-            for part in str(node.target).split("."):
-                owner = getattr(owner, part)
-            return owner
-        assert node.op == "output"
-        return args[0]
 
     def put(self, node: fx.Node, values: Iterable[object]) -> None:
         """Keeps the node's value on each batch, in place of what was kept before."""
@@ -248,10 +194,11 @@ class Execution:
 
     def release(self, node: fx.Node) -> None:
         """Frees every value whose last reader is `node`, and the node's own if nothing reads it."""
-        done = [source for source in node.all_input_nodes if self._last[source] is node]
+        done = [source for source, last in self._last.items() if last is node]
         if not node.users and node.op != "output":
             done.append(node)
         for source in done:
             for kept in self._kept.pop(source, []):
                 if source.op != "placeholder":
                     self.store.drop(kept)
+        self.store.give_back()

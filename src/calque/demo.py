@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
+from calque.checkpoint import write_whole
 from calque.export import export_onnx, run_onnx, verify
 from calque.pipeline import quantize
-from calque.storage import save, write_whole
+from calque.storage import save
 
 BITS = ("w8a8", "w4a8", "w4a4")
 TRAINING, CALIBRATION = 1200, 256  # images; the calibration images are training images without their labels

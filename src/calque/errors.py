@@ -9,6 +9,10 @@ class SpecError(CalqueError, ValueError):
     """Bits, a plan, an override or an option that breaks a rule."""
 
 
+class InfeasibleBudgetError(CalqueError, ValueError):
+    """A budget that no allowed choice of bits keeps; the message names the smallest feasible one."""
+
+
 class CaptureError(CalqueError):
     """A network that `torch.export` cannot trace, or whose trace differs from the original."""
 

@@ -13,6 +13,7 @@ from calque.graph.network import clamp_bounds, is_movement, result_of
 from calque.graph.signature import Signature, flatten
 from calque.integer import IntegerModel
 from calque.placement import Edge
+from calque.prices import Prices
 from calque.quantizers import QuantizedLayer, Quantizer
 from calque.spec import Plan
 
@@ -37,6 +38,7 @@ class QuantizedModel(nn.Module):
         graph_module: the operators; flat inputs in, a flat tuple out.
         plan: bits of every layer and every tensor that has a grid of its own.
         report: what was decided and gained (None until a pipeline has set it).
+        prices: what each choice of bits would cost each layer, where a budget had them measured.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class QuantizedModel(nn.Module):
         self.plan = plan
         self.facts = dict(facts)
         self.report: Any = None
+        self.prices: Prices | None = None
         self.eval()
 
     def forward(self, *args: object, **kwargs: object) -> Any:

@@ -7,29 +7,47 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from calque.biases import Tuning
 from calque.errors import SpecError
 from calque.ranges import ActivationRange, WeightRange
-from calque.solvers.adaquant import StepSizes
+from calque.solvers.parameters import StepSizes
 from calque.spec import toml_string
 
 TensorRange = Literal["minmax", "mean_minmax", "percentile", "least_squares"]
+Flavour = Literal["sequential", "parallel"]
+Patches = Literal["sampled", "all"]
+Statistics = Literal["none", "float", "trained"]
 
 # Chosen on calibration images of resnet20 and mobilenet_v1: docs/experiments.md.
 STEP_SIZES = StepSizes(weight=0.01, weight_scale=3e-3, bias=1e-3, activation_scale=3e-3, zero_point=1e-2)
+# The released code of Hubara et al. 2021 (docs/method.md); its input range and zero point share a rate.
+PAPER_STEP_SIZES = StepSizes(1e-5, 1e-3, 1e-3, activation_scale=1e-1, zero_point=1e-1, unit="absolute")
+NO_TUNING = Tuning("adam", steps=0, rows=32, rate=3e-3, parameters="scales", loss="mse")
+PAPER_TUNING = Tuning("sgd", steps=800, rows=50, rate=0.1, parameters="biases", loss="run")
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How a network is quantized at given bits.
+    """How a network is quantized, and under a budget how its bits are chosen.
 
     Attributes:
         name: goes into the report.
         activation_range: estimator of the input grids of layers.
         tensor_range: estimator of grids that no layer owns (residual adds, pools, ...).
         weight_range: estimator of the weights' scales.
+        flavour: of the fit at the chosen bits; "sequential": each layer sees the output of the quantized layers before it;
+            "parallel": its float input, each layer independent of the others and fitted by any number of workers.
+        patches: what a fit sees of each input: sampled output positions or all of them.
         steps: of AdaQuant per layer; 0 leaves the weights rounded to nearest, with the bias corrected.
-        normalize: whether the channel statistics are re-estimated at the end (para-normalization).
-        rates: AdaQuant's relative step sizes.
+        search_steps: under a budget, steps of parallel AdaQuant at each candidate before it is priced; 0 prices the rounded
+            weights with corrected biases.
+        priced_inputs: calibration inputs at most on which prices are measured.
+        finalists: allocations that are built and measured as whole networks; the best is the result.
+        block_steps: of AdaQuant on whole blocks, after their layers; 0 for none.
+        statistics: target of the re-estimated channel statistics (para-normalization): the float network's on the same
+            inputs, or the trained batch norm's as in the paper; "none" leaves them.
+        rates: AdaQuant's step sizes.
+        tuning: of the biases, end to end; 0 steps for none.
 
     >>> SEQUENTIAL == Recipe.parse(SEQUENTIAL.to_toml())
     True
@@ -39,31 +57,39 @@ class Recipe:
     activation_range: ActivationRange
     tensor_range: TensorRange
     weight_range: WeightRange
+    flavour: Flavour
+    patches: Patches
     steps: int
-    normalize: bool
+    search_steps: int
+    priced_inputs: int
+    finalists: int
+    block_steps: int
+    statistics: Statistics
     rates: StepSizes = STEP_SIZES
+    tuning: Tuning = NO_TUNING
 
     def __post_init__(self) -> None:
         choices = {
-            "activation_range": ActivationRange,
-            "tensor_range": TensorRange,
-            "weight_range": WeightRange,
-        }
+            "activation_range": ActivationRange, "tensor_range": TensorRange, "weight_range": WeightRange,
+            "flavour": Flavour, "patches": Patches, "statistics": Statistics,
+        }  # fmt: skip
         for field, kind in choices.items():
             if getattr(self, field) not in get_args(kind):
                 raise SpecError(f"{field} is one of {', '.join(get_args(kind))}. Got {getattr(self, field)!r}.")
-        if type(self.steps) is not int or self.steps < 0:
-            raise SpecError(f"steps must be an int >= 0. Got {self.steps!r}.")
-        if type(self.normalize) is not bool:
-            raise SpecError(f"normalize must be true or false. Got {self.normalize!r}.")
-        if any(not (isinstance(rate, (int, float)) and rate > 0) for rate in asdict(self.rates).values()):
-            raise SpecError(f"rates must be positive. Got {self.rates}.")
+        least = {"steps": 0, "search_steps": 0, "priced_inputs": 1, "finalists": 1, "block_steps": 0}
+        for field, smallest in least.items():
+            value = getattr(self, field)
+            if type(value) is not int or value < smallest:
+                raise SpecError(f"{field} must be an int >= {smallest}. Got {value!r}.")
+        _check_rates(self.rates)
 
     def to_toml(self) -> str:
         """The recipe as TOML."""
-        plain = {key: value for key, value in asdict(self).items() if key != "rates"}
-        rates = asdict(self.rates)
-        return "\n".join([*_toml_lines(plain), "", "[rates]", *_toml_lines(rates), ""])
+        plain = {key: value for key, value in asdict(self).items() if key not in TABLES}
+        lines = _toml_lines(plain)
+        for name in TABLES:
+            lines += ["", f"[{name}]", *_toml_lines(asdict(getattr(self, name)))]
+        return "\n".join([*lines, ""])
 
     @classmethod
     def parse(cls, text: str) -> "Recipe":
@@ -76,12 +102,26 @@ class Recipe:
             table = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
             raise SpecError(f"a recipe is a TOML file. This one does not parse: {error}.") from error
-        rates = table.pop("rates", {})
-        if not isinstance(rates, dict):
-            raise SpecError(f"rates must be a table [rates]. Got {rates!r}.")
-        _require_fields(table, {field.name for field in fields(cls)} - {"rates"}, "a recipe")
-        _require_fields(rates, {field.name for field in fields(StepSizes)}, "the table [rates]")
-        return cls(**table, rates=StepSizes(**rates))
+        parts: dict[str, Any] = {}
+        for name, kind in TABLES.items():
+            part = table.pop(name, {})
+            if not isinstance(part, dict):
+                raise SpecError(f"{name} must be a table [{name}]. Got {part!r}.")
+            _require_fields(part, {field.name for field in fields(kind)}, f"the table [{name}]")
+            parts[name] = kind(**part)
+        _require_fields(table, {field.name for field in fields(cls)} - set(TABLES), "a recipe")
+        return cls(**table, **parts)
+
+
+TABLES: dict[str, Any] = {"rates": StepSizes, "tuning": Tuning}
+
+
+def _check_rates(rates: StepSizes) -> None:
+    numbers = {key: value for key, value in asdict(rates).items() if key != "unit"}
+    if any(not (isinstance(rate, (int, float)) and rate > 0) for rate in numbers.values()):
+        raise SpecError(f"rates must be positive. Got {rates}.")
+    if rates.unit not in ("relative", "absolute"):
+        raise SpecError(f'the unit of rates is "relative" or "absolute". Got {rates.unit!r}.')
 
 
 def _toml_lines(table: Mapping[str, Any]) -> list[str]:
@@ -102,19 +142,31 @@ def _require_fields(table: Mapping[str, Any], names: set[str], what: str) -> Non
         )
 
 
-NEAREST = Recipe("nearest", "output", "least_squares", "least_squares", steps=0, normalize=False)
-SEQUENTIAL = replace(NEAREST, name="sequential", weight_range="output", steps=250, normalize=True)
-RECIPES = {recipe.name: recipe for recipe in (NEAREST, SEQUENTIAL)}
+NEAREST = Recipe(
+    "nearest", "output", "least_squares", "least_squares", flavour="sequential", patches="sampled", steps=0, search_steps=0,
+    priced_inputs=256, finalists=3, block_steps=0, statistics="none",
+)  # fmt: skip
+LIGHT = replace(NEAREST, name="light", weight_range="output", statistics="float")
+SEQUENTIAL = replace(LIGHT, name="sequential", steps=250)
+ADVANCED = replace(SEQUENTIAL, name="advanced", search_steps=100, tuning=replace(NO_TUNING, steps=50))
+PAPER = replace(
+    SEQUENTIAL, name="paper-2021", activation_range="mean_minmax", tensor_range="mean_minmax", weight_range="minmax",
+    patches="all", steps=1000, search_steps=1000, statistics="trained", rates=PAPER_STEP_SIZES, tuning=PAPER_TUNING,
+)  # fmt: skip
+RECIPES = {recipe.name: recipe for recipe in (NEAREST, LIGHT, SEQUENTIAL, ADVANCED, PAPER)}
 
 
-def find_recipe(recipe: "str | Recipe | None") -> Recipe:
+def find_recipe(recipe: "str | Recipe | None", *, search: bool = False) -> Recipe:
     """The recipe itself, the shipped one of that name, the one in that TOML file, or the default (None).
+
+    Args:
+        search: whether bits are chosen under a budget; the default is then "advanced", else "sequential".
 
     Raises:
         SpecError: no shipped recipe and no file of that name.
     """
     if recipe is None:
-        return SEQUENTIAL
+        return ADVANCED if search else SEQUENTIAL
     if isinstance(recipe, Recipe):
         return recipe
     if recipe in RECIPES:

@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,9 +18,8 @@ HEADINGS = (
     "seconds",
     "bytes",
     "Mbit-ops",
+    "price",
 )
-CHANNEL_BYTES = 12  # scale, bias and bias scale of an output channel (METHOD section 3)
-FLOAT_BITS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,7 @@ class LayerReport:
             to nearest and as fitted; None for a layer that stays float.
         seconds: spent on this layer.
         size: bytes in the file.  macs: multiply-accumulates for one input.
+        price: under a budget, the rise of the loss when this layer alone has these bits.
     """
 
     name: str
@@ -43,6 +45,24 @@ class LayerReport:
     size: int
     macs: int
     bit_operations: int
+    price: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Finalist:
+    """An allocation that was built and measured as a whole network.
+
+    Attributes:
+        plan: layer -> bits, as text.  size: bytes.
+        predicted, measured: rise of the loss over the base precision's: the sum of the prices, and of the network as built on
+            the calibration inputs (below zero where it is better than the base, whose layers are only rounded).
+    """
+
+    plan: dict[str, str]
+    size: int
+    predicted: float
+    measured: float
+    chosen: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,6 +74,9 @@ class Report:
         tensors: name -> (bits, low, high) of grids that no layer owns.
         float_size: bytes of the float32 network.  other_size: bytes of parameters that stay float.
         phases: name -> seconds.
+        loss: by which prices and bias tuning are judged.
+        finalists: under a budget, what was measured as whole networks.
+        tuned: the loss on held-out inputs before and after bias tuning.
         notes: what stays float, what was changed or deserves attention, one sentence each.
     """
 
@@ -68,6 +91,9 @@ class Report:
     phases: dict[str, float]
     notes: tuple[str, ...]
     versions: dict[str, str] = field(default_factory=dict)
+    loss: str = ""
+    finalists: tuple[Finalist, ...] = ()
+    tuned: tuple[float, float] | None = None
 
     @property
     def size(self) -> int:
@@ -94,18 +120,28 @@ class Report:
             name: (str(b), float(low), float(high)) for name, (b, low, high) in table["tensors"].items()
         }
         table["notes"] = tuple(table["notes"])
+        table["finalists"] = tuple(Finalist(**finalist) for finalist in table.get("finalists", ()))
+        table["tuned"] = None if table.get("tuned") is None else tuple(table["tuned"])
         return cls(**table)
 
     def __str__(self) -> str:
         rows = [_cells(layer) for layer in self.layers]
         totals = ("total", "", "", "", "", "", "", f"{sum(layer.seconds for layer in self.layers):.1f}",
-                  f"{self.size:,}", f"{self.bit_operations / 1e6:,.1f}")  # fmt: skip
-        lines = [*table_lines(HEADINGS, [*rows, totals])]
+                  f"{self.size:,}", f"{self.bit_operations / 1e6:,.1f}", "")  # fmt: skip
+        columns = len(HEADINGS) if self.finalists else len(HEADINGS) - 1
+        lines = [*table_lines(HEADINGS[:columns], [cells[:columns] for cells in (*rows, totals)])]
         for name, (bits, low, high) in self.tensors.items():
             lines.append(f"tensor {name}: {bits}, {low:.4g} .. {high:.4g}")
         lines.append(
             f"recipe {self.recipe}, placement {self.placement}, seed {self.seed}, {self.calibration_rows} calibration rows"
         )
+        for finalist in self.finalists:
+            lines.append(
+                f"{'chosen' if finalist.chosen else 'tried '} {count_bits(finalist.plan.values())}: {finalist.size:,} bytes, "
+                f"{self.loss} +{finalist.predicted:.4g} predicted, {finalist.measured:+.4g} measured"
+            )
+        if self.tuned is not None:
+            lines.append(f"bias tuning: {self.loss} {self.tuned[0]:.4g} -> {self.tuned[1]:.4g} on held-out inputs")
         share = self.size / self.float_size
         lines.append(f"{self.size:,} bytes, {share:.1%} of the float network's {self.float_size:,}")
         lines.append(", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.phases.items()))
@@ -113,12 +149,21 @@ class Report:
         return "\n".join(lines)
 
 
+def count_bits(bits: Iterable[str]) -> str:
+    """How many layers have which bits.
+
+    >>> count_bits(["w4a4", "w8a8", "w4a4"])
+    'w4a4 x2, w8a8 x1'
+    """
+    return ", ".join(f"{text} x{count}" for text, count in sorted(Counter(bits).items()))
+
+
 def _cells(layer: LayerReport) -> tuple[str, ...]:
     span = "" if layer.low is None or layer.high is None else f"{layer.low:.3g} .. {layer.high:.3g}"
     errors = ("" if error is None else f"{error:.2e}" for error in (layer.before, layer.after))
     decibels = ("" if error is None else f"{signal_to_noise(error):.1f}" for error in (layer.before, layer.after))
     return (layer.name, layer.bits, span, *errors, *decibels, f"{layer.seconds:.2f}", f"{layer.size:,}",
-            f"{layer.bit_operations / 1e6:,.1f}")  # fmt: skip
+            f"{layer.bit_operations / 1e6:,.1f}", "" if layer.price is None else f"{layer.price:.2e}")  # fmt: skip
 
 
 def signal_to_noise(error: float) -> float:
@@ -145,12 +190,3 @@ def table_lines(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[
         ).rstrip()
 
     return [line(headings), line(tuple("-" * width for width in widths)), *(line(row) for row in rows)]
-
-
-def layer_size(codes: int, channels: int, bits: int) -> int:
-    """Bytes of a layer with that many codes: packed, and CHANNEL_BYTES per output channel.
-
-    >>> layer_size(100, 4, 4)
-    98
-    """
-    return -(-codes * bits // 8) + CHANNEL_BYTES * channels

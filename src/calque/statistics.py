@@ -1,8 +1,8 @@
 """Para-normalization: each quantized layer's channel mean and variance put back to the float network's.
 
-Source: Hubara et al. 2021, section 3.3 (batch-norm tuning), re-estimated exactly instead of by momentum. Deviation: the
-target is the float network's mean and variance of the same layer output on the same inputs instead of the trained beta
-and gamma^2, which a small calibration set does not have; so the float network is a fixed point.
+Source: Hubara et al. 2021, section 3.3 (batch-norm tuning), re-estimated exactly instead of by momentum. The paper's target
+is the trained beta and gamma^2 (`trained_statistics`). On a small calibration set the float network itself does not have those,
+so the default is its own mean and variance of the same layer output on the same inputs: then it is a fixed point.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, fx
 
 from calque.arithmetic import SMALLEST_SCALE, bias_codes
-from calque.calibration import Execution, Store
-from calque.graph import Batch, Geometry, WeightedLayer
+from calque.calibration import Execution
+from calque.graph import Batch, Geometry, Network, WeightedLayer
 from calque.graph.fold import folded
 from calque.model import grid_of, link_requantization
 from calque.quantizers import QuantizedLayer
+from calque.store import Store
 
 GAIN_LIMITS = (0.5, 2.0)  # a channel that became (nearly) constant must not be amplified
 
@@ -52,6 +53,14 @@ class ChannelStatistics:
         assert squares is not None
         mean = total / count
         return cls(mean, (squares / count - mean.square()).clamp(min=0))
+
+
+def trained_statistics(network: Network) -> dict[str, ChannelStatistics]:
+    """The statistics that the folded batch norms were trained to give: mean beta and variance gamma^2, by layer name."""
+    return {
+        name: ChannelStatistics(norm.shift.double(), norm.gain.double().square())
+        for name, norm in network.trained.items()
+    }
 
 
 def absorb(layer: Rescalable, gain: Tensor, offset: Tensor, input_scale: Tensor | None = None) -> Rescalable:

@@ -6,36 +6,31 @@ sees the output of the already quantized prefix. One pass over the operators ser
 
 import logging
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, fx, nn
 
-from calque.arithmetic import BIAS_LIMIT, activation_limits, affine_grid, bias_codes, weight_codes
-from calque.calibration import Execution, Store
+from calque.arithmetic import activation_limits, affine_grid
+from calque.calibration import Execution
+from calque.checkpoint import Checkpoint
+from calque.costs import FLOAT_BITS, layer_size
 from calque.errors import CalibrationError
-from calque.graph import Batch, Geometry, Layer, Network
+from calque.graph import Layer
 from calque.graph.signature import rows
+from calque.job import Job
 from calque.placement import Edge
 from calque.quantizers import QuantizedLayer, Quantizer
-from calque.ranges import TensorSample, activation_range, search_range, weight_scale
-from calque.recipe import Recipe
-from calque.report import FLOAT_BITS, LayerReport, layer_size
-from calque.solvers.adaquant import fit_layer
-from calque.solvers.problem import (
-    Fit,
-    Grid,
-    LayerProblem,
-    correct_bias,
-    covariance,
-    layer_problem,
-    output_error,
-    round_to_nearest,
-)
+from calque.ranges import TensorSample, activation_range, search_range
+from calque.report import LayerReport
+from calque.solvers.adaquant import Draw, Linear
+from calque.solvers.layer import Settings, fit_from_piece, fit_to_piece, integer_layer, solve
+from calque.solvers.problem import Fit, Grid, LayerProblem, correct_bias, layer_problem, output_error, round_to_nearest
+from calque.solvers.whole import whole_inputs
 from calque.spec import Bits
 from calque.statistics import ChannelStatistics
+from calque.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -62,22 +57,28 @@ class Sweep:
 
     def __init__(
         self,
-        network: Network,
+        job: Job,
         bits: Mapping[str, Bits],
         edges: list[Edge],
-        recipe: Recipe,
-        batches: list[Batch],
         store: Store,
-        seed: int,
+        *,
+        checkpoint: Checkpoint,
+        fits: Mapping[str, Fit] | None = None,
     ):
-        self.network = network
+        """
+        Args:
+            checkpoint: keeps the fits of this sweep.
+            fits: by layer, fits on float inputs (the parallel flavour), which are then put on the grids and not solved again.
+        """
+        self.job = job
+        self.network = job.network
         self.bits = bits
-        self.recipe = recipe
-        self.seed = seed
-        self.reference = Execution(network.module, batches, store)
-        self.shadow = Execution(network.module, batches, store)
-        self.inputs = sum(rows(batch) for batch in batches)
-        self.by_node = {layer.node: layer for layer in network.layers.values()}
+        self.recipe = job.recipe
+        self.checkpoint = checkpoint
+        self.fits = fits or {}
+        self.reference = Execution(self.network.module, job.batches, store)
+        self.shadow = Execution(self.network.module, job.batches, store)
+        self.by_node = {layer.node: layer for layer in self.network.layers.values()}
         self.input_edges = {reader: edge for edge in edges for reader in edge.readers}
         self.tensor_edges = {edge.source: edge for edge in edges if edge.kind == "tensor"}
         self.swept = Swept()
@@ -107,9 +108,6 @@ class Sweep:
             self.shadow.release(node)
         return self.swept
 
-    def _generator(self, name: str) -> torch.Generator:
-        return torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{name}".encode()))
-
     def _tensor(self, edge: Edge) -> None:
         """Gives a tensor its own grid and puts the quantized values on it."""
         sample = self._sample(edge, edge.source)
@@ -126,10 +124,10 @@ class Sweep:
         Extremes of values on a grid are whole multiples of its scale; a range from them would make the ratio of two scales a
         simple fraction, and then a good part of all values lies exactly between two codes.
         """
-        generator = self._generator(edge.name)
+        generator = self.job.generator(edge.name)
 
         def sample(values: Iterator[Tensor]) -> TensorSample:
-            return TensorSample.of(values, count=SAMPLED_VALUES, inputs=self.inputs, generator=generator)
+            return TensorSample.of(values, count=SAMPLED_VALUES, inputs=self.job.inputs, generator=generator)
 
         return replace(sample(self.reference.values(source)), values=sample(self.shadow.values(source)).values)
 
@@ -149,6 +147,8 @@ class Sweep:
             )
             return
         fit = self._fit(layer, bits)
+        if self.recipe.steps:
+            self._note_weak(layer)
         quantizer, module = self._modules(layer, fit, bits.weight)
         self.swept.layers[layer.name] = module
         edge = self.input_edges.get(layer.name)
@@ -157,11 +157,11 @@ class Sweep:
         else:
             stand_in = module
         self.shadow.put(layer.node, self.shadow.compute(layer.node, stand_in))
-        if self.recipe.normalize:
+        if self.recipe.statistics == "float":
             self.swept.statistics[layer.name] = ChannelStatistics.of(
                 self.reference.values(layer.node), weighted.geometry
             )
-        shared = layer.name in self.network.shared and self._shared_codes(layer.name, bits.weight) is not None
+        shared = self._tied(layer.name, bits.weight) is not None
         codes = 0 if shared else module.codes.numel()
         low, high = quantizer.range if quantizer is not None else (None, None)
         operations = macs * bits.weight * (bits.activation or FLOAT_BITS)
@@ -195,39 +195,68 @@ class Sweep:
         pairs = ((x, weighted(x)) for x in values) if targets is None else zip(values, targets, strict=True)
         return layer_problem(
             weighted.geometry, weighted.weight, weighted.bias, layer.activate, pairs,
-            inputs=self.inputs, generator=self._generator(layer.name),
+            inputs=self.job.inputs, generator=self.job.generator(layer.name),
         )  # fmt: skip
 
     def _fit(self, layer: Layer, bits: Bits) -> Fit:
         assert bits.weight is not None
+        key = f"layer {layer.name}"
+        kept = self.checkpoint.get(key)
+        if kept is not None:
+            return fit_from_piece(kept, self.network.weighted(layer.name).weight.device)
         problem = self._problem(layer, self.reference.values(layer.node))
         grid, learn_grid = self._grid(layer, problem)
-        codes = self._shared_codes(layer.name, bits.weight)
-        if codes is None:
-            moments = covariance(problem) if self.recipe.weight_range == "output" else None
-            scale = weight_scale(problem.weight, bits.weight, self.recipe.weight_range, moments)
+        tied = self._tied(layer.name, bits.weight)
+        ready = self.fits.get(layer.name)
+        if ready is not None:
+            fit = self._placed(problem, ready, grid, bits.weight, None if tied is None else tied[0])
         else:
-            scale = self.swept.layers[self.network.shared[layer.name]].scale.reshape(problem.weight.shape[:2])
-        start = round_to_nearest(problem, scale, grid, bits.weight, codes)
-        if not self.recipe.steps:
-            corrected = correct_bias(problem, start)
-            return corrected if corrected.after < start.after else start
-        equations, unknowns = self._equations(layer), problem.weight.shape[-1]
+            settings = Settings(self.recipe.weight_range, self.recipe.steps, self.recipe.rates)
+            fit = solve(
+                problem, grid, bits.weight, settings, self.job.generator(layer.name), learn_grid=learn_grid, tied=tied,
+                rows=self._rows(layer) if self.recipe.patches == "all" else None,
+            )  # fmt: skip
+        self.checkpoint.put(key, fit_to_piece(fit))
+        return fit
+
+    def _placed(self, problem: LayerProblem, ready: Fit, grid: Grid | None, bits: int, codes: Tensor | None) -> Fit:
+        """A fit on float inputs, with its weights, on the sweep's grid; the bias corrected where that helps."""
+        moved = round_to_nearest(
+            replace(problem, bias=ready.bias), ready.scale, grid, bits, ready.codes if codes is None else codes
+        )
+        moved = replace(moved, before=ready.before)
+        corrected = correct_bias(problem, moved)
+        return corrected if corrected.after < moved.after else moved
+
+    def _rows(self, layer: Layer) -> tuple[Draw, Linear]:
+        weighted = self.network.weighted(layer.name)
+        source = layer.node.args[0]
+        assert isinstance(source, fx.Node)
+
+        def at(index: int) -> tuple[Tensor, Tensor]:
+            return self.shadow.at(source, index), self.reference.at(layer.node, index)
+
+        sizes = [rows(batch) for batch in self.job.batches]
+        return whole_inputs(weighted.geometry, weighted.weight.shape, sizes, at)
+
+    def _note_weak(self, layer: Layer) -> None:
+        """Remembers a layer with fewer equations than unknowns."""
+        weighted = self.network.weighted(layer.name)
+        equations, unknowns = self._equations(layer), weighted.geometry.grouped(weighted.weight).shape[-1]
         if equations < unknowns:
             self.swept.weak[layer.name] = (equations, unknowns)
-        return fit_layer(
-            problem, start, bits.weight, steps=self.recipe.steps, rates=self.recipe.rates,
-            generator=self._generator(layer.name), codes=codes, learn_grid=learn_grid,
-        )  # fmt: skip
 
     def _equations(self, layer: Layer) -> int:
         geometry = self.network.weighted(layer.name).geometry
         return sum(value.shape[0] * geometry.positions(value) for value in self.reference.values(layer.node))
 
-    def _shared_codes(self, name: str, bits: int) -> Tensor | None:
-        """Codes (groups, O, K) of an earlier call of the same module at the same bits."""
+    def _tied(self, name: str, bits: int) -> tuple[Tensor, Tensor] | None:
+        """Codes (groups, O, K) and scales (groups, O) of an earlier call of the same module at the same bits."""
         earlier = self.swept.layers.get(self.network.shared.get(name, ""))
-        return None if earlier is None or earlier.bits != bits else earlier.geometry.grouped(earlier.codes)
+        if earlier is None or earlier.bits != bits:
+            return None
+        codes = earlier.geometry.grouped(earlier.codes)
+        return codes, earlier.scale.reshape(codes.shape[:2])
 
     def _grid(self, layer: Layer, problem: LayerProblem) -> tuple[Grid | None, bool]:
         """The grid of the layer's input, and whether the layer may move it."""
@@ -237,6 +266,9 @@ class Sweep:
         known = self.swept.quantizers.get(edge.name)
         if known is not None:
             return Grid(known.scale, known.zero_point, known.qmax), False
+        ready = self.fits.get(edge.readers[0])
+        if ready is not None and ready.grid is not None:
+            return ready.grid, False
         source = layer.node.args[0]
         assert isinstance(source, fx.Node)
         sample = self._sample(edge, source)
@@ -256,10 +288,7 @@ class Sweep:
     def _modules(self, layer: Layer, fit: Fit, bits: int) -> tuple[Quantizer | None, QuantizedLayer]:
         weighted = self.network.weighted(layer.name)
         if fit.grid is None:
-            codes = fit.codes.reshape(weighted.weight.shape)
-            return None, QuantizedLayer(
-                weighted.geometry, codes, fit.scale.reshape(-1), fit.bias.reshape(-1), None, bits=bits
-            )
+            return None, integer_layer(weighted.geometry, weighted.weight, fit, None, bits)[0]
         edge = self.input_edges[layer.name]
         quantizer = self.swept.quantizers.get(edge.name)
         if quantizer is None:
@@ -269,22 +298,3 @@ class Sweep:
         if note:
             self.swept.notes.append(f"layer {layer.name}: {note}")
         return quantizer, module
-
-
-def integer_layer(
-    geometry: Geometry, weight: Tensor, fit: Fit, input_scale: Tensor, bits: int
-) -> tuple[QuantizedLayer, str]:
-    """The fitted layer with an int32 bias; a channel whose bias code would leave int32 gets a larger weight scale.
-
-    Returns the layer and a sentence about such channels ("" if there are none).
-    """
-    codes, scale, bias = fit.codes.reshape(weight.shape), fit.scale.reshape(-1), fit.bias.reshape(-1)
-    smallest = (bias.abs() / BIAS_LIMIT / input_scale) * (1 + 1e-6)
-    wide = smallest > scale
-    note = ""
-    if wide.any():
-        scale = torch.where(wide, smallest, scale)
-        codes = torch.where(wide.reshape(-1, *[1] * (weight.dim() - 1)), weight_codes(weight, scale, bits), codes)
-        note = f"{int(wide.sum())} channels got a larger weight scale, because their bias would not fit 32 bits."
-    bias_scale = input_scale * scale
-    return QuantizedLayer(geometry, codes, scale, bias_codes(bias, bias_scale), bias_scale, bits=bits), note

@@ -12,7 +12,17 @@ from typing import Annotated, cast
 
 import typer
 
-from calque.cli.folder import NETWORK, Run, claim, read_report, read_run, versions, write_run, write_start
+from calque.cli.folder import (
+    NETWORK,
+    Run,
+    claim,
+    claim_pieces,
+    read_report,
+    read_run,
+    versions,
+    write_run,
+    write_start,
+)
 from calque.cli.inputs import (
     InputError,
     build_model,
@@ -21,14 +31,17 @@ from calque.cli.inputs import (
     load_calibration,
     load_weights,
     parse_axes,
+    parse_budget,
+    parse_loss,
     parse_overrides,
 )
-from calque.cli.terminal import bars, complain, one_line, visible_warnings
+from calque.cli.plan import plan_command
+from calque.cli.terminal import advice, bars, complain, estimates, one_line, visible_warnings
 from calque.demo import DemoRow, run_demo
 from calque.errors import CalqueError
 from calque.export import export_onnx, verify
 from calque.pipeline import quantize
-from calque.recipe import find_recipe
+from calque.recipe import RECIPES, find_recipe
 from calque.report import table_lines
 from calque.spec import Placement, Plan
 from calque.storage import load
@@ -105,17 +118,28 @@ def quantize_command(
     calibration: Annotated[Path, typer.Option(help="unlabelled inputs: .npy, .npz, .safetensors or .pt")],
     output: Annotated[Path, typer.Option("-o", "--output", help="folder of the run")],
     weights: Annotated[Path | None, typer.Option(help="state dict: .safetensors or .pt")] = None,
-    bits: Annotated[str | None, typer.Option(help="w<bits>a<bits> or w<bits>; w8a8 without a plan")] = None,
+    bits: Annotated[str | None, typer.Option(help="w<bits>a<bits> or w<bits>; a comma list under a budget")] = None,
     plan: Annotated[Path | None, typer.Option(help="TOML file with the bits of every layer")] = None,
+    size: Annotated[str | None, typer.Option(help="budget: a fraction of the float32 model, or 300kB")] = None,
+    bops: Annotated[str | None, typer.Option(help="budget of bit-operations: a fraction, or 3.5G")] = None,
+    activation_memory: Annotated[
+        str | None, typer.Option(help="budget of live activations: a fraction, or 300kB")
+    ] = None,
+    latency: Annotated[str | None, typer.Option(help="budget by your table: table.csv=4.0 (milliseconds)")] = None,
+    max_loss: Annotated[float | None, typer.Option(help="dual form: the most that the loss may rise")] = None,
+    minimize: Annotated[str | None, typer.Option(help="dual form: size, bops or latency")] = None,
+    loss: Annotated[str | None, typer.Option(help="kl, mse or my_package.my_module:loss")] = None,
     override: Annotated[list[str] | None, typer.Option(help="pattern=bits or pattern=float; repeatable")] = None,
-    recipe: Annotated[str | None, typer.Option(help="nearest, sequential or a TOML file")] = None,
+    recipe: Annotated[str | None, typer.Option(help=f"{', '.join(RECIPES)} or a TOML file")] = None,
     placement: Annotated[str, typer.Option(help="integer or inputs")] = "integer",
     first_last: Annotated[str, typer.Option(help="bits of the ends, auto or none")] = "auto",
     dynamic: Annotated[list[str] | None, typer.Option(help="axes that may change: x:2,3; repeatable")] = None,
     seed: Seed = 0,
     memory: Annotated[str, typer.Option(help="for values between operators; the rest goes to disk")] = "2GB",
+    workers: Annotated[int | None, typer.Option(help="processes that fit layers side by side")] = None,
     device: Annotated[str | None, typer.Option(help="where to compute: cpu, cuda, ...")] = None,
     evaluate: Annotated[str | None, typer.Option(help="metric of a network: my_package.my_module:score")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with a run that was interrupted or killed")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Quantizes a network and writes the folder of the run; prints the report."""
@@ -125,24 +149,27 @@ def quantize_command(
         complain("note", f"no --weights: {model} is trusted to return trained weights.")
     else:
         load_weights(network, weights)
-    chosen = find_recipe(recipe)
+    chosen = None if recipe is None else find_recipe(recipe)
     known_plan = None if plan is None else Plan.load(plan)
     overrides, axes = parse_overrides(override or []), parse_axes(dynamic or [])
+    budget = parse_budget(size, bops, activation_memory, latency, max_loss, minimize)
+    candidates = None if bits is None else tuple(bits.split(",")) if budget is not None or "," in bits else bits
     check_device(device)
-    claim(output)
+    pieces = claim_pieces(output, resume=resume)
     scores = {} if evaluate is None else {"float": evaluate_model(evaluate, network.eval())}
-    with bars(quiet) as show:
+    command = shlex.join([ENTRY, *sys.argv[1:]])
+    with bars(quiet) as show, estimates(quiet), advice(f"{command.removesuffix(' --resume')} --resume"):
         q = quantize(
-            network, inputs, bits=bits, plan=known_plan, override=overrides, recipe=chosen,
+            network, inputs, bits=candidates, budget=budget, plan=known_plan, override=overrides, recipe=chosen,
             placement=cast(Placement, placement),  # quantize checks it
-            first_last=None if first_last == "none" else first_last, dynamic=axes, seed=seed, device=device,
-            memory=memory, progress=show,
+            first_last=None if first_last == "none" else first_last, loss=parse_loss(loss), dynamic=axes, run=pieces,
+            seed=seed, device=device, memory=memory, workers=workers, progress=show,
         )  # fmt: skip
     settings = Run(
-        model, None if weights is None else str(weights.resolve()), str(calibration.resolve()), seed,
-        shlex.join([ENTRY, *sys.argv[1:]]), scores, versions(),
+        model, None if weights is None else str(weights.resolve()), str(calibration.resolve()), seed, command, scores,
+        versions(),
     )  # fmt: skip
-    write_run(output, q, chosen, settings)
+    write_run(output, q, chosen or find_recipe(None, search=budget is not None), settings)
     if evaluate is not None:
         scores = {**scores, "quantized": evaluate_model(evaluate, q)}
         write_start(output, replace(settings, scores=scores))
@@ -167,6 +194,17 @@ def export_command(
     print(f"{path}: {path.stat().st_size:,} bytes")
     if check:
         print(verify(path, q, load_calibration(Path(settings.calibration))))
+
+
+@app.command("recipe")
+def recipe_command(
+    name: Annotated[str, typer.Argument(help=f"{', '.join(RECIPES)} or a TOML file")],
+) -> None:
+    """Prints a recipe as TOML, to be edited and passed back with --recipe."""
+    print(find_recipe(name).to_toml(), end="")
+
+
+app.command("plan")(plan_command)
 
 
 @app.command("report")

@@ -2,20 +2,22 @@
 
 import json
 import platform
+import shutil
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
+from calque.checkpoint import IDENTITY, write_whole
 from calque.cli.inputs import InputError
 from calque.model import QuantizedModel
 from calque.recipe import Recipe
 from calque.report import Report
-from calque.storage import save, write_whole
+from calque.storage import save
 
-NETWORK, RUN = "q.safetensors", "run.json"
-FILES = (NETWORK, "plan.toml", "report.txt", "report.json", "recipe.toml", RUN)
+NETWORK, RUN, PRICES, PIECES = "q.safetensors", "run.json", "prices.json", "pieces"
+FILES = (NETWORK, "plan.toml", "report.txt", "report.json", "recipe.toml", RUN, PRICES, PIECES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +50,26 @@ def claim(folder: Path, marks: tuple[str, ...] = FILES) -> None:
         raise InputError(f"{folder} has files that are not calque's. Choose an empty or a new folder.")
 
 
+def claim_pieces(folder: Path, *, resume: bool) -> Path:
+    """The folder of the run's pieces, after `claim`. With `resume`, a run that has none yet starts from the beginning.
+
+    Raises:
+        InputError: pieces of an unfinished run without `resume`, or a finished run with it.
+    """
+    claim(folder)
+    pieces = folder / PIECES
+    started = (pieces / IDENTITY).is_file()
+    if started and not resume:
+        raise InputError(f"{folder} has an unfinished run. Add --resume to go on with it, or delete {pieces}.")
+    if resume and not started and (folder / RUN).is_file():
+        raise InputError(f"the run in {folder} is finished. Start another one without --resume.")
+    return pieces
+
+
 def write_run(folder: Path, q: QuantizedModel, recipe: Recipe, run: Run) -> None:
-    """Writes all files of a run; RUN, which says that the others are there, comes last."""
-    (folder / RUN).unlink(missing_ok=True)
+    """Writes all files of a run; RUN, which says that the others are there, comes last. Its pieces are deleted then."""
+    for name in (RUN, PRICES):
+        (folder / name).unlink(missing_ok=True)
     save(q, folder / NETWORK)
     texts = {
         "plan.toml": q.plan.to_toml(),
@@ -60,7 +79,10 @@ def write_run(folder: Path, q: QuantizedModel, recipe: Recipe, run: Run) -> None
     }
     for name, text in texts.items():
         write_whole(folder / name, text.encode())
+    if q.prices is not None:
+        write_whole(folder / PRICES, q.prices.to_json().encode())
     write_start(folder, run)
+    shutil.rmtree(folder / PIECES, ignore_errors=True)
 
 
 def write_start(folder: Path, run: Run) -> None:

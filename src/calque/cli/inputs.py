@@ -7,6 +7,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import safetensors.torch
@@ -14,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from calque.budget import Budget
 from calque.errors import CalqueError
 
 SHOWN = 3  # names of a list that an error gives
@@ -157,6 +159,53 @@ def parse_axes(texts: Iterable[str]) -> dict[str, dict[int, object]]:
             raise InputError(f"dynamic axes are written argument:axis,axis, such as x:2,3. Got {text!r}.")
         result[name] = dict.fromkeys(map(int, numbers), torch.export.Dim.AUTO)
     return result
+
+
+def parse_budget(
+    size: str | None,
+    bops: str | None,
+    activation_memory: str | None,
+    latency: str | None,
+    max_loss: float | None,
+    minimize: str | None,
+) -> Budget | None:
+    """The budget that the options name; None where none is given.
+
+    >>> parse_budget("0.13", None, None, None, None, None).size
+    0.13
+    """
+    if all(value is None for value in (size, bops, activation_memory, latency, max_loss, minimize)):
+        return None
+    table: tuple[str, float] | None = None
+    if latency is not None:
+        path, equals, limit = latency.rpartition("=")
+        if not equals or not path:
+            raise InputError(f"a latency budget is written table.csv=milliseconds. Got {latency!r}.")
+        table = (path, _number(limit))
+    return Budget(
+        size=_quantity(size), bops=_quantity(bops), activation_memory=_quantity(activation_memory), latency=table,
+        loss=max_loss, minimize=cast(Any, minimize),  # Budget checks it
+    )  # fmt: skip
+
+
+def parse_loss(text: str | None) -> Any:
+    """The loss that a name or reference stands for."""
+    return find_function(text) if text is not None and ":" in text else text
+
+
+def _quantity(text: str | None) -> float | str | None:
+    """A plain number is a fraction; everything else is for Budget to read."""
+    try:
+        return None if text is None else float(text) if float(text) <= 1 else text
+    except ValueError:
+        return text
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise InputError(f"{text!r} is not a number of milliseconds.") from error
 
 
 def _single(value: object) -> object:

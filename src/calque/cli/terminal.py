@@ -1,5 +1,6 @@
 """What the terminal shows: progress bars, warnings and errors on stderr."""
 
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -57,3 +58,33 @@ def bars(quiet: bool) -> Iterator[Counter]:
             progress.update(tasks[phase], completed=done)
 
         yield count
+
+
+class _Notes(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        complain("note", record.getMessage())
+
+
+@contextmanager
+def estimates(quiet: bool) -> Iterator[None]:
+    """Shows what the pipeline says of a run before it starts: its time and disk."""
+    log, handler = logging.getLogger("calque.pipeline"), _Notes(logging.INFO)
+    level = log.level
+    if not quiet:
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
+@contextmanager
+def advice(command: str) -> Iterator[None]:
+    """Says how to go on where Ctrl-C interrupts."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        complain("note", f"finished pieces are kept. Go on with: {command}")
+        raise

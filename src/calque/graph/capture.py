@@ -58,7 +58,7 @@ def capture(model: nn.Module, example: Batch, dynamic: DynamicAxes | None = None
     graph = functionalize(module.graph)
     flat = _flatten_calls(module, graph)
     sources = _introduce_layers(flat)
-    kept = fold_batch_norms(flat)
+    kept, trained = fold_batch_norms(flat)
     leaves = flatten(batch)[0]
     network = Network(
         flat,
@@ -69,6 +69,7 @@ def capture(model: nn.Module, example: Batch, dynamic: DynamicAxes | None = None
         constants=tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves),
         layers=find_layers(flat),
         shared=_shared(flat, sources),
+        trained=trained,
         unreached=_unreached(model, read),
         left_float=tuple(kept + _uncovered(flat)),
     )

@@ -3,20 +3,23 @@
 import torch
 from torch import Tensor, fx
 
-from calque.graph.layers import WeightedLayer
+from calque.graph.layers import TrainedNorm, WeightedLayer
 from calque.graph.network import value_of
 from calque.graph.rewrite import constant_value, drop_unread_buffers
 
 aten = torch.ops.aten
 
 
-def fold_batch_norms(module: fx.GraphModule) -> list[str]:
-    """Folds, in place, each batch norm that alone reads a weighted layer; returns a sentence for each that stays float.
+def fold_batch_norms(module: fx.GraphModule) -> tuple[list[str], dict[str, TrainedNorm]]:
+    """Folds, in place, each batch norm that alone reads a weighted layer.
+
+    Returns a sentence for each that stays float, and by layer name the statistics of those that were folded.
 
     With y = gamma (x - mean) / sqrt(var + eps) + beta behind W x + b:
     W' = W gamma / sqrt(var + eps),  b' = (b - mean) gamma / sqrt(var + eps) + beta.
     """
-    kept = []
+    kept: list[str] = []
+    trained: dict[str, TrainedNorm] = {}
     for node in list(module.graph.nodes):
         if node.target is not aten.batch_norm.default:
             continue
@@ -28,6 +31,7 @@ def fold_batch_norms(module: fx.GraphModule) -> list[str]:
         layer = module.get_submodule(str(producer.target))
         assert isinstance(layer, WeightedLayer)
         gain, offset = batch_norm_affine(module, node)
+        trained[str(producer.target)] = _trained(module, node, layer.bias)
         module.set_submodule(str(producer.target), folded(layer, gain, offset))
         node.replace_all_uses_with(producer)
         module.graph.erase_node(node)
@@ -35,7 +39,15 @@ def fold_batch_norms(module: fx.GraphModule) -> list[str]:
     module.delete_all_unused_submodules()
     drop_unread_buffers(module)
     module.recompile()
-    return kept
+    return kept, trained
+
+
+def _trained(module: fx.GraphModule, node: fx.Node, like: Tensor) -> TrainedNorm:
+    gamma, beta = (constant_value(module, argument) for argument in node.args[1:3])
+    ones = torch.ones_like(like)
+    return TrainedNorm(
+        torch.zeros_like(like) if beta is None else beta.detach(), ones if gamma is None else gamma.detach()
+    )
 
 
 def folded(layer: WeightedLayer, gain: Tensor, offset: Tensor) -> WeightedLayer:

@@ -1,5 +1,6 @@
 """Weighted layers: what a convolution or a linear layer computes, and its input as rows of patches."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -81,6 +82,34 @@ class Geometry:
     def grouped(self, weight: Tensor) -> Tensor:
         """The weight (C_out, ...) as (groups, C_out / groups, K), which multiplies `patches`."""
         return weight.reshape(self.groups, weight.shape[0] // self.groups, -1)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedNorm:
+    """A folded batch norm's trained statistics: mean `shift` (beta) and deviation `gain` (gamma) of each channel, (C,)."""
+
+    shift: Tensor
+    gain: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """An elementwise activation as data, so that it can be sent to a worker: an aten operator's name and its arguments.
+
+    >>> Activation("aten.clamp.default", (0.0, 1.0), {})(torch.tensor([-1.0, 0.5, 2.0]))
+    tensor([0.0000, 0.5000, 1.0000])
+    """
+
+    operator: str
+    arguments: tuple[object, ...]
+    options: Mapping[str, object]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not self.operator:
+            return x
+        _, name, overload = self.operator.split(".")
+        y: Tensor = getattr(getattr(torch.ops.aten, name), overload)(x, *self.arguments, **self.options)
+        return y
 
 
 class WeightedLayer(nn.Module):

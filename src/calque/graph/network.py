@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from calque.graph.layers import WeightedLayer
+from calque.graph.layers import Activation, TrainedNorm, WeightedLayer
 from calque.graph.signature import Signature
 
 aten = torch.ops.aten
@@ -124,13 +124,12 @@ class Layer:
     activation: fx.Node | None  # the elementwise activation that alone reads the layer
     result: fx.Node  # the activation if it only clips, else the layer itself
 
-    def activate(self, x: Tensor) -> Tensor:
-        """The layer's fused activation of its output x; x itself where it has none."""
+    @property
+    def activate(self) -> Activation:
+        """The layer's fused activation, of its output; the identity where it has none."""
         if self.activation is None:
-            return x
-        assert callable(self.activation.target)
-        y: Tensor = self.activation.target(x, *self.activation.args[1:], **self.activation.kwargs)
-        return y
+            return Activation("", (), {})
+        return Activation(str(self.activation.target), self.activation.args[1:], self.activation.kwargs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +152,7 @@ class Network:
         constants: the values of those inputs, which tracing fixed; None for tensors.
         layers: by name, in execution order.
         shared: layer -> the earlier layer that has the same weights (one module called twice).
+        trained: layer -> the trained statistics of the batch norm that was folded into it.
         unreached: Conv2d and Linear modules that forward never reads.
         left_float: what will not be quantized, one sentence each.
     """
@@ -165,6 +165,7 @@ class Network:
     constants: tuple[object, ...]
     layers: dict[str, Layer]
     shared: dict[str, str]
+    trained: dict[str, TrainedNorm]
     unreached: tuple[str, ...]
     left_float: tuple[str, ...]
 

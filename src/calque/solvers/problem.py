@@ -9,10 +9,10 @@ from torch import Tensor
 from calque.arithmetic import SMALLEST_SCALE, fake_quantize, weight_limits
 from calque.graph import Geometry
 
-POSITIONS = 32  # sampled output positions per input (METHOD section 9: 32 to 64 are enough)
+POSITIONS = 32  # sampled output positions per input: 32 to 64 are enough (docs/method.md)
 HELD_OUT = 5  # one row in so many, by input, judges the iterates
 SEARCHED = 2**21  # values of the patches that judge an activation range: wide depthwise layers need few rows
-LARGEST = 2**25  # values of the sampled patches at most, 128 MB
+LARGEST = 2**25  # values of the sampled patches and targets at most, 128 MB
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,18 @@ class LayerProblem:
         Args:
             inputs: like `patches`, on the activation grid.
         """
-        with torch.no_grad():
-            target = self.activation(self.targets[:, rows])
-            output = self.activation(inputs[:, rows] @ weight.transpose(1, 2) + bias)
-            power = (target - target.mean(1, keepdim=True)).square().mean(dtype=torch.float64)
-            error = (output - target).square().mean(dtype=torch.float64)
+        return self._error(inputs[:, rows], self.targets[:, rows], weight, bias)
+
+    def held_out_error(self, inputs: Tensor, weight: Tensor, bias: Tensor) -> float:
+        """`error` on the held-out rows, whose inputs alone are given: (groups, H, K)."""
+        return self._error(inputs, self.targets[:, self.held_out], weight, bias)
+
+    @torch.no_grad()
+    def _error(self, inputs: Tensor, targets: Tensor, weight: Tensor, bias: Tensor) -> float:
+        target = self.activation(targets)
+        output = self.activation(inputs @ weight.transpose(1, 2) + bias)
+        power = (target - target.mean(1, keepdim=True)).square().mean(dtype=torch.float64)
+        error = (output - target).square().mean(dtype=torch.float64)
         return (error / power.clamp(min=1e-30)).item()
 
 
@@ -55,11 +62,15 @@ def sample_positions(count: int, available: int, width: int, inputs: int, genera
 
     Args:
         available: output positions of one input.
-        width: patch values per row, groups * K.
+        width: values per row: groups * K of the patch, and the outputs.
         inputs: size of the calibration set, over which LARGEST is shared.
     """
-    per_input = max(1, min(POSITIONS, available, LARGEST // max(1, width * inputs)))
-    return torch.randint(available, (count, per_input), generator=generator)
+    return torch.randint(available, (count, per_input(available, width, inputs)), generator=generator)
+
+
+def per_input(available: int, width: int, inputs: int) -> int:
+    """How many output positions are sampled of each input."""
+    return max(1, min(POSITIONS, available, LARGEST // max(1, width * inputs)))
 
 
 def layer_problem(
@@ -79,28 +90,32 @@ def layer_problem(
         pairs: per batch, the input from the quantized prefix and the float output before the activation.
         inputs: size of the calibration set.
     """
-    patches, targets, owners = [], [], []
-    start = 0
-    width = geometry.grouped(weight).shape[-1] * geometry.groups
+    grouped = geometry.grouped(weight)
+    groups, outputs, length = grouped.shape
+    width = groups * (length + outputs)
+    room = inputs * per_input(POSITIONS, width, inputs)
+    patches, targets = weight.new_empty(groups, room, length), weight.new_empty(groups, room, outputs)
+    owners = []
+    start = filled = 0
     for x, output in pairs:
         positions = sample_positions(x.shape[0], geometry.positions(output), width, inputs, generator).to(x.device)
-        patches.append(geometry.patches(x, weight, positions))
         rows = geometry.channels_last(output)  # (N, positions, C_out)
         chosen = rows.gather(1, positions[:, :, None].expand(-1, -1, rows.shape[-1]))
-        targets.append(chosen.reshape(-1, geometry.groups, weight.shape[0] // geometry.groups).transpose(0, 1))
+        part = slice(filled, filled + positions.numel())
+        patches[:, part] = geometry.patches(x, weight, positions)
+        targets[:, part] = chosen.reshape(-1, groups, outputs).transpose(0, 1)
         owners.append(torch.arange(start, start + x.shape[0]).repeat_interleave(positions.shape[1]))
-        start += x.shape[0]
+        start, filled = start + x.shape[0], part.stop
     owner = torch.cat(owners).to(weight.device)
     last = owner >= start - max(1, start // HELD_OUT) if start > 1 else torch.zeros_like(owner, dtype=torch.bool)
-    everything = torch.arange(len(owner), device=weight.device)
-    held_out = everything[last] if start > 1 else everything
+    everything = torch.arange(filled, device=weight.device)
     return LayerProblem(
-        torch.cat(patches, 1),
-        torch.cat(targets, 1),
-        geometry.grouped(weight),
-        bias.reshape(geometry.groups, 1, -1),
+        patches[:, :filled],
+        targets[:, :filled],
+        grouped,
+        bias.reshape(groups, 1, -1),
         everything[~last],
-        held_out,
+        everything[last] if start > 1 else everything,
         activation,
     )
 
@@ -145,8 +160,9 @@ def round_to_nearest(
     qmin, qmax = weight_limits(bits)
     scale = scale.clamp(min=SMALLEST_SCALE)
     codes = (problem.weight / scale[..., None]).round().clamp(qmin, qmax) if codes is None else codes.float()
-    inputs = problem.patches if grid is None else grid.quantize(problem.patches)
-    error = problem.error(inputs, codes * scale[..., None], problem.bias, problem.held_out)
+    x = problem.patches[:, problem.held_out]
+    inputs = x if grid is None else grid.quantize(x)
+    error = problem.held_out_error(inputs, codes * scale[..., None], problem.bias)
     return Fit(codes.to(torch.int8), scale, problem.bias, grid, error, error)
 
 
@@ -157,8 +173,9 @@ def correct_bias(problem: LayerProblem, fit: Fit, rows: int = 4096) -> Fit:
     x, weight = problem.patches[:, chosen], fit.codes.float() * fit.scale[..., None]
     output = (x if fit.grid is None else fit.grid.quantize(x)) @ weight.transpose(1, 2) + fit.bias
     bias = fit.bias + (problem.targets[:, chosen] - output).mean(1, keepdim=True)
-    held_out = problem.patches if fit.grid is None else fit.grid.quantize(problem.patches)
-    return replace(fit, bias=bias, after=problem.error(held_out, weight, bias, problem.held_out))
+    x = problem.patches[:, problem.held_out]
+    held_out = x if fit.grid is None else fit.grid.quantize(x)
+    return replace(fit, bias=bias, after=problem.held_out_error(held_out, weight, bias))
 
 
 def covariance(problem: LayerProblem, rows: int = 4096) -> Tensor:

@@ -1,6 +1,5 @@
 """Quantized networks as safetensors files: packed codes, and JSON in the metadata."""
 
-from calque.storage.file import write_whole
 from calque.storage.quantized import load, save
 
-__all__ = ["load", "save", "write_whole"]
+__all__ = ["load", "save"]

@@ -1,10 +1,8 @@
 """The file: safetensors with JSON and a checksum in its metadata, written whole or not at all."""
 
 import json
-import os
 import zlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -12,24 +10,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from calque.checkpoint import FilePath, write_whole
 from calque.errors import LoadError
 
 FORMAT = 1
 METADATA = "calque"  # the key in the safetensors metadata; a second one would make the order of keys random
 
 Tensors = dict[str, Tensor]
-FilePath = str | os.PathLike[str]
-
-
-def write_whole(path: FilePath, content: bytes) -> None:
-    """Writes a file that is never seen half-written: under another name first, then renamed."""
-    target = Path(path)
-    draft = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        draft.write_bytes(content)
-        os.replace(draft, target)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def write(path: FilePath, table: Mapping[str, Any], tensors: Tensors) -> None:

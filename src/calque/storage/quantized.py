@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from calque.arithmetic import pack, unpack
+from calque.checkpoint import FilePath
 from calque.errors import CalibrationError, CaptureError, LoadError
 from calque.graph import Batch, Network, Signature, capture
 from calque.model import QuantizedModel, assemble
@@ -31,7 +32,7 @@ from calque.storage.architecture import (
     operators,
     shapes,
 )
-from calque.storage.file import FORMAT, FilePath, Tensors, deduplicate, read, write
+from calque.storage.file import FORMAT, Tensors, deduplicate, read, write
 
 EXAMPLE_SEED = 0  # of the inputs with which an architecture is captured again; their values do not matter
 

@@ -1,0 +1,273 @@
+"""Bias tuning: the float network's outputs distilled, end to end, into the biases of the quantized one.
+
+Source: Hubara et al. 2021 and its released code. No labels; codes, zero points and activation grids stay. Deviations: the
+best iterate on held-out inputs is kept, the start included; "adam" moves each bias in standard deviations of its layer's
+output with a cosine decay, where the released code ("sgd") takes constant steps in real units.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, fx
+
+from calque.calibration import ROWS
+from calque.errors import SpecError
+from calque.graph import Batch
+from calque.losses import Loss
+from calque.model import grid_of, link_requantization
+from calque.quantizers import QuantizedLayer, Quantizer
+from calque.solvers.adaquant import CHECKS
+from calque.solvers.gradients import loss_gradients
+from calque.solvers.learnable import (
+    FixedQuantizer,
+    LearnableBias,
+    LearnableLayer,
+    LearnableScale,
+    StandIn,
+    execute,
+    output_unit,
+)
+from calque.solvers.rows import Rows, alike, draw, hold_out
+
+log = logging.getLogger(__name__)
+
+KEPT_FOR_BACKWARD = 4  # tensors per value of the network that a backward pass may need, estimated
+EPSILON = 1e-15  # of Adam, beside gradients of a KL that may be 1e-6
+
+Optimizer = Literal["adam", "sgd"]
+Moving = Literal["biases", "scales"]
+Judge = Literal["run", "mse"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """Settings of bias tuning.
+
+    Attributes:
+        optimizer: "adam": relative units, cosine decay. "sgd": biases in real units, constant rate (the released code).
+        steps: of the optimizer; 0 for no tuning.
+        rows: inputs per step.
+        rate: of the biases, in standard deviations of the layer's output or (sgd) real units, and of the scales' logarithms.
+        parameters: "biases", or "scales": a gain on each channel's weight scale as well.
+        loss: the run's own, or "mse" of the outputs: a KL is small and misleading on images that the network was trained on.
+
+    Raises:
+        SpecError: a value out of its range.
+    """
+
+    optimizer: Optimizer
+    steps: int
+    rows: int
+    rate: float
+    parameters: Moving
+    loss: Judge = "run"
+
+    def __post_init__(self) -> None:
+        for field, kind in {"optimizer": Optimizer, "parameters": Moving, "loss": Judge}.items():
+            if getattr(self, field) not in get_args(kind):
+                raise SpecError(f"{field} is one of {', '.join(get_args(kind))}. Got {getattr(self, field)!r}.")
+        for field, smallest in {"steps": 0, "rows": 1}.items():
+            value = getattr(self, field)
+            if type(value) is not int or value < smallest:
+                raise SpecError(f"{field} must be an int >= {smallest}. Got {value!r}.")
+        if type(self.rate) not in (int, float) or not 0 < self.rate < math.inf:
+            raise SpecError(f"rate must be a positive number. Got {self.rate!r}.")
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """The loss on held-out inputs at the start and of what was kept, and the steps that led there (0: the start)."""
+
+    before: float
+    after: float
+    steps: int
+
+
+def tune_biases(
+    module: fx.GraphModule,
+    batches: list[Batch],
+    references: Sequence[Sequence[Tensor]],
+    loss: Loss,
+    tuning: Tuning,
+    *,
+    memory: int,
+    generator: torch.Generator,
+    on_step: Callable[[int, float], None],
+) -> Tuned:
+    """Moves, in place, the biases of a quantized network; on held-out inputs the loss is never larger than before.
+
+    The last fifth of the inputs is held out; with fewer than five inputs nothing is tuned. Only rows of one shape are in a
+    step. The loss of a step is that of all its rows, whatever the memory.
+
+    Args:
+        module: a quantized model's operators, flat inputs in and a flat tuple out.
+        references: the float network's output leaves on each batch.
+        loss: of reference and output leaves, differentiable in the outputs.
+        memory: bytes for a backward pass, by an estimate; one row is always executed.
+        on_step: called with the steps done and the loss of the last one.
+
+    Raises:
+        SpecError: a loss without a gradient, or one that is not finite at the start.
+    """
+    fitted, held_out = hold_out(batches, references)
+    network = _Executable(module)
+    before = network.loss(held_out or fitted, loss)
+    if not held_out or not network.layers or not tuning.steps:
+        return Tuned(before, before, 0)
+    if not math.isfinite(before):
+        raise SpecError(
+            f"the loss is {before} on the held-out inputs before any tuning. Pass a loss that is finite, or tune for 0 steps."
+        )
+    kept, best = network.modules(), Tuned(before, before, 0)
+    try:
+        for step, layers in _descend(
+            network, alike(fitted), loss, tuning, memory=memory, generator=generator, on_step=on_step
+        ):
+            network.install(layers)
+            after = network.loss(held_out, loss)
+            if after < best.after:
+                kept, best = layers, Tuned(before, after, step)
+    finally:
+        network.install(kept)
+    log.info(
+        "biases: loss %.4g -> %.4g on held-out inputs (step %d of %d)", before, best.after, best.steps, tuning.steps
+    )
+    return best
+
+
+class _Executable:
+    """A quantized graph module with the nodes that call its layers; stand-ins may take the place of its modules."""
+
+    def __init__(self, module: fx.GraphModule):
+        self.module = module
+        self.placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+        self.nodes = [node for node in module.graph.nodes if node.op != "placeholder"]
+        called = {node: module.get_submodule(str(node.target)) for node in self.nodes if node.op == "call_module"}
+        self.layers = [node for node, part in called.items() if isinstance(part, QuantizedLayer)]
+        self.quantizers = {str(node.target): part for node, part in called.items() if isinstance(part, Quantizer)}
+
+    def modules(self) -> dict[str, QuantizedLayer]:
+        """The layers by name as they are now."""
+        found = {}
+        for node in self.layers:
+            layer = self.module.get_submodule(str(node.target))
+            assert isinstance(layer, QuantizedLayer)
+            found[str(node.target)] = layer
+        return found
+
+    def install(self, layers: Mapping[str, QuantizedLayer]) -> None:
+        """Puts the layers, in place, into the network."""
+        for name, layer in layers.items():
+            self.module.set_submodule(name, layer)
+        link_requantization(self.module)
+
+    def outputs(
+        self,
+        inputs: Sequence[Any],
+        stand_ins: Mapping[str, StandIn],
+        on_value: Callable[[fx.Node, Any], None] = lambda node, value: None,
+    ) -> list[Any]:
+        """The network's output leaves."""
+        values = dict(zip(self.placeholders, inputs, strict=True))
+        return list(execute(self.module, self.nodes, values, stand_ins, on_value))
+
+    @torch.no_grad()
+    def loss(self, parts: Sequence[Rows], loss: Loss) -> float:
+        """The loss of the network as it is shipped, mean over the rows."""
+        total = sum(part.count * loss(part.references, self.outputs(part.inputs, {})).item() for part in parts)
+        return total / sum(part.count for part in parts)
+
+    @torch.no_grad()
+    def bytes_per_row(self, part: Rows) -> int:
+        """Of the values of all operators together, measured on one row."""
+        found = 0
+
+        def count(node: fx.Node, value: Any) -> None:
+            nonlocal found
+            found += sum(leaf.nbytes for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor))
+
+        self.outputs(part.pick(torch.zeros(1, dtype=torch.int64)).inputs, {}, count)
+        return found
+
+    @torch.no_grad()
+    def output_units(self, part: Rows) -> dict[str, Tensor]:
+        """The standard deviations (C_out,) of each layer's real outputs."""
+        layers, units = self.modules(), {}
+
+        def measure(node: fx.Node, value: Any) -> None:
+            if str(node.target) in layers:
+                units[str(node.target)] = output_unit(layers[str(node.target)], value)
+
+        # a layer that feeds a grid returns clipped values: measured alone
+        self.outputs(part.inputs, {name: layer.alone() for name, layer in layers.items()}, measure)
+        return units
+
+    def learnable(self, tuning: Tuning, part: Rows) -> dict[str, LearnableLayer]:
+        """A differentiable stand-in for each layer."""
+        kind = LearnableBias if tuning.parameters == "biases" else LearnableScale
+        if tuning.optimizer == "adam":
+            units = self.output_units(part)
+        else:
+            units = {name: torch.ones_like(layer.scale) for name, layer in self.modules().items()}
+        return {name: kind(layer, units[name]) for name, layer in self.modules().items()}
+
+    def restored(self, layers: Mapping[str, LearnableLayer]) -> dict[str, QuantizedLayer]:
+        """The layers that the stand-ins stand for."""
+        found = {}
+        for node in self.layers:
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            grid = grid_of(self.module, source)
+            found[str(node.target)] = layers[str(node.target)].restored(None if grid is None else grid.scale)
+        return found
+
+
+def _descend(
+    network: _Executable,
+    groups: list[list[Rows]],
+    loss: Loss,
+    tuning: Tuning,
+    *,
+    memory: int,
+    generator: torch.Generator,
+    on_step: Callable[[int, float], None],
+) -> Iterator[tuple[int, dict[str, QuantizedLayer]]]:
+    """The number of steps and the layers at CHECKS moments of the descent, which ends where the loss is not finite."""
+    largest = max((part for group in groups for part in group), key=_values_per_row)
+    size = max(1, memory // (KEPT_FOR_BACKWARD * max(1, network.bytes_per_row(largest))))
+    layers = network.learnable(tuning, largest.pick(torch.arange(min(ROWS, largest.count))))
+    stand_ins: dict[str, StandIn] = {name: FixedQuantizer(part) for name, part in network.quantizers.items()}
+    stand_ins |= layers
+
+    def outputs(inputs: Sequence[Any]) -> list[Any]:
+        return network.outputs(inputs, stand_ins)
+
+    leaves = [leaf for layer in layers.values() for leaf in layer.leaves().values()]
+    optimizer: torch.optim.Optimizer = (
+        torch.optim.Adam(leaves, tuning.rate, eps=EPSILON)
+        if tuning.optimizer == "adam"
+        else torch.optim.SGD(leaves, tuning.rate)
+    )
+    checks = {round(tuning.steps * (k + 1) / CHECKS) for k in range(CHECKS)}
+    for step in range(tuning.steps):
+        if tuning.optimizer == "adam":
+            optimizer.param_groups[0]["lr"] = tuning.rate * 0.5 * (1 + math.cos(math.pi * step / tuning.steps))
+        rows = draw(groups, tuning.rows, generator)
+        value, gradients = loss_gradients(outputs, rows, loss, leaves, size=size)
+        on_step(step + 1, value)
+        if not math.isfinite(value):
+            log.info("biases: the loss is %s at step %d; tuning ends here", value, step + 1)
+            return
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            leaf.grad = gradient
+        optimizer.step()
+        if step + 1 in checks:
+            yield step + 1, network.restored(layers)
+
+
+def _values_per_row(part: Rows) -> int:
+    return sum(leaf.numel() for leaf in part.inputs if isinstance(leaf, Tensor)) // part.count

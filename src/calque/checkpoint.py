@@ -1,0 +1,145 @@
+"""Finished pieces of a run, kept in a folder so that a run that was killed goes on where it was.
+
+Every piece is a safetensors file with JSON beside its tensors, written whole: under another name first, then renamed. A run is
+deterministic, so a piece that is there stands for the work that made it.
+"""
+
+import json
+import os
+import re
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from calque.errors import SpecError
+
+FilePath = str | os.PathLike[str]
+
+FACTS = "facts"  # the key in the metadata
+IDENTITY = "identity.json"
+
+
+def write_whole(path: FilePath, content: bytes) -> None:
+    """Writes a file that is never seen half-written: under another name first, then renamed."""
+    target = Path(path)
+    draft = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        draft.write_bytes(content)
+        os.replace(draft, target)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one step of a run left: tensors by name, and facts that JSON can carry."""
+
+    tensors: Mapping[str, Tensor]
+    facts: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A folder of pieces by key; None keeps nothing. Workers on other machines see the same folder.
+
+    >>> import tempfile
+    >>> kept = Checkpoint(tempfile.mkdtemp())
+    >>> kept.put("layer conv1", Piece({"scale": torch.ones(2)}, {"error": 0.5}))
+    >>> kept.get("layer conv1").facts
+    {'error': 0.5}
+    """
+
+    folder: FilePath | None
+
+    def path(self, key: str) -> Path:
+        """Where the piece of that key is, or would be."""
+        assert self.folder is not None
+        readable = re.sub(r"[^A-Za-z0-9_.-]+", "_", key)[:80]
+        return Path(self.folder) / f"{readable}-{zlib.crc32(key.encode()):08x}.safetensors"
+
+    def get(self, key: str) -> Piece | None:
+        """The piece, or None if it was not finished."""
+        if self.folder is None or not self.path(key).is_file():
+            return None
+        return read_piece(self.path(key))
+
+    def put(self, key: str, piece: Piece) -> None:
+        if self.folder is not None:
+            write_piece(self.path(key), piece)
+
+    def within(self, name: str) -> "Checkpoint":
+        """A folder inside this one, for the pieces of one part of the run."""
+        if self.folder is None:
+            return self
+        folder = Path(self.folder) / name
+        folder.mkdir(parents=True, exist_ok=True)
+        return Checkpoint(folder)
+
+
+def write_piece(path: Path, piece: Piece) -> None:
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in piece.tensors.items()}
+    write_whole(path, safetensors.torch.save(tensors, {FACTS: json.dumps(dict(piece.facts))}))
+
+
+def read_piece(path: Path) -> Piece | None:
+    """The piece in a file; None where the file is damaged, so that it is made again."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads((file.metadata() or {})[FACTS])
+            # a copy: what is mapped from a file may be aligned otherwise, and kernels may then sum in another order
+            return Piece({key: file.get_tensor(key).clone() for key in file.keys()}, facts)  # noqa: SIM118 - no mapping
+    except (SafetensorError, KeyError, ValueError):
+        return None
+
+
+def open_run(run: FilePath, identity: Mapping[str, str]) -> Checkpoint:
+    """The folder of a run's pieces, made or found again.
+
+    Args:
+        identity: what the pieces depend on, by name: fingerprints of the weights and inputs, options, versions.
+
+    Raises:
+        SpecError: the folder has the pieces of another run; what differs is named.
+        OSError: the folder cannot be made.
+    """
+    folder = Path(run)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / IDENTITY
+    known = _identity(path)
+    if known is None:
+        if any(not entry.name.startswith(".") for entry in folder.iterdir()):  # drafts of a killed run are hidden
+            raise SpecError(f"run {folder} is a folder with other files. Choose a new or an empty one.")
+        write_whole(path, json.dumps(dict(identity), indent=1).encode())
+        return Checkpoint(folder)
+    changed = [name for name in sorted({*known, *identity}) if known.get(name) != identity.get(name)]
+    if changed:
+        raise SpecError(
+            f"run {folder} was started with other settings ({', '.join(changed)}), so its pieces do not fit. Choose another "
+            "folder, or delete this one."
+        )
+    return Checkpoint(folder)
+
+
+def _identity(path: Path) -> dict[str, str] | None:
+    try:
+        known: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return known
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """A checksum of tensors and their names, in hexadecimal."""
+    total = 0
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        total = zlib.crc32(f"{name} {value.dtype} {tuple(value.shape)}".encode(), total)
+        total = zlib.crc32(value.reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"", total)
+    return f"{total:08x}"

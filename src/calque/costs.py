@@ -1,0 +1,198 @@
+"""What bits cost: bytes in the file, bit-operations and bytes of activations, for each layer and each choice of bits."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from calque.graph import Batch, Network
+from calque.graph.network import is_movement, result_of
+from calque.graph.signature import flatten, select
+from calque.placement import place, root
+from calque.spec import Bits, Placement
+
+CHANNEL_BYTES = 12  # scale, bias and bias scale of an output channel (docs/method.md)
+FLOAT_BITS = 32
+
+Step = tuple[int, dict[str, tuple[int, ...]]]
+"""One execution step: bytes that no choice changes, and by layer name the bytes of each of its choices."""
+
+
+def layer_size(codes: int, channels: int, bits: int) -> int:
+    """Bytes of a layer with that many codes: packed, and CHANNEL_BYTES per output channel.
+
+    >>> layer_size(100, 4, 4)
+    98
+    """
+    return -(-codes * bits // 8) + CHANNEL_BYTES * channels
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Costs of every choice of every layer, for one input.
+
+    Attributes:
+        size, bops: by layer, bytes in the file and bit-operations of each choice.
+        float_size, float_bops, float_memory: the float32 network's; `fixed_size` is what no choice changes.
+        steps: bytes of activations that are alive together.
+    """
+
+    size: Mapping[str, tuple[int, ...]]
+    bops: Mapping[str, tuple[int, ...]]
+    steps: tuple[Step, ...]
+    fixed_size: int
+    float_size: int
+    float_bops: int
+    float_memory: int
+
+
+def costs(
+    network: Network, choices: Mapping[str, Sequence[Bits]], placement: Placement, batch: Batch, other_size: int
+) -> Costs:
+    """The costs of the layers' choices.
+
+    Size is what the file stores: packed codes, CHANNEL_BYTES per output channel, and everything that stays float. A layer that
+    shares its weights with an earlier one stores its channels alone: both have the same bits.
+
+    Args:
+        batch: inputs of the size that is counted; one row of them.
+        other_size: bytes of parameters that belong to no layer.
+    """
+    shapes = value_shapes(network, batch)
+    size, bops, macs, float_size = {}, {}, {}, other_size
+    for name, layer in network.layers.items():
+        weighted = network.weighted(name)
+        codes = 0 if name in network.shared else weighted.weight.numel()
+        channels = weighted.weight.shape[0]
+        shape = shapes[layer.node]
+        positions = shape.numel() // shape[0] // channels
+        macs[name] = positions * weighted.weight.numel()
+        float_size += 4 * (codes + (0 if name in network.shared else channels))
+        size[name] = tuple(_size(codes, channels, bits) for bits in choices[name])
+        bops[name] = tuple(macs[name] * (b.weight or FLOAT_BITS) * (b.activation or FLOAT_BITS) for b in choices[name])
+    steps = activation_steps(network, choices, placement, shapes)
+    return Costs(
+        size, bops, steps, other_size, float_size, sum(macs.values()) * FLOAT_BITS**2,
+        max(step for step, _ in activation_steps(network, {}, placement, shapes)),
+    )  # fmt: skip
+
+
+def _size(codes: int, channels: int, bits: Bits) -> int:
+    return 4 * (codes + channels) if bits.weight is None else layer_size(codes, channels, bits.weight)
+
+
+@torch.no_grad()
+def value_shapes(network: Network, batch: Batch) -> dict[fx.Node, torch.Size]:
+    """The shape of every tensor in the network for one row of the batch."""
+    found: dict[fx.Node, torch.Size] = {}
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> object:
+            value = super().run_node(n)
+            if isinstance(value, torch.Tensor):
+                found[n] = value.shape
+            return value
+
+    Recorder(network.module).run(*flatten(select(batch, torch.arange(1)))[0])
+    return found
+
+
+def activation_steps(
+    network: Network, choices: Mapping[str, Sequence[Bits]], placement: Placement, shapes: Mapping[fx.Node, torch.Size]
+) -> tuple[Step, ...]:
+    """Bytes of the activations that are alive while each operator runs.
+
+    A tensor that one layer alone reads is stored at that layer's bits. One that is read by more is stored at 8 bits, with a
+    copy at the layer's bits while a layer of other bits runs: an upper bound where several layers agree. What is on no grid
+    is float32. Operators that only move values, and clips behind a layer, take no memory of their own.
+
+    Args:
+        choices: by layer; without any, every tensor is float32.
+    """
+    nodes = list(network.nodes())
+    home = {node: _storage(node) for node in nodes}
+    index = {node: position for position, node in enumerate(nodes)}
+    first: dict[fx.Node, int] = {}
+    last: dict[fx.Node, int] = {}
+    for node in nodes:
+        place_of = home[node]
+        first.setdefault(place_of, index[node])
+        readers = [index[user] for user in node.users]
+        last[place_of] = max([last.get(place_of, index[node]), *readers])
+    alone, shared, copies = _widths(network, choices, placement)
+    steps = []
+    for node in nodes:
+        if node.op in ("output", "get_attr") or is_movement(node) or _is_fused(node):
+            continue
+        fixed, by_layer = 0, {}
+        for stored in (s for s in first if first[s] <= index[node] <= last[s] and s in shapes and s.op != "get_attr"):
+            count = shapes[stored].numel()
+            if stored in alone:
+                by_layer[alone[stored]] = tuple(_bytes(count, b.activation) for b in choices[alone[stored]])
+            else:
+                fixed += _bytes(count, shared.get(stored))
+        name = network_layer(network, node)
+        if name in copies:
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            count = shapes[source].numel()
+            extra = tuple(
+                0 if b.activation in (None, copies[name]) else _bytes(count, b.activation) for b in choices[name]
+            )
+            before = by_layer.get(name, (0,) * len(extra))
+            by_layer[name] = tuple(a + b for a, b in zip(before, extra, strict=True))
+        steps.append((fixed, by_layer))
+    return tuple(steps)
+
+
+def network_layer(network: Network, node: fx.Node) -> str:
+    """The name of the layer that the node is; "" for any other node."""
+    return str(node.target) if node.op == "call_module" and str(node.target) in network.layers else ""
+
+
+def _storage(node: fx.Node) -> fx.Node:
+    """The node under which the memory of a value is counted."""
+    result = result_of(node)
+    if result is not node:
+        return _storage(result)
+    if is_movement(node) and isinstance(node.args[0], fx.Node):
+        return _storage(root(node))
+    return node
+
+
+def _is_fused(node: fx.Node) -> bool:
+    """Whether the operator in front of the node does its work: a clip behind a layer or an add."""
+    return any(result_of(source) is node for source in node.all_input_nodes)
+
+
+def _bytes(count: int, bits: int | None) -> int:
+    return -(-count * (bits or FLOAT_BITS) // 8)
+
+
+def _widths(
+    network: Network, choices: Mapping[str, Sequence[Bits]], placement: Placement
+) -> tuple[dict[fx.Node, str], dict[fx.Node, int | None], dict[str, int | None]]:
+    """How tensors are stored.
+
+    Returns:
+        storage -> the layer whose bits it has; storage -> its own bits (float where it is in neither); layer -> the bits of
+        its input where it copies that to its own bits.
+    """
+    alone: dict[fx.Node, str] = {}
+    shared: dict[fx.Node, int | None] = {}
+    copies: dict[str, int | None] = {}
+    if not choices:
+        return alone, shared, copies
+    with_grid = {name: any(b.activation is not None for b in choices[name]) for name in network.layers}
+    base = {name: Bits(8, 8) if with_grid[name] else Bits(8, None) for name in network.layers}
+    for edge in place(network, base, placement):
+        stored = _storage(edge.source)
+        if edge.kind == "sole" and len(edge.readers) == 1:
+            alone[stored] = edge.readers[0]
+        elif edge.kind == "input":
+            copies.update(dict.fromkeys(edge.readers))
+        else:
+            shared[stored] = edge.bits
+            copies.update(dict.fromkeys(edge.readers, edge.bits))
+    return alone, shared, copies

@@ -1,0 +1,84 @@
+"""Which bits every layer has, or may have: what the user asked for, checked against the network."""
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from calque.errors import SpecError
+from calque.graph import Network
+from calque.placement import shared_tensors
+from calque.spec import FLOAT, Bits, Plan, apply_overrides, check_entry, uniform
+
+DEFAULT_BITS = "w8a8"
+
+
+def decide_bits(
+    network: Network,
+    *,
+    bits: str | None,
+    plan: Plan | None,
+    override: Mapping[str, str | None] | None,
+    first_last: str | None,
+) -> dict[str, Bits]:
+    """Bits of every layer by name, and of the tensors that a plan or an override names.
+
+    Raises:
+        SpecError: both bits and a plan; a plan that lacks a layer or has a name that the network does not have; see also
+            `apply_overrides`.
+    """
+    names = list(network.layers)
+    tensors = list(shared_tensors(network).values())
+    if plan is not None:
+        if bits is not None:
+            raise SpecError("bits and plan exclude each other: a plan has the bits of every layer. Drop one of them.")
+        missing, unknown = (
+            [n for n in names if n not in plan],
+            [n for n in plan if n not in (*names, *tensors)],
+        )
+        if missing or unknown:
+            raise SpecError(f"the plan must name the network's layers. Missing: {missing}; unknown: {unknown}.")
+        entries = {name: check_entry(name, plan[name], is_layer=name in names) for name in plan}
+        ends = None if first_last == "auto" else first_last
+    else:
+        parsed = Bits.parse(DEFAULT_BITS if bits is None else bits)
+        check_entry("bits", parsed, is_layer=True)
+        entries = dict.fromkeys(names, parsed)
+        automatic = "w8" if parsed.activation is None else "w8a8"
+        ends = (None if parsed == FLOAT else automatic) if first_last == "auto" else first_last
+    if ends is not None:
+        both = check_entry("first_last", Bits.parse(ends), is_layer=True)
+        entries.update({name: uniform(names, both, both)[name] for name in (names[0], names[-1])})
+    return apply_overrides(entries, override or {}, tensors)
+
+
+def decide_choices(
+    network: Network,
+    *,
+    bits: Sequence[str],
+    override: Mapping[str, str | None] | None,
+    first_last: str | None,
+) -> tuple[dict[str, tuple[Bits, ...]], dict[str, Bits]]:
+    """The bits that each layer may have under a budget; and those of tensors that an override names.
+
+    The ends are choices like any other unless `first_last` gives their bits ("auto" does not).
+
+    Raises:
+        SpecError: bits that are no choice of a layer; see also `apply_overrides`.
+    """
+    if not bits:
+        raise SpecError("a budget needs at least one candidate of bits. Got none.")
+    candidates = tuple(dict.fromkeys(check_entry("bits", Bits.parse(text), is_layer=True) for text in bits))
+    names = list(network.layers)
+    fixed: dict[str, Bits] = {}
+    if first_last not in ("auto", None):
+        ends = check_entry("first_last", Bits.parse(first_last), is_layer=True)
+        fixed |= {names[0]: ends, names[-1]: ends}
+    tensors = list(shared_tensors(network).values())
+    undecided = dict.fromkeys(names, candidates[0])
+    asked = override or {}
+    overridden = apply_overrides(undecided, asked, tensors)
+    touched = {name for name in names if any(fnmatchcase(name, pattern) for pattern in asked)}
+    choices = {
+        name: (overridden[name],) if name in touched else (fixed[name],) if name in fixed else candidates
+        for name in names
+    }
+    return choices, {name: entry for name, entry in overridden.items() if name not in undecided}

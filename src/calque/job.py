@@ -1,0 +1,68 @@
+"""What every stage of a run reads: the network, its inputs, the recipe and where finished pieces are kept."""
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from calque.checkpoint import Checkpoint
+from calque.graph import Batch, Network
+from calque.graph.signature import rows
+from calque.recipe import Recipe
+from calque.spec import Placement
+from calque.store import Store
+
+RESERVE = 550 * 10**6  # bytes: an operator's inputs and outputs, a sampled problem and the temporaries of its fit
+Progress = Callable[[str, int, int], None]  # phase, steps done, steps in all
+
+
+def silent(phase: str, done: int, total: int) -> None:
+    """A progress callback that shows nothing."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run.
+
+    Attributes:
+        network: captured, float.
+        batches: the calibration inputs.
+        memory: bytes for values between two operators.
+        checkpoint: keeps finished pieces.
+        workers: processes of one thread each that fit layers; None is the caller's own process.
+    """
+
+    network: Network
+    batches: list[Batch]
+    recipe: Recipe
+    placement: Placement = "integer"
+    seed: int = 0
+    memory: int = 2 * 10**9
+    checkpoint: Checkpoint = field(default_factory=lambda: Checkpoint(None))
+    workers: int | None = None
+    progress: Progress = silent
+
+    @property
+    def inputs(self) -> int:
+        """The size of the calibration set."""
+        return sum(rows(batch) for batch in self.batches)
+
+    def generator(self, name: str) -> torch.Generator:
+        """Randomness for the part of the run that is called `name`, whatever ran before it."""
+        return torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{name}".encode()))
+
+    def store(self) -> Store:
+        """For values between two operators; RESERVE of the memory, or half of it, is left for what runs and is solved."""
+        return Store(max(self.memory // 2, self.memory - RESERVE))
+
+    def counter(self, phase: str, total: int) -> Callable[[str], None]:
+        """A callback that counts finished steps of a phase."""
+        done = 0
+
+        def count(_: str) -> None:
+            nonlocal done
+            done += 1
+            self.progress(phase, done, total)
+
+        return count

@@ -1,0 +1,89 @@
+"""Losses between the float network's outputs and the quantized one's: what prices, choices and bias tuning are judged by."""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from calque.errors import SpecError
+
+Loss = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
+"""Of the float network's output leaves and the quantized one's, a scalar: the mean over the rows of the batch."""
+
+OutputLoss = Callable[[object, object], Tensor]
+"""A user's loss, of the float and the quantized network's outputs as the network returns them."""
+
+LossName = Literal["kl", "mse"]
+
+
+def kl(reference: Sequence[Tensor], output: Sequence[Tensor]) -> Tensor:
+    """KL(float || quantized) in nats of the softmax over the last axis, mean over rows, summed over the outputs.
+
+    >>> kl([torch.zeros(1, 2)], [torch.tensor([[0.0, 0.0]])])
+    tensor(0.)
+    """
+    total = torch.zeros(())
+    for one, other in zip(_floats(reference), _floats(output), strict=True):
+        p, q = F.log_softmax(one, -1), F.log_softmax(other, -1)
+        total = total.to(one.device) + (p.exp() * (p - q)).sum(-1).mean()
+    return total
+
+
+def mse(reference: Sequence[Tensor], output: Sequence[Tensor]) -> Tensor:
+    """Squared error over the power of the float output about its mean, summed over the outputs.
+
+    >>> mse([torch.tensor([[1.0, -1.0]])], [torch.tensor([[1.0, 0.0]])])
+    tensor(0.5000)
+    """
+    total = torch.zeros(())
+    for one, other in zip(_floats(reference), _floats(output), strict=True):
+        power = (one - one.mean()).square().mean().clamp(min=1e-30)
+        total = total.to(one.device) + (other - one).square().mean() / power
+    return total
+
+
+def _floats(leaves: Sequence[object]) -> list[Tensor]:
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def find_loss(
+    loss: "LossName | OutputLoss | None", leaves: Sequence[object], spec: pytree.TreeSpec
+) -> tuple[str, Loss]:
+    """The loss and its name; None is kl where the only output is a float tensor (N, C), else mse.
+
+    Args:
+        leaves: the float network's outputs on one batch.
+        spec: their tree, in which a user's own loss receives them.
+
+    Raises:
+        SpecError: another name, or kl for outputs without a class axis.
+    """
+    classes = len(leaves) == 1 and isinstance(leaves[0], Tensor) and leaves[0].dim() == 2
+    classes = classes and len(_floats(leaves)) == 1 and leaves[0].shape[1] > 1  # type: ignore[attr-defined]  # a Tensor
+    if loss is None:
+        return ("kl", kl) if classes else ("mse", mse)
+    if loss == "mse":
+        return "mse", mse
+    if loss == "kl":
+        if not _floats(leaves) or any(leaf.dim() < 2 for leaf in _floats(leaves)):
+            raise SpecError('the loss "kl" needs outputs with an axis of classes, the last one. Use "mse".')
+        return "kl", kl
+    if not callable(loss):
+        raise SpecError(f'loss is "kl", "mse" or a function of the two networks\' outputs. Got {loss!r}.')
+    return getattr(loss, "__name__", type(loss).__name__), _structured(loss, spec)
+
+
+def _structured(loss: OutputLoss, spec: pytree.TreeSpec) -> Loss:
+    """The user's loss on flat leaves; what it returns is checked."""
+
+    def flat(reference: Sequence[Tensor], output: Sequence[Tensor]) -> Tensor:
+        value = loss(pytree.tree_unflatten(list(reference), spec), pytree.tree_unflatten(list(output), spec))
+        value = torch.as_tensor(value)
+        if value.numel() != 1 or not value.is_floating_point():
+            raise SpecError(f"a loss returns one float number. Got {value.dtype} of shape {tuple(value.shape)}.")
+        return value.reshape(())
+
+    return flat

@@ -1,0 +1,222 @@
+"""AdaQuant's parallel flavour: layers fitted on their float inputs, once per candidate, by any number of workers.
+
+Source: Hubara et al. 2021, section 3 (equation 2): the layers are independent of each other. Tasks carry paths, not tensors, so
+that a worker may be another process, or another machine that sees the same folder.
+"""
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import joblib
+import torch
+from torch import Tensor, fx
+
+from calque.arithmetic import activation_limits, affine_grid
+from calque.calibration import Execution
+from calque.checkpoint import Checkpoint, Piece, read_piece, write_piece
+from calque.graph import Geometry, Layer
+from calque.graph.layers import Activation
+from calque.job import Job
+from calque.ranges import TensorSample, activation_range, search_range
+from calque.solvers.adaquant import Draw, Linear
+from calque.solvers.layer import Settings, fit_from_piece, fit_to_piece, solve
+from calque.solvers.problem import Fit, Grid, LayerProblem, layer_problem, output_error
+from calque.solvers.whole import whole_inputs
+from calque.spec import Bits
+from calque.sweep import SAMPLED_VALUES
+
+Choices = Mapping[str, Sequence[Bits]]
+Fits = dict[tuple[str, Bits], Fit]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One layer at one choice of bits: everything that a worker needs, its tensors by path."""
+
+    problem: Path
+    result: Path
+    bits: int
+    grid: tuple[float, int, int] | None  # scale, zero point, largest code
+    settings: Settings
+    seed: int
+    activation: Activation
+    geometry: Geometry
+    shape: torch.Size  # of the layer's weight
+
+
+def fit_choices(job: Job, choices: Choices, steps: int) -> Fits:
+    """Each layer at each of its choices, fitted on its float inputs; choices that stay float are left out.
+
+    Args:
+        steps: of AdaQuant; 0 rounds to nearest and corrects the bias.
+
+    Raises:
+        CalibrationError: an operator fails on the calibration inputs.
+    """
+    wanted = [(name, bits) for name, options in choices.items() for bits in options if bits.weight is not None]
+    with _folder(job) as results:
+        if any(not results.path(_key(name, bits)).is_file() for name, bits in wanted):
+            _collect(job, choices, steps, results)
+        fits: Fits = {}
+        for name, bits in wanted:
+            piece = results.get(_key(name, bits))
+            assert piece is not None
+            fits[name, bits] = fit_from_piece(piece, job.network.weighted(name).weight.device)
+        return fits
+
+
+def _key(name: str, bits: Bits) -> str:
+    return f"{name} {bits}"
+
+
+@contextmanager
+def _folder(job: Job) -> Iterator[Checkpoint]:
+    """Where the results go: the run's folder, or one that lasts as long as the fits."""
+    if job.checkpoint.folder is not None:
+        yield job.checkpoint.within("fits")
+        return
+    with tempfile.TemporaryDirectory(prefix="calque-") as folder:
+        yield Checkpoint(folder)
+
+
+def _collect(job: Job, choices: Choices, steps: int, results: Checkpoint) -> None:
+    """One float pass that writes each layer's problem; workers fit whenever the problems fill the memory budget."""
+    count = job.counter("candidates", len(choices))
+    waiting: list[list[Task]] = []
+    size = 0
+    by_node = {layer.node: layer for layer in job.network.layers.values()}
+    with job.store() as store:
+        execution = Execution(job.network.module, job.batches, store)
+        for node in job.network.nodes():
+            if node.op == "output":
+                break
+            execution.step(node)
+            layer = by_node.get(node)
+            missing = [] if layer is None else [b for b in choices[layer.name] if b.weight is not None]
+            missing = [b for b in missing if layer and not results.path(_key(layer.name, b)).is_file()]
+            if layer is not None and missing:
+                waiting.append(_tasks(job, layer, missing, steps, execution, results))
+                size += waiting[-1][0].problem.stat().st_size
+                if size > job.memory // 2 or job.workers is None:
+                    _run(job, waiting)
+                    waiting, size = [], 0
+            if layer is not None:
+                count(layer.name)
+            execution.release(node)
+    _run(job, waiting)
+
+
+def _run(job: Job, waiting: list[list[Task]]) -> None:
+    """Fits all tasks, then deletes their problems."""
+    tasks = [task for group in waiting for task in group]
+    if job.workers is None:
+        for task in tasks:
+            fit_task(task)
+    elif tasks:
+        joblib.Parallel(n_jobs=job.workers)(joblib.delayed(fit_task_alone)(task) for task in tasks)
+    for group in waiting:
+        group[0].problem.unlink(missing_ok=True)
+
+
+def _tasks(
+    job: Job, layer: Layer, options: list[Bits], steps: int, execution: Execution, results: Checkpoint
+) -> list[Task]:
+    """The layer's tasks; its problem is written beside their results."""
+    weighted = job.network.weighted(layer.name)
+    source = layer.node.args[0]
+    assert isinstance(source, fx.Node)
+    pairs = zip(execution.values(source), execution.values(layer.node), strict=True)
+    problem = layer_problem(
+        weighted.geometry, weighted.weight, weighted.bias, layer.activate, pairs,
+        inputs=job.inputs, generator=job.generator(layer.name),
+    )  # fmt: skip
+    whole = steps > 0 and job.recipe.patches == "all"
+    path = results.within("problems").path(layer.name)
+    write_piece(path, _problem_to_piece(problem, list(_whole(job, execution, layer)) if whole else []))
+    sample = TensorSample.of(
+        execution.values(source),
+        count=SAMPLED_VALUES,
+        inputs=job.inputs,
+        generator=job.generator(f"{layer.name}.input"),
+    )
+    grids = {bits.activation: _grid(job, problem, sample, bits.activation) for bits in options}
+    settings = Settings(job.recipe.weight_range, steps, job.recipe.rates)
+    return [
+        Task(
+            path, results.path(_key(layer.name, bits)), bits.weight, grids[bits.activation], settings,
+            job.generator(_key(layer.name, bits)).initial_seed(), layer.activate, weighted.geometry, weighted.weight.shape,
+        )
+        for bits in options
+        if bits.weight is not None
+    ]  # fmt: skip
+
+
+def _grid(job: Job, problem: LayerProblem, sample: TensorSample, bits: int | None) -> tuple[float, int, int] | None:
+    if bits is None:
+        return None
+    _, qmax = activation_limits(bits)
+    if job.recipe.activation_range == "output":
+        error = output_error([problem])
+        low, high = search_range(sample.low, sample.high, bits, lambda s, z: error(s, z, qmax))
+    else:
+        low, high = activation_range(sample, job.recipe.activation_range, bits)
+    scale, zero_point = affine_grid(low, high, bits)
+    return scale.item(), int(zero_point), qmax
+
+
+def _whole(job: Job, execution: Execution, layer: Layer) -> Iterator[tuple[Tensor, Tensor]]:
+    source = layer.node.args[0]
+    assert isinstance(source, fx.Node)
+    for index in range(len(job.batches)):
+        yield execution.at(source, index), execution.at(layer.node, index)
+
+
+def _problem_to_piece(problem: LayerProblem, whole: list[tuple[Tensor, Tensor]]) -> Piece:
+    tensors = {
+        "patches": problem.patches, "targets": problem.targets, "weight": problem.weight, "bias": problem.bias,
+        "fitted": problem.fitted, "held_out": problem.held_out,
+    }  # fmt: skip
+    for index, (x, y) in enumerate(whole):
+        tensors |= {f"input {index}": x, f"output {index}": y}
+    return Piece(tensors, {"batches": len(whole), "device": str(problem.weight.device)})
+
+
+def fit_task(task: Task) -> None:
+    """Fits one task and writes its result."""
+    piece = read_piece(task.problem)
+    assert piece is not None
+    device = torch.device(piece.facts["device"])
+    tensors = {name: value.to(device) for name, value in piece.tensors.items()}
+    parts = {name: tensors[name] for name in ("patches", "targets", "weight", "bias", "fitted", "held_out")}
+    problem = LayerProblem(**parts, activation=task.activation)
+    grid = None
+    if task.grid is not None:
+        scale, zero_point, qmax = task.grid
+        grid = Grid(
+            torch.tensor(scale, device=device), torch.tensor(zero_point, dtype=torch.int32, device=device), qmax
+        )
+    generator = torch.Generator().manual_seed(task.seed)
+    fit = solve(problem, grid, task.bits, task.settings, generator, rows=_rows(task, tensors, piece.facts["batches"]))
+    write_piece(task.result, fit_to_piece(fit))
+
+
+def _rows(task: Task, tensors: Mapping[str, Tensor], batches: int) -> tuple[Draw, Linear] | None:
+    if not batches:
+        return None
+    sizes = [tensors[f"input {index}"].shape[0] for index in range(batches)]
+    return whole_inputs(
+        task.geometry, task.shape, sizes, lambda index: (tensors[f"input {index}"], tensors[f"output {index}"])
+    )
+
+
+def fit_task_alone(task: Task) -> None:
+    """`fit_task` with one thread, so that its sums do not depend on how many workers share the machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        fit_task(task)
+    finally:
+        torch.set_num_threads(threads)

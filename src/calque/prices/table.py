@@ -1,0 +1,131 @@
+"""What every choice of bits costs, measured once: the loss it adds, and the bytes, operations and memory it takes."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from calque.errors import SpecError
+from calque.spec import Bits
+
+Sums = tuple[tuple[int, ...], ...]  # [group][choice]
+COSTS = ("size", "bops")
+
+
+@dataclass(frozen=True)
+class Prices:
+    """The prices of a network's choices.
+
+    Attributes:
+        loss: "kl", "mse" or the callable's name.
+        base: bits of the base precision, "w8a8".
+        base_loss: of the network with every layer at the base.
+        groups: layers that share weights decide together; most groups are of one layer.
+        choices: per group, bits as text.
+        increases: per group and choice, the measured increase of the loss over base_loss, as measured: noise may make it
+            negative, a network that broke not finite.
+        costs: "size" in bytes, "bops" in bit-operations, per group and choice.
+        fixed: the part of each cost that no choice changes.
+        floats: what the float32 network costs, by "size", "bops" and "activation_memory"; shares of a budget refer to it.
+        steps: activation memory. Per execution step the fixed bytes, and per group index the bytes of each choice.
+
+    Raises:
+        SpecError: fields that do not fit each other.
+    """
+
+    loss: str
+    base: str
+    base_loss: float
+    groups: tuple[tuple[str, ...], ...]
+    choices: tuple[tuple[str, ...], ...]
+    increases: tuple[tuple[float, ...], ...]
+    costs: Mapping[str, Sums]
+    fixed: Mapping[str, int]
+    floats: Mapping[str, int]
+    steps: tuple[tuple[int, Mapping[int, tuple[int, ...]]], ...]
+
+    def __post_init__(self) -> None:
+        layers = [layer for group in self.groups for layer in group]
+        _require(all(self.groups), "a group has at least one layer")
+        _require(len(set(layers)) == len(layers), "a layer is in one group only")
+        _require(len(self.choices) == len(self.groups) and all(self.choices), "every group has choices")
+        for choices in self.choices:
+            canonical = [str(Bits.parse(text)) for text in choices]
+            _require(len(set(canonical)) == len(choices), f"a group's choices differ (got {', '.join(choices)})")
+            _require(canonical == list(choices), f"choices are written in their short form (got {', '.join(choices)})")
+        Bits.parse(self.base)
+        _require(self._fits(self.increases), "increases has one number per group and choice")
+        _require(set(self.costs) <= set(COSTS), f"costs are {' and '.join(COSTS)}")
+        for name, table in self.costs.items():
+            _require(self._fits(table), f"{name} has one cost per group and choice")
+            _require(all(_is_cost(cost) for row in table for cost in row), f"{name} is in whole numbers >= 0")
+            _require(_is_cost(self.fixed.get(name)), f"fixed has a whole number >= 0 for {name}")
+        _require(all(_is_cost(value) for value in self.floats.values()), "floats are whole numbers >= 0")
+        self._check_steps()
+
+    def _fits(self, table: tuple[tuple[Any, ...], ...]) -> bool:
+        return [len(row) for row in table] == [len(row) for row in self.choices]
+
+    def _check_steps(self) -> None:
+        for number, (fixed, tables) in enumerate(self.steps):
+            _require(_is_cost(fixed), f"step {number} has fixed bytes >= 0")
+            for group, row in tables.items():
+                known = type(group) is int and 0 <= group < len(self.groups)
+                _require(known, f"step {number} names groups by their index (got {group!r})")
+                _require(
+                    len(row) == len(self.choices[group]), f"step {number} has bytes for every choice of group {group}"
+                )
+                _require(all(map(_is_cost, row)), f"step {number} has whole bytes >= 0")
+
+    def to_json(self) -> str:
+        """The prices as JSON; `from_json` restores them exactly."""
+        plain = {
+            **{name: getattr(self, name) for name in ("loss", "base", "groups", "choices")},
+            "base_loss": _number_out(self.base_loss),
+            "increases": [[_number_out(value) for value in row] for row in self.increases],
+            **{name: dict(getattr(self, name)) for name in ("costs", "fixed", "floats")},
+            "steps": [{"fixed": fixed, "groups": dict(tables)} for fixed, tables in self.steps],
+        }
+        return json.dumps(plain, indent=1, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Prices":
+        """The prices that `to_json` wrote. Raises: SpecError."""
+        try:
+            return cls(**_fields(json.loads(text)))
+        except SpecError:
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise SpecError(
+                f"not a file of prices: {type(error).__name__}: {error}. Write it with Prices.to_json."
+            ) from error
+
+
+def _fields(plain: dict[str, Any]) -> dict[str, Any]:
+    steps = tuple(
+        (step["fixed"], {int(group): tuple(row) for group, row in step["groups"].items()}) for step in plain["steps"]
+    )
+    return {
+        **plain,
+        "base_loss": float(plain["base_loss"]),
+        "groups": tuple(tuple(map(str, group)) for group in plain["groups"]),
+        "choices": tuple(tuple(map(str, row)) for row in plain["choices"]),
+        "increases": tuple(tuple(map(float, row)) for row in plain["increases"]),
+        "costs": {name: tuple(map(tuple, table)) for name, table in plain["costs"].items()},
+        "steps": steps,
+    }
+
+
+def _number_out(value: float) -> float | str:
+    """JSON has no infinities: those and NaN become text, which float() reads."""
+    return float(value) if math.isfinite(value) else str(float(value))
+
+
+def _is_cost(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _require(holds: bool, rule: str) -> None:
+    if not holds:
+        raise SpecError(f"prices do not fit together: {rule}. Measure them again.")

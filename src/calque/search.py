@@ -1,0 +1,260 @@
+"""Bits chosen under a budget: candidates fitted, priced and allocated; the best few allocations measured as whole networks."""
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from calque.budget import Budget
+from calque.costs import costs
+from calque.errors import InfeasibleBudgetError, SpecError
+from calque.graph import Network
+from calque.job import Job
+from calque.losses import Loss
+from calque.model import QuantizedModel, parameters_left_float
+from calque.parallel import Choices, fit_choices
+from calque.prices import Prices, Solution, solve
+from calque.quantizers import Quantizer
+from calque.report import Finalist
+from calque.sensitivity import measure_prices, thin
+from calque.solvers.layer import integer_layer
+from calque.solvers.problem import Fit
+from calque.spec import FLOAT, Bits
+from calque.stages import Built, build, measured_loss, retuned
+
+log = logging.getLogger(__name__)
+
+DISTINCT = 10  # finalists differ in at least one of so many layers
+
+
+def measure(job: Job, choices: Choices, loss: tuple[str, Loss]) -> Prices:
+    """The prices and costs of every choice of every layer.
+
+    Args:
+        choices: by layer; one choice where nothing is to be decided.
+    """
+    network = job.network
+    activations = any(bits.activation is not None for options in choices.values() for bits in options)
+    base_bits = Bits(8, 8 if activations else None)
+    base = _base(job, base_bits, choices, loss[1])
+    priced: Choices = {
+        name: tuple(bits for bits in options if bits not in (base_bits, FLOAT)) for name, options in choices.items()
+    }
+    fits = fit_choices(job, priced, job.recipe.search_steps)
+    stand_ins = {
+        name: [_stand_in(network, name, bits, fits[name, bits]) for bits in options]
+        for name, options in priced.items()
+        if options
+    }
+    batches = thin(job.batches, job.recipe.priced_inputs)
+    base_loss, rises = measure_prices(
+        network.module, base, stand_ins, batches, loss[1],
+        checkpoint=job.checkpoint.within("prices"), on_layer=job.counter("prices", len(stand_ins) * len(batches)),
+    )  # fmt: skip
+    known = {
+        name: {bits: rise for bits, rise in zip(priced[name], rises.get(name, []), strict=True)} for name in choices
+    }
+    return _prices(job, choices, known, loss=loss[0], base=(base_bits, base_loss), other=_other_size(network, base))
+
+
+def _base(job: Job, bits: Bits, choices: Choices, loss: Loss) -> QuantizedModel:
+    """The network with every layer at the base precision, rounded to nearest; layers that must stay float do."""
+    plain = replace(job.recipe, steps=0, block_steps=0, statistics="none", tuning=replace(job.recipe.tuning, steps=0))
+    entries = {name: FLOAT if set(options) == {FLOAT} else bits for name, options in choices.items()}
+    return build(replace(job, recipe=plain), entries, loss, []).model
+
+
+def _other_size(network: Network, base: QuantizedModel) -> int:
+    """Bytes of the parameters that belong to no layer."""
+    parts = [network.weighted(name) for name in network.layers if name not in base.layers]
+    return 4 * (parameters_left_float(base) - sum(part.weight.numel() + part.bias.numel() for part in parts))
+
+
+def _stand_in(network: Network, name: str, bits: Bits, fit: Fit) -> nn.Module:
+    weighted = network.weighted(name)
+    assert bits.weight is not None
+    layer, _ = integer_layer(
+        weighted.geometry, weighted.weight, fit, None if fit.grid is None else fit.grid.scale, bits.weight
+    )
+    if fit.grid is None or bits.activation is None:
+        return layer
+    return nn.Sequential(Quantizer(fit.grid.scale, fit.grid.zero_point, bits=bits.activation), layer)
+
+
+def _prices(
+    job: Job,
+    choices: Choices,
+    known: Mapping[str, Mapping[Bits, float]],
+    *,
+    loss: str,
+    base: tuple[Bits, float],
+    other: int,
+) -> Prices:
+    network = job.network
+    table = costs(network, choices, job.placement, job.batches[0], other)
+    groups = _groups(network, choices)
+    number = {name: index for index, names in enumerate(groups) for name in names}
+    options = [choices[names[0]] for names in groups]
+    steps = []
+    for fixed, by_layer in table.steps:
+        merged: dict[int, tuple[int, ...]] = {}
+        for name, values in by_layer.items():
+            before = merged.get(number[name], (0,) * len(values))
+            merged[number[name]] = tuple(a + b for a, b in zip(before, values, strict=True))
+        steps.append((fixed, merged))
+
+    def summed(by_layer: Mapping[str, tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(map(sum, zip(*(by_layer[name] for name in names), strict=True))) for names in groups)
+
+    return Prices(
+        loss=loss,
+        base=str(base[0]),
+        base_loss=base[1],
+        groups=groups,
+        choices=tuple(tuple(map(str, each)) for each in options),
+        increases=tuple(
+            tuple(sum(known[name].get(bits, 0.0) for name in names) for bits in each)
+            for names, each in zip(groups, options, strict=True)
+        ),
+        costs={"size": summed(table.size), "bops": summed(table.bops)},
+        fixed={"size": table.fixed_size, "bops": 0},
+        floats={"size": table.float_size, "bops": table.float_bops, "activation_memory": table.float_memory},
+        steps=tuple(steps),
+    )
+
+
+def _groups(network: Network, choices: Choices) -> tuple[tuple[str, ...], ...]:
+    """Layers that share their weights decide together.
+
+    Raises:
+        SpecError: such layers with different choices.
+    """
+    members: dict[str, list[str]] = {}
+    for name in network.layers:
+        members.setdefault(network.shared.get(name, name), []).append(name)
+    for names in members.values():
+        if any(tuple(choices[name]) != tuple(choices[names[0]]) for name in names):
+            raise SpecError(f"layers {', '.join(names)} share their weights, so they need the same choices of bits.")
+    return tuple(map(tuple, members.values()))
+
+
+def finalists(prices: Prices, budget: Budget, count: int) -> list[Solution]:
+    """The best allocations under the budget, and the best one with the same bits everywhere, without repetitions.
+
+    Raises:
+        InfeasibleBudgetError: no allocation keeps the budget.
+    """
+    distance = max(1, len(prices.groups) // DISTINCT)
+    found = solve(prices, budget, count=count, distance=distance)
+    uniform = []
+    for bits in dict.fromkeys(bits for options in prices.choices if len(options) > 1 for bits in options):
+        narrowed = _only(prices, bits)
+        try:
+            uniform.extend([] if narrowed is None else solve(narrowed, budget))
+        except InfeasibleBudgetError:
+            continue
+    best = min(uniform, key=lambda solution: solution.increase, default=None)
+    if best is not None and all(dict(best.plan) != dict(other.plan) for other in found):
+        found.append(best)
+    return found
+
+
+def _only(prices: Prices, bits: str) -> Prices | None:
+    """The prices with `bits` as the only choice of every layer that has one; None where a layer lacks these bits."""
+    kept = [
+        [0] if len(options) == 1 else [i for i, text in enumerate(options) if text == bits]
+        for options in prices.choices
+    ]
+    if not all(kept):
+        return None
+
+    def pick(rows: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
+        return tuple(tuple(row[i] for i in chosen) for row, chosen in zip(rows, kept, strict=True))
+
+    return replace(
+        prices,
+        choices=tuple(tuple(row[i] for i in chosen) for row, chosen in zip(prices.choices, kept, strict=True)),
+        increases=pick(prices.increases),
+        costs={
+            name: tuple(tuple(row[i] for i in chosen) for row, chosen in zip(rows, kept, strict=True))
+            for name, rows in prices.costs.items()
+        },
+        steps=tuple(
+            (fixed, {group: tuple(row[i] for i in kept[group]) for group, row in by_group.items()})
+            for fixed, by_group in prices.steps
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search under a budget left.
+
+    Attributes:
+        built: the best finalist.
+        finalists: all that were measured, the chosen one marked.
+        prices: from which other budgets can be solved without measuring again.
+        phases: seconds.
+    """
+
+    built: Built
+    finalists: tuple[Finalist, ...]
+    prices: Prices
+    phases: Mapping[str, float]
+    notes: tuple[str, ...]
+
+
+def search(
+    job: Job,
+    choices: Choices,
+    tensors: Mapping[str, Bits],
+    budget: Budget,
+    loss: tuple[str, Loss],
+    references: list[list[Tensor]],
+) -> Found:
+    """The best network under the budget.
+
+    Args:
+        tensors: bits of tensors that are not the default.
+        references: the float network's output leaves on each batch.
+
+    Raises:
+        InfeasibleBudgetError: no allocation keeps the budget.
+    """
+    started = time.perf_counter()
+    prices = measure(job, choices, loss)
+    log.info("prices measured: %s of the base network %s is %.3e", prices.loss, prices.base, prices.base_loss)
+    priced = time.perf_counter()
+    untuned = replace(job, recipe=replace(job.recipe, tuning=replace(job.recipe.tuning, steps=0)))
+    cases: list[tuple[Built, Finalist]] = []
+    for solution in finalists(prices, budget, job.recipe.finalists):
+        entries = {name: Bits.parse(text) for name, text in solution.plan.items()} | dict(tensors)
+        built = build(untuned, entries, loss[1], references)
+        measured = measured_loss(job, built.model, loss[1], references) - prices.base_loss
+        cases.append((built, Finalist(dict(solution.plan), solution.costs["size"], solution.increase, measured)))
+        log.info(
+            "finalist of %d bytes: rise %.3e predicted, %.3e measured",
+            solution.costs["size"],
+            solution.increase,
+            measured,
+        )
+    built, best = _best(cases, budget)
+    marked = tuple(replace(finalist, chosen=finalist is best) for _, finalist in cases)
+    notes: tuple[str, ...] = ()
+    if budget.loss is not None and best.measured > budget.loss:
+        notes = (f"no finalist keeps the loss budget of {budget.loss:g}: the best rises by {best.measured:.3g}.",)
+    if job.recipe.tuning.steps:
+        built = retuned(job, built, loss[1], references)
+    spent = sum(sum(case.phases.values()) for case, _ in cases) - sum(built.phases.values())
+    return Found(built, marked, prices, {"prices": priced - started, "other finalists": spent}, notes)
+
+
+def _best(cases: list[tuple[Built, Finalist]], budget: Budget) -> tuple[Built, Finalist]:
+    """The finalist with the least loss; in the dual form the first in order of cost that keeps the loss budget."""
+    if budget.loss is not None:
+        kept = [case for case in cases if case[1].measured <= budget.loss]
+        if kept:
+            return kept[0]
+    return min(cases, key=lambda case: case[1].measured)

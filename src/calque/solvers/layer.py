@@ -1,0 +1,101 @@
+"""One layer from its problem to its fit: scales, rounding, then AdaQuant or the bias correction alone."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from calque.arithmetic import BIAS_LIMIT, bias_codes, weight_codes
+from calque.checkpoint import Piece
+from calque.graph import Geometry
+from calque.quantizers import QuantizedLayer
+from calque.ranges import WeightRange, weight_scale
+from calque.solvers.adaquant import Draw, Linear, fit_layer
+from calque.solvers.parameters import StepSizes
+from calque.solvers.problem import Fit, Grid, LayerProblem, correct_bias, covariance, round_to_nearest
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a fit reads from a recipe."""
+
+    weight_range: WeightRange
+    steps: int
+    rates: StepSizes
+
+
+def solve(
+    problem: LayerProblem,
+    grid: Grid | None,
+    bits: int,
+    settings: Settings,
+    generator: torch.Generator,
+    *,
+    learn_grid: bool = True,
+    tied: tuple[Tensor, Tensor] | None = None,
+    rows: tuple[Draw, Linear] | None = None,
+) -> Fit:
+    """The layer at `bits`, on held-out rows never worse than with its weights rounded to nearest.
+
+    Args:
+        grid: where the fit of the input's grid starts; None where the input is float.
+        learn_grid: whether the grid may move.
+        tied: codes (groups, O, K) and scales (groups, O) of an earlier call of the same module; its codes are kept.
+        rows: what each step of AdaQuant sees; see `fit_layer`.
+    """
+    if tied is None:
+        moments = covariance(problem) if settings.weight_range == "output" else None
+        codes, scale = None, weight_scale(problem.weight, bits, settings.weight_range, moments)
+    else:
+        codes, scale = tied
+    start = round_to_nearest(problem, scale, grid, bits, codes)
+    if not settings.steps:
+        corrected = correct_bias(problem, start)
+        return corrected if corrected.after < start.after else start
+    return fit_layer(
+        problem, start, bits, steps=settings.steps, rates=settings.rates, generator=generator, codes=codes,
+        learn_grid=learn_grid, rows=rows,
+    )  # fmt: skip
+
+
+def fit_to_piece(fit: Fit) -> Piece:
+    """The fit as tensors and facts that a checkpoint keeps."""
+    tensors = {"codes": fit.codes, "scale": fit.scale, "bias": fit.bias}
+    facts: dict[str, object] = {"before": fit.before, "after": fit.after, "qmax": None}
+    if fit.grid is not None:
+        tensors |= {"grid_scale": fit.grid.scale, "grid_zero_point": fit.grid.zero_point}
+        facts["qmax"] = fit.grid.qmax
+    return Piece(tensors, facts)
+
+
+def fit_from_piece(piece: Piece, device: torch.device) -> Fit:
+    """The fit that `fit_to_piece` described."""
+    tensors = {name: value.to(device) for name, value in piece.tensors.items()}
+    grid = None
+    if piece.facts["qmax"] is not None:
+        grid = Grid(tensors["grid_scale"], tensors["grid_zero_point"], piece.facts["qmax"])
+    return Fit(tensors["codes"], tensors["scale"], tensors["bias"], grid, piece.facts["before"], piece.facts["after"])
+
+
+def integer_layer(
+    geometry: Geometry, weight: Tensor, fit: Fit, input_scale: Tensor | None, bits: int
+) -> tuple[QuantizedLayer, str]:
+    """The fitted layer with an int32 bias; a channel whose bias code would leave int32 gets a larger weight scale.
+
+    Args:
+        input_scale: of the grid that the input is on; None where it is float, and then the bias stays float.
+
+    Returns the layer and a sentence about such channels ("" if there are none).
+    """
+    codes, scale, bias = fit.codes.reshape(weight.shape), fit.scale.reshape(-1), fit.bias.reshape(-1)
+    if input_scale is None:
+        return QuantizedLayer(geometry, codes, scale, bias, None, bits=bits), ""
+    smallest = (bias.abs() / BIAS_LIMIT / input_scale) * (1 + 1e-6)
+    wide = smallest > scale
+    note = ""
+    if wide.any():
+        scale = torch.where(wide, smallest, scale)
+        codes = torch.where(wide.reshape(-1, *[1] * (weight.dim() - 1)), weight_codes(weight, scale, bits), codes)
+        note = f"{int(wide.sum())} channels got a larger weight scale, because their bias would not fit 32 bits."
+    bias_scale = input_scale * scale
+    return QuantizedLayer(geometry, codes, scale, bias_codes(bias, bias_scale), bias_scale, bits=bits), note

@@ -1,0 +1,136 @@
+"""A network at given bits, stage by stage: layers fitted in one sweep, blocks, channel statistics, biases."""
+
+import time
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from calque.biases import Tuned, tune_biases
+from calque.errors import CalibrationError
+from calque.graph.signature import flatten
+from calque.job import Job
+from calque.losses import Loss, mse
+from calque.model import QuantizedModel, assemble
+from calque.parallel import fit_choices
+from calque.placement import Edge, place
+from calque.reconstruction import fit_blocks
+from calque.solvers.problem import Fit
+from calque.spec import FLOAT, Bits, Plan
+from calque.statistics import para_normalize, trained_statistics
+from calque.sweep import Sweep, Swept
+
+
+@dataclass(frozen=True)
+class Built:
+    """A quantized network, what its sweep left, what the bias tuning gained, and the seconds of each stage."""
+
+    model: QuantizedModel
+    swept: Swept
+    tuned: Tuned | None
+    phases: Mapping[str, float] = field(default_factory=dict)
+
+
+def build(job: Job, entries: Mapping[str, Bits], loss: Loss, references: list[list[Tensor]]) -> Built:
+    """The network at these bits, by the job's recipe.
+
+    Args:
+        entries: bits of every layer, and of tensors where they are not the default.
+        loss, references: what biases are tuned by, and the float network's output leaves on each batch.
+    """
+    recipe, network, clock = job.recipe, job.network, _Clock()
+    edges = place(network, entries, job.placement)
+    plan = Plan(final_entries(job, entries, edges))
+    kept = job.checkpoint.within(f"network-{zlib.crc32(plan.to_toml().encode() + recipe.to_toml().encode()):08x}")
+    fits: dict[str, Fit] = {}
+    if recipe.flavour == "parallel":
+        chosen = {name: (entries[name],) for name in network.layers}
+        fits = {name: fit for (name, _), fit in fit_choices(job, chosen, recipe.steps).items()}
+    with job.store() as store:
+        sweep = Sweep(job, entries, edges, store, checkpoint=kept, fits=fits)
+        swept = sweep.run(job.counter("fit", len(network.layers)))
+    model = assemble(network, edges, swept.layers, swept.quantizers, plan)
+    if recipe.block_steps:
+        fit_blocks(job, model)
+    codes = {name: layer.codes.clone() for name, layer in model.layers.items()}
+    clock.lap("fit")
+    targets = trained_statistics(network) if recipe.statistics == "trained" else swept.statistics
+    targets = {name: target for name, target in targets.items() if name in model.layers}
+    if recipe.statistics != "none":
+        with job.store() as store:
+            para_normalize(model.graph_module, targets, job.batches, store, job.counter("statistics", len(targets)))
+        clock.lap("statistics")
+    tuned = None
+    if recipe.tuning.steps:
+        tuned = tune(job, model, loss, references)
+        clock.lap("biases")
+    assert all(torch.equal(layer.codes, codes[name]) for name, layer in model.layers.items())
+    return Built(model, swept, tuned, clock.phases)
+
+
+def tune(job: Job, model: QuantizedModel, loss: Loss, references: list[list[Tensor]]) -> Tuned:
+    """Tunes the biases in place, by the job's recipe."""
+    steps = job.recipe.tuning.steps
+    judge = mse if job.recipe.tuning.loss == "mse" else loss
+    return tune_biases(
+        model.graph_module, job.batches, references, judge, job.recipe.tuning, memory=job.memory,
+        generator=job.generator("biases"), on_step=lambda step, _: job.progress("biases", step, steps),
+    )  # fmt: skip
+
+
+def retuned(job: Job, built: Built, loss: Loss, references: list[list[Tensor]]) -> Built:
+    """A built network with its biases tuned, in place."""
+    started = time.perf_counter()
+    tuned = tune(job, built.model, loss, references)
+    return replace(built, tuned=tuned, phases={**built.phases, "biases": time.perf_counter() - started})
+
+
+def final_entries(job: Job, entries: Mapping[str, Bits], edges: list[Edge]) -> dict[str, Bits]:
+    """Bits of every layer and of every tensor with a grid of its own, in the graph's order; floats that were asked for."""
+    layers = job.network.layers
+    tensors = {edge.name: Bits(None, edge.bits) for edge in edges if edge.kind == "tensor"}
+    asked = {name: bits for name, bits in entries.items() if name not in layers and bits == FLOAT}
+    return {**{name: entries[name] for name in layers}, **tensors, **asked}
+
+
+@torch.no_grad()
+def float_outputs(job: Job) -> list[list[Tensor]]:
+    """The float network's output leaves on each calibration batch.
+
+    Raises:
+        CalibrationError: a batch that the network fails on.
+    """
+    outputs = []
+    for index, batch in enumerate(job.batches):
+        try:
+            outputs.append(list(job.network.module(*flatten(batch)[0])))
+        except RuntimeError as error:
+            raise CalibrationError(
+                f"the network fails on calibration batch {index}: {str(error).splitlines()[0]}"
+            ) from error
+    return outputs
+
+
+@torch.no_grad()
+def measured_loss(job: Job, model: QuantizedModel, loss: Loss, references: list[list[Tensor]]) -> float:
+    """The loss of the whole network on the calibration inputs, without labels."""
+    total = 0.0
+    for batch, reference in zip(job.batches, references, strict=True):
+        count = next(leaf.shape[0] for leaf in reference if leaf.dim())
+        total += count * loss(reference, model.graph_module(*flatten(batch)[0])).item()
+    return total / job.inputs
+
+
+class _Clock:
+    """Seconds between laps."""
+
+    def __init__(self) -> None:
+        self.phases: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.phases[name] = now - self._last
+        self._last = now

@@ -1,0 +1,89 @@
+"""A finished run as a report: what was decided and gained, and what deserves attention."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.metadata import version
+
+import torch
+from torch import nn
+
+from calque.errors import CalibrationWarning
+from calque.graph import Network
+from calque.job import Job
+from calque.model import QuantizedModel, parameters_left_float
+from calque.report import LayerReport, Report
+from calque.search import Found
+from calque.stages import Built
+from calque.sweep import Swept
+
+STACK = 4  # warnings point at the caller of quantize
+
+
+def summarize(
+    model: nn.Module, job: Job, built: Built, found: Found | None, *, phases: Mapping[str, float], loss: str
+) -> Report:
+    """The report of a run.
+
+    Args:
+        model: the user's, which may be in train mode.
+        found: what the search for bits left, under a budget.
+        phases: seconds of what came before.
+    """
+    result, network, recipe, tuned = built.model, job.network, job.recipe, built.tuned
+    tensors = {
+        name: (f"a{quantizer.bits}", *quantizer.range)
+        for name, quantizer in result.quantizers.items()
+        if name in result.plan
+    }
+    other, whole = _sizes(result, network)
+    searched = {} if found is None else found.phases
+    return Report(
+        recipe.name, job.placement, job.seed, job.inputs, _layers(built, found), tensors, whole + other, other,
+        {**phases, **searched, **built.phases}, tuple(_notes(model, network, built.swept, found)),
+        {"calque": version("calque"), "torch": torch.__version__}, loss=loss,
+        finalists=() if found is None else found.finalists, tuned=None if tuned is None else (tuned.before, tuned.after),
+    )  # fmt: skip
+
+
+def _layers(built: Built, found: Found | None) -> tuple[LayerReport, ...]:
+    """What the sweep reported, with the prices of the chosen bits."""
+    if found is None:
+        return tuple(built.swept.reports)
+    prices = {
+        names[0]: dict(zip(options, increases, strict=True))
+        for names, options, increases in zip(
+            found.prices.groups, found.prices.choices, found.prices.increases, strict=True
+        )
+    }
+    return tuple(
+        replace(report, price=prices[report.name][report.bits]) if report.name in prices else report
+        for report in built.swept.reports
+    )
+
+
+def _sizes(result: QuantizedModel, network: Network) -> tuple[int, int]:
+    """Bytes of parameters outside of the layers, and of the float32 layers."""
+    parameters = {
+        name: module.weight.numel() + module.bias.numel()
+        for name, module in ((name, network.weighted(name)) for name in network.layers)
+    }
+    in_layers = sum(count for name, count in parameters.items() if result.plan[name].weight is None)
+    other = 4 * (parameters_left_float(result) - in_layers)
+    return other, 4 * sum(count for name, count in parameters.items() if name not in network.shared)
+
+
+def _notes(model: nn.Module, network: Network, swept: Swept, found: Found | None) -> list[str]:
+    notes = [*network.left_float, *swept.notes, *(() if found is None else found.notes)]
+    if any(module.training for module in model.modules()):
+        notes.insert(0, "the model was in train mode; its eval mode was quantized.")
+    for name in network.unreached:
+        notes.append(f"layer {name} is never reached by forward on these inputs; it is not part of the result.")
+        warnings.warn(notes[-1] + " Check the calibration inputs.", CalibrationWarning, stacklevel=STACK)
+    if swept.weak:
+        cases = ", ".join(f"{name} ({rows_} rows for {unknowns})" for name, (rows_, unknowns) in swept.weak.items())
+        notes.append(f"fewer calibration rows than unknowns per output, so that a fit may over-fit: {cases}.")
+        warnings.warn(
+            notes[-1] + " Pass more inputs; held-out ones guard the fit.", CalibrationWarning, stacklevel=STACK
+        )
+    return notes
