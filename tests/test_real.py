@@ -56,3 +56,18 @@ def test_at_four_bits_sequential_is_much_nearer_to_float_than_nearest(
     )
 
     assert divergence(model, sequential, inputs) < 0.7 * divergence(model, nearest, inputs)
+
+
+def test_a_budget_is_kept_by_a_better_network_than_the_uniform_one_below_it(
+    resnet: tuple[nn.Module, Tensor, Tensor],
+) -> None:
+    model, calibration, inputs = resnet
+
+    budgeted = calque.quantize(
+        model, calibration, bits=("w8a8", "w4a8", "w3a8", "w2a8"), budget=calque.Budget(size=0.13), recipe="light"
+    )
+    uniform = calque.quantize(model, calibration, bits="w3a8", first_last=None, recipe="light")
+
+    assert budgeted.report.size <= 0.13 * budgeted.report.float_size
+    assert uniform.report.size <= budgeted.report.size
+    assert divergence(model, budgeted, inputs) < 0.8 * divergence(model, uniform, inputs)

@@ -23,7 +23,7 @@ TUNING = st.builds(
     rows=st.integers(1, 100),
     rate=RATES,
     parameters=st.sampled_from(["biases", "scales"]),
-    loss=st.sampled_from(["run", "mse"]),
+    loss=st.sampled_from(["run", "kl", "mse"]),
 )
 RECIPE = st.builds(
     Recipe,
@@ -162,7 +162,7 @@ CHANGES: dict[str, Recipe] = {
     "tuning.rows": replace(TUNED, tuning=replace(TUNED.tuning, rows=8)),
     "tuning.rate": replace(TUNED, tuning=replace(TUNED.tuning, rate=3e-3)),
     "tuning.parameters": replace(TUNED, tuning=replace(TUNED.tuning, parameters="scales")),
-    "tuning.loss": replace(TUNED, tuning=replace(TUNED.tuning, loss="mse")),
+    "tuning.loss": replace(TUNED, tuning=replace(TUNED.tuning, loss="kl")),
 }
 
 

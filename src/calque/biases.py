@@ -40,7 +40,7 @@ EPSILON = 1e-15  # of Adam, beside gradients of a KL that may be 1e-6
 
 Optimizer = Literal["adam", "sgd"]
 Moving = Literal["biases", "scales"]
-Judge = Literal["run", "mse"]
+Judge = Literal["run", "kl", "mse"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class Tuning:
         rows: inputs per step.
         rate: of the biases, in standard deviations of the layer's output or (sgd) real units, and of the scales' logarithms.
         parameters: "biases", or "scales": a gain on each channel's weight scale as well.
-        loss: the run's own, or "mse" of the outputs: a KL is small and misleading on images that the network was trained on.
+        loss: the run's own, "mse" or (the paper) "kl" of the outputs.
 
     Raises:
         SpecError: a value out of its range.

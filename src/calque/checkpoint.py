@@ -4,11 +4,15 @@ Every piece is a safetensors file with JSON beside its tensors, written whole: u
 deterministic, so a piece that is there stands for the work that made it.
 """
 
+import errno
 import json
 import os
 import re
+import shutil
+import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +26,12 @@ from calque.errors import SpecError
 
 FilePath = str | os.PathLike[str]
 
+if sys.platform != "win32":
+    import fcntl
+
 FACTS = "facts"  # the key in the metadata
-IDENTITY = "identity.json"
+IDENTITY, LOCK = "identity.json", ".lock"
+PROBLEMS = "problems"  # what workers read while they fit; of no use afterwards
 
 
 def write_whole(path: FilePath, content: bytes) -> None:
@@ -127,12 +135,49 @@ def open_run(run: FilePath, identity: Mapping[str, str]) -> Checkpoint:
     return Checkpoint(folder)
 
 
+@contextmanager
+def alone(checkpoint: Checkpoint) -> Iterator[None]:
+    """Keeps other processes out of a run's folder, until this one ends in whatever way; removes what a kill left half-made.
+
+    Where the system or the file system has no locks, others are not kept out.
+
+    Raises:
+        SpecError: another process is at work in the folder.
+    """
+    if checkpoint.folder is None:
+        yield
+        return
+    folder = Path(checkpoint.folder)
+    with (folder / LOCK).open("w") as file:
+        if sys.platform != "win32":
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise SpecError(
+                    f"run {folder} is in use by another process. Wait for it, or choose another folder."
+                ) from error
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                    raise
+        _tidy(folder)
+        yield
+        _tidy(folder)
+
+
+def _tidy(folder: Path) -> None:
+    """Removes drafts and problems."""
+    for draft in folder.rglob(".*.[0-9]*"):
+        draft.unlink(missing_ok=True)
+    for problems in [*folder.rglob(PROBLEMS)]:
+        shutil.rmtree(problems, ignore_errors=True)
+
+
 def _identity(path: Path) -> dict[str, str] | None:
     try:
-        known: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
+        known = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return known
+    return known if isinstance(known, dict) else None
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:

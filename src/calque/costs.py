@@ -9,7 +9,7 @@ from torch import fx
 from calque.graph import Batch, Network
 from calque.graph.network import is_movement, result_of
 from calque.graph.signature import flatten, select
-from calque.placement import place, root
+from calque.placement import place, root, shared_tensors
 from calque.spec import Bits, Placement
 
 CHANNEL_BYTES = 12  # scale, bias and bias scale of an output channel (docs/method.md)
@@ -56,6 +56,7 @@ def costs(
     shares its weights with an earlier one stores its channels alone: both have the same bits.
 
     Args:
+        choices: by layer; the bits of tensors that are not the default, as their only choice.
         batch: inputs of the size that is counted; one row of them.
         other_size: bytes of parameters that belong to no layer.
     """
@@ -104,11 +105,12 @@ def activation_steps(
     """Bytes of the activations that are alive while each operator runs.
 
     A tensor that one layer alone reads is stored at that layer's bits. One that is read by more is stored at 8 bits, with a
-    copy at the layer's bits while a layer of other bits runs: an upper bound where several layers agree. What is on no grid
-    is float32. Operators that only move values, and clips behind a layer, take no memory of their own.
+    copy at the layer's bits while a layer of other bits runs: an upper bound where several layers agree. What is on no grid,
+    or on none for some of the choices, is float32. Operators that only move values, and clips behind a layer, take no memory
+    of their own.
 
     Args:
-        choices: by layer; without any, every tensor is float32.
+        choices: by layer, and the bits of tensors that are not the default; without any, every tensor is float32.
     """
     nodes = list(network.nodes())
     home = {node: _storage(node) for node in nodes}
@@ -184,15 +186,21 @@ def _widths(
     copies: dict[str, int | None] = {}
     if not choices:
         return alone, shared, copies
-    with_grid = {name: any(b.activation is not None for b in choices[name]) for name in network.layers}
-    base = {name: Bits(8, 8) if with_grid[name] else Bits(8, None) for name in network.layers}
+    widths = {name: {b.activation for b in choices[name]} for name in network.layers}
+    base = {name: Bits(8, 8) if widths[name] != {None} else Bits(8, None) for name in network.layers}
+    base |= {name: options[0] for name, options in choices.items() if name not in network.layers}
+    may_be_float = any(None in each and each != {None} for each in widths.values())
+    named = set() if may_be_float else set(shared_tensors(network))
     for edge in place(network, base, placement):
         stored = _storage(edge.source)
         if edge.kind == "sole" and len(edge.readers) == 1:
             alone[stored] = edge.readers[0]
         elif edge.kind == "input":
             copies.update(dict.fromkeys(edge.readers))
-        else:
-            shared[stored] = edge.bits
-            copies.update(dict.fromkeys(edge.readers, edge.bits))
+        else:  # readers of different bits leave a tensor without a grid of its own in float32
+            read_at = set().union(*(widths[name] for name in edge.readers))
+            agreed = edge.kind == "sole" and len(read_at) == 1
+            own = read_at.pop() if agreed else edge.bits if edge.source in named else None
+            shared[stored] = own
+            copies.update(dict.fromkeys(edge.readers, own))
     return alone, shared, copies

@@ -76,9 +76,16 @@ def decide_choices(
     undecided = dict.fromkeys(names, candidates[0])
     asked = override or {}
     overridden = apply_overrides(undecided, asked, tensors)
-    touched = {name for name in names if any(fnmatchcase(name, pattern) for pattern in asked)}
+    for_layers = [pattern for pattern, text in asked.items() if _suits_layers(text)]
+    touched = {name for name in names if any(fnmatchcase(name, pattern) for pattern in for_layers)}
     choices = {
         name: (overridden[name],) if name in touched else (fixed[name],) if name in fixed else candidates
         for name in names
     }
     return choices, {name: entry for name, entry in overridden.items() if name not in undecided}
+
+
+def _suits_layers(text: str | None) -> bool:
+    """Whether an override's bits are a layer's; those of activations alone are for tensors."""
+    bits = FLOAT if text is None else Bits.parse(text)
+    return bits == FLOAT or bits.weight is not None

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from calque.arithmetic import activation_limits, affine_grid
 from calque.calibration import Execution
-from calque.checkpoint import Checkpoint, Piece, read_piece, write_piece
+from calque.checkpoint import PROBLEMS, Checkpoint, Piece, read_piece, write_piece
 from calque.graph import Geometry, Layer
 from calque.graph.layers import Activation
 from calque.job import Job
@@ -57,9 +57,13 @@ def fit_choices(job: Job, choices: Choices, steps: int) -> Fits:
         CalibrationError: an operator fails on the calibration inputs.
     """
     wanted = [(name, bits) for name, options in choices.items() for bits in options if bits.weight is not None]
-    with _folder(job) as results:
-        if any(not results.path(_key(name, bits)).is_file() for name, bits in wanted):
-            _collect(job, choices, steps, results)
+    with _folder(job, steps) as results:
+        missing = {
+            name: [b for b in options if b.weight is not None and results.get(_key(name, b)) is None]
+            for name, options in choices.items()
+        }
+        if any(missing.values()):
+            _collect(job, missing, steps, results)
         fits: Fits = {}
         for name, bits in wanted:
             piece = results.get(_key(name, bits))
@@ -73,18 +77,18 @@ def _key(name: str, bits: Bits) -> str:
 
 
 @contextmanager
-def _folder(job: Job) -> Iterator[Checkpoint]:
-    """Where the results go: the run's folder, or one that lasts as long as the fits."""
+def _folder(job: Job, steps: int) -> Iterator[Checkpoint]:
+    """Where the results go: the run's folder for so many steps, or one that lasts as long as the fits."""
     if job.checkpoint.folder is not None:
-        yield job.checkpoint.within("fits")
+        yield job.checkpoint.within(f"fits-{steps}")
         return
     with tempfile.TemporaryDirectory(prefix="calque-") as folder:
         yield Checkpoint(folder)
 
 
-def _collect(job: Job, choices: Choices, steps: int, results: Checkpoint) -> None:
+def _collect(job: Job, missing: Mapping[str, list[Bits]], steps: int, results: Checkpoint) -> None:
     """One float pass that writes each layer's problem; workers fit whenever the problems fill the memory budget."""
-    count = job.counter("candidates", len(choices))
+    count = job.counter("candidates", len(missing))
     waiting: list[list[Task]] = []
     size = 0
     by_node = {layer.node: layer for layer in job.network.layers.values()}
@@ -95,10 +99,8 @@ def _collect(job: Job, choices: Choices, steps: int, results: Checkpoint) -> Non
                 break
             execution.step(node)
             layer = by_node.get(node)
-            missing = [] if layer is None else [b for b in choices[layer.name] if b.weight is not None]
-            missing = [b for b in missing if layer and not results.path(_key(layer.name, b)).is_file()]
-            if layer is not None and missing:
-                waiting.append(_tasks(job, layer, missing, steps, execution, results))
+            if layer is not None and missing[layer.name]:
+                waiting.append(_tasks(job, layer, missing[layer.name], steps, execution, results))
                 size += waiting[-1][0].problem.stat().st_size
                 if size > job.memory // 2 or job.workers is None:
                     _run(job, waiting)
@@ -134,7 +136,7 @@ def _tasks(
         inputs=job.inputs, generator=job.generator(layer.name),
     )  # fmt: skip
     whole = steps > 0 and job.recipe.patches == "all"
-    path = results.within("problems").path(layer.name)
+    path = results.within(PROBLEMS).path(layer.name)
     write_piece(path, _problem_to_piece(problem, list(_whole(job, execution, layer)) if whole else []))
     sample = TensorSample.of(
         execution.values(source),

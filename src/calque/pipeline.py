@@ -6,17 +6,18 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from calque.budget import Budget
 from calque.calibration import prepare, varying_axes
-from calque.checkpoint import Checkpoint, FilePath, fingerprint, open_run
+from calque.checkpoint import Checkpoint, FilePath, alone, fingerprint, open_run
 from calque.decisions import decide_bits, decide_choices
 from calque.errors import SpecError
 from calque.estimate import estimate
-from calque.graph import DynamicAxes, Signature, capture
+from calque.graph import Batch, DynamicAxes, Network, Signature, capture
 from calque.graph.signature import flatten, rows, select
 from calque.job import Job, Progress, silent
 from calque.losses import LossName, OutputLoss, find_loss
@@ -24,7 +25,7 @@ from calque.model import QuantizedModel
 from calque.parallel import Choices
 from calque.recipe import Recipe, find_recipe
 from calque.search import search
-from calque.spec import Placement, Plan
+from calque.spec import Bits, Placement, Plan
 from calque.stages import build, float_outputs
 from calque.store import parse_bytes
 from calque.summary import summarize
@@ -74,7 +75,7 @@ def quantize(
         first_last: bits of the first and last layer; "auto" is "w8a8" ("w8" without activations) at fixed bits and nothing
             special under a budget or a plan, None is nothing special.
         loss: "kl", "mse" or a differentiable function of the float and the quantized outputs; what prices and the tuning of
-            biases are judged by. Default: kl where the only output is a float tensor (N, C), else mse.
+            biases are judged by. Default: mse (docs/experiments.md), the squared error over the float output's power.
         dynamic: axes besides the batch that may change, as torch.export's dynamic_shapes: {"x": {2: Dim.AUTO}}. Axes
             whose sizes differ between calibration batches are found by themselves.
         run: a folder for finished pieces; the same call with the same folder goes on after a kill.
@@ -101,7 +102,40 @@ def quantize(
     """
     started = time.perf_counter()
     _check_options(bits, budget, plan, placement, workers)
-    chosen = find_recipe(recipe, search=budget is not None)
+    network, batches, axes = _captured(model, calibration, dynamic, device)
+    choices, entries = _decided(
+        network, bits, plan, override=override, first_last=first_last, search=budget is not None
+    )
+    job = Job(
+        network, batches, find_recipe(recipe, search=budget is not None), placement, seed, parse_bytes(memory),
+        workers=workers, progress=progress or silent,
+    )  # fmt: skip
+    captured = time.perf_counter()
+    references = float_outputs(job)
+    float_pass = time.perf_counter() - captured
+    loss_name, function = find_loss(loss, references[0], network.out_spec)
+    # no budget among these: pieces do not depend on it, so that another one goes on from the same prices
+    asked = {"bits": bits, "plan": plan and plan.to_toml(), "override": override, "first_last": first_last}
+    job = replace(job, checkpoint=_open(run, job, {**asked, "loss": _named(loss)}))
+    log.info("%s", estimate(job, choices, float_pass, search=budget is not None))
+    found = None
+    with alone(job.checkpoint):
+        if budget is not None:
+            found = search(job, choices, entries, budget, (loss_name, function), references)
+        built = build(job, entries, function, references) if found is None else found.built
+    result = built.model
+    example = select(batches[0], torch.arange(EXAMPLE_ROWS) % rows(batches[0]))
+    result.facts |= {"placement": placement, "example": example, "dynamic": axes}
+    result.prices = None if found is None else found.prices
+    phases = {"capture": captured - started, "float pass": float_pass}
+    result.report = summarize(model, job, built, found, phases=phases, loss=loss_name)
+    return result
+
+
+def _captured(
+    model: nn.Module, calibration: object, dynamic: DynamicAxes | None, device: str | torch.device | None
+) -> tuple[Network, list[Batch], dict[str, Any]]:
+    """The network, its inputs and the axes that may change, on the device."""
     first = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     target = _device(device) if device is not None else first
     batches = prepare(calibration, Signature.of(model), target)
@@ -111,36 +145,25 @@ def quantize(
         raise SpecError(
             "the network has no Conv2d or Linear layer with constant weights: there is nothing to quantize."
         )
-    job = Job(
-        network, batches, chosen, placement, seed, parse_bytes(memory), workers=workers, progress=progress or silent
-    )
-    asked = {"override": override, "first_last": first_last}
-    if budget is None:
-        assert bits is None or isinstance(bits, str)
-        entries = decide_bits(network, bits=bits, plan=plan, override=override, first_last=first_last)
-        choices: Choices = {name: (entries[name],) for name in network.layers}
-    else:
+    return network, batches, axes
+
+
+def _decided(
+    network: Network,
+    bits: str | Sequence[str] | None,
+    plan: Plan | None,
+    *,
+    override: Mapping[str, str | None] | None,
+    first_last: str | None,
+    search: bool,
+) -> tuple[Choices, dict[str, Bits]]:
+    """The choices of every layer; and the bits that are decided: all of them, or under a budget those of tensors."""
+    if search:
         assert bits is not None
-        choices, entries = decide_choices(network, bits=bits, override=override, first_last=first_last)
-    settings = {"bits": bits, "budget": budget, "plan": plan and plan.to_toml(), "loss": loss, **asked}
-    job = replace(job, checkpoint=_open(run, job, settings))
-    captured = time.perf_counter()
-    references = float_outputs(job)
-    float_pass = time.perf_counter() - captured
-    loss_name, function = find_loss(loss, references[0], network.out_spec)
-    log.info("%s", estimate(job, choices, float_pass, search=budget is not None))
-    if budget is None:
-        built, found = build(job, entries, function, references), None
-    else:
-        found = search(job, choices, entries, budget, (loss_name, function), references)
-        built = found.built
-    result = built.model
-    example = select(batches[0], torch.arange(EXAMPLE_ROWS) % rows(batches[0]))
-    result.facts |= {"placement": placement, "example": example, "dynamic": axes}
-    result.prices = None if found is None else found.prices
-    phases = {"capture": captured - started, "float pass": float_pass}
-    result.report = summarize(model, job, built, found, phases=phases, loss=loss_name)
-    return result
+        return decide_choices(network, bits=bits, override=override, first_last=first_last)
+    assert bits is None or isinstance(bits, str)
+    entries = decide_bits(network, bits=bits, plan=plan, override=override, first_last=first_last)
+    return {name: (entries[name],) for name in network.layers}, entries
 
 
 def _check_options(
@@ -173,16 +196,25 @@ def _open(run: FilePath | None, job: Job, settings: Mapping[str, object]) -> Che
         for position, leaf in enumerate(flatten(batch)[0])
     }
     identity = {name: repr(value) for name, value in settings.items()}
+    geometries = [job.network.weighted(name).geometry for name in job.network.layers]
     identity |= {
+        "network": f"{job.network.module.code} {geometries}",
         "weights": fingerprint(dict(job.network.module.state_dict())),
-        "calibration": fingerprint({name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor)}),
+        "calibration": fingerprint({name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor)})
+        + "".join(f" {name} {leaf!r}" for name, leaf in leaves.items() if not isinstance(leaf, Tensor)),
         "recipe": job.recipe.to_toml(),
         "placement": job.placement,
         "seed": str(job.seed),
+        "device": str(job.network.weighted(next(iter(job.network.layers))).weight.device),
         "threads": str(torch.get_num_threads() if job.workers is None else f"{torch.get_num_threads()}, workers"),
         "versions": f"calque {version('calque')}, torch {torch.__version__}",
     }
     return open_run(run, identity)
+
+
+def _named(loss: object) -> object:
+    """What stands for a loss in another process, where a function or an object has another address."""
+    return getattr(loss, "__qualname__", type(loss).__qualname__) if callable(loss) else loss
 
 
 def _device(device: str | torch.device) -> torch.device:

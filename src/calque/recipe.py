@@ -22,8 +22,8 @@ Statistics = Literal["none", "float", "trained"]
 STEP_SIZES = StepSizes(weight=0.01, weight_scale=3e-3, bias=1e-3, activation_scale=3e-3, zero_point=1e-2)
 # The released code of Hubara et al. 2021 (docs/method.md); its input range and zero point share a rate.
 PAPER_STEP_SIZES = StepSizes(1e-5, 1e-3, 1e-3, activation_scale=1e-1, zero_point=1e-1, unit="absolute")
-NO_TUNING = Tuning("adam", steps=0, rows=32, rate=3e-3, parameters="scales", loss="mse")
-PAPER_TUNING = Tuning("sgd", steps=800, rows=50, rate=0.1, parameters="biases", loss="run")
+NO_TUNING = Tuning("adam", steps=0, rows=32, rate=3e-3, parameters="scales", loss="run")
+PAPER_TUNING = Tuning("sgd", steps=800, rows=50, rate=0.1, parameters="biases", loss="kl")
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +144,7 @@ def _require_fields(table: Mapping[str, Any], names: set[str], what: str) -> Non
 
 NEAREST = Recipe(
     "nearest", "output", "least_squares", "least_squares", flavour="sequential", patches="sampled", steps=0, search_steps=0,
-    priced_inputs=256, finalists=3, block_steps=0, statistics="none",
+    priced_inputs=128, finalists=3, block_steps=0, statistics="none",
 )  # fmt: skip
 LIGHT = replace(NEAREST, name="light", weight_range="output", statistics="float")
 SEQUENTIAL = replace(LIGHT, name="sequential", steps=250)

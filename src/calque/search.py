@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from calque.budget import Budget
-from calque.costs import costs
+from calque.costs import Costs, costs
 from calque.errors import InfeasibleBudgetError, SpecError
 from calque.graph import Network
 from calque.job import Job
@@ -29,11 +29,12 @@ log = logging.getLogger(__name__)
 DISTINCT = 10  # finalists differ in at least one of so many layers
 
 
-def measure(job: Job, choices: Choices, loss: tuple[str, Loss]) -> Prices:
+def measure(job: Job, choices: Choices, loss: tuple[str, Loss], tensors: Mapping[str, Bits]) -> Prices:
     """The prices and costs of every choice of every layer.
 
     Args:
         choices: by layer; one choice where nothing is to be decided.
+        tensors: bits of tensors that are not the default.
     """
     network = job.network
     activations = any(bits.activation is not None for options in choices.values() for bits in options)
@@ -56,7 +57,11 @@ def measure(job: Job, choices: Choices, loss: tuple[str, Loss]) -> Prices:
     known = {
         name: {bits: rise for bits, rise in zip(priced[name], rises.get(name, []), strict=True)} for name in choices
     }
-    return _prices(job, choices, known, loss=loss[0], base=(base_bits, base_loss), other=_other_size(network, base))
+    table = costs(
+        network, {**choices, **{name: (bits,) for name, bits in tensors.items()}}, job.placement, job.batches[0],
+        _other_size(network, base),
+    )  # fmt: skip
+    return _prices(network, choices, known, table, loss=loss[0], base=(base_bits, base_loss))
 
 
 def _base(job: Job, bits: Bits, choices: Choices, loss: Loss) -> QuantizedModel:
@@ -84,16 +89,14 @@ def _stand_in(network: Network, name: str, bits: Bits, fit: Fit) -> nn.Module:
 
 
 def _prices(
-    job: Job,
+    network: Network,
     choices: Choices,
     known: Mapping[str, Mapping[Bits, float]],
+    table: Costs,
     *,
     loss: str,
     base: tuple[Bits, float],
-    other: int,
 ) -> Prices:
-    network = job.network
-    table = costs(network, choices, job.placement, job.batches[0], other)
     groups = _groups(network, choices)
     number = {name: index for index, names in enumerate(groups) for name in names}
     options = [choices[names[0]] for names in groups]
@@ -224,7 +227,7 @@ def search(
         InfeasibleBudgetError: no allocation keeps the budget.
     """
     started = time.perf_counter()
-    prices = measure(job, choices, loss)
+    prices = measure(job, choices, loss, tensors)
     log.info("prices measured: %s of the base network %s is %.3e", prices.loss, prices.base, prices.base_loss)
     priced = time.perf_counter()
     untuned = replace(job, recipe=replace(job.recipe, tuning=replace(job.recipe.tuning, steps=0)))

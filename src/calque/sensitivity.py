@@ -30,15 +30,18 @@ def thin(batches: list[Batch], count: int) -> list[Batch]:
     total = sum(rows(batch) for batch in batches)
     wanted = torch.linspace(0, total - 1, min(count, total)).long()
     merged: dict[object, list[Batch]] = {}
+    result: list[Batch] = []
     start = 0
     for batch in batches:
         mine = wanted[(wanted >= start) & (wanted < start + rows(batch))] - start
         start += rows(batch)
-        if len(mine):
+        if any(isinstance(leaf, Tensor) and not _batched(leaf, batch) for leaf in flatten(batch)[0]):
+            size = min(PRICED_ROWS, rows_at_a_time(batch))  # rows with a tensor that all of them share stay among themselves
+            result.extend(select(batch, part) for part in mine.split(size) if len(part))
+        elif len(mine):
             part = select(batch, mine)
-            form = tuple(repr(leaf.shape[1:] if _batched(leaf, part) else leaf) for leaf in flatten(part)[0])
+            form = tuple(repr(leaf.shape[1:] if isinstance(leaf, Tensor) else leaf) for leaf in flatten(part)[0])
             merged.setdefault(form, []).append(part)
-    result = []
     for parts in merged.values():
         whole = _joined(parts)
         result.extend(split(whole, min(PRICED_ROWS, rows_at_a_time(whole))))
@@ -52,7 +55,7 @@ def _batched(leaf: object, batch: Batch) -> bool:
 def _joined(parts: list[Batch]) -> Batch:
     """The rows of all parts as one batch."""
     leaves = zip(*(flatten(part)[0] for part in parts), strict=True)
-    joined = [torch.cat(each) if _batched(each[0], parts[0]) else each[0] for each in leaves]
+    joined = [torch.cat(each) if isinstance(each[0], Tensor) else each[0] for each in leaves]
     tree: Batch = pytree.tree_unflatten(joined, flatten(parts[0])[1])
     return tree
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from calque.biases import Tuned, tune_biases
 from calque.errors import CalibrationError
-from calque.graph.signature import flatten
+from calque.graph.signature import flatten, rows
 from calque.job import Job
-from calque.losses import Loss, mse
+from calque.losses import Loss, kl, mse
 from calque.model import QuantizedModel, assemble
 from calque.parallel import fit_choices
 from calque.placement import Edge, place
@@ -73,7 +73,7 @@ def build(job: Job, entries: Mapping[str, Bits], loss: Loss, references: list[li
 def tune(job: Job, model: QuantizedModel, loss: Loss, references: list[list[Tensor]]) -> Tuned:
     """Tunes the biases in place, by the job's recipe."""
     steps = job.recipe.tuning.steps
-    judge = mse if job.recipe.tuning.loss == "mse" else loss
+    judge = {"run": loss, "kl": kl, "mse": mse}[job.recipe.tuning.loss]
     return tune_biases(
         model.graph_module, job.batches, references, judge, job.recipe.tuning, memory=job.memory,
         generator=job.generator("biases"), on_step=lambda step, _: job.progress("biases", step, steps),
@@ -118,8 +118,7 @@ def measured_loss(job: Job, model: QuantizedModel, loss: Loss, references: list[
     """The loss of the whole network on the calibration inputs, without labels."""
     total = 0.0
     for batch, reference in zip(job.batches, references, strict=True):
-        count = next(leaf.shape[0] for leaf in reference if leaf.dim())
-        total += count * loss(reference, model.graph_module(*flatten(batch)[0])).item()
+        total += rows(batch) * loss(reference, model.graph_module(*flatten(batch)[0])).item()
     return total / job.inputs
 
 

@@ -139,9 +139,9 @@ class Sweep:
         macs = weighted.geometry.positions(shape) * weighted.weight.numel()
         if bits.weight is None:
             self.shadow.step(layer.node)
-            size = 4 * (weighted.weight.numel() + weighted.bias.numel())
-            seconds = time.perf_counter() - started
-            operations = macs * FLOAT_BITS * FLOAT_BITS
+            tied = self.bits.get(self.network.shared.get(layer.name, "")) == bits
+            size = 4 * ((0 if tied else weighted.weight.numel()) + weighted.bias.numel())
+            seconds, operations = time.perf_counter() - started, macs * FLOAT_BITS * FLOAT_BITS
             self.swept.reports.append(
                 LayerReport(layer.name, "float", None, None, None, None, seconds, size, macs, operations)
             )
@@ -209,7 +209,7 @@ class Sweep:
         tied = self._tied(layer.name, bits.weight)
         ready = self.fits.get(layer.name)
         if ready is not None:
-            fit = self._placed(problem, ready, grid, bits.weight, None if tied is None else tied[0])
+            fit = self._placed(problem, ready, grid, bits.weight, tied or (ready.codes, ready.scale))
         else:
             settings = Settings(self.recipe.weight_range, self.recipe.steps, self.recipe.rates)
             fit = solve(
@@ -219,11 +219,11 @@ class Sweep:
         self.checkpoint.put(key, fit_to_piece(fit))
         return fit
 
-    def _placed(self, problem: LayerProblem, ready: Fit, grid: Grid | None, bits: int, codes: Tensor | None) -> Fit:
-        """A fit on float inputs, with its weights, on the sweep's grid; the bias corrected where that helps."""
-        moved = round_to_nearest(
-            replace(problem, bias=ready.bias), ready.scale, grid, bits, ready.codes if codes is None else codes
-        )
+    def _placed(
+        self, problem: LayerProblem, ready: Fit, grid: Grid | None, bits: int, weight: tuple[Tensor, Tensor]
+    ) -> Fit:
+        """A fit on float inputs, with these codes and scales, on the sweep's grid; the bias corrected where that helps."""
+        moved = round_to_nearest(replace(problem, bias=ready.bias), weight[1], grid, bits, weight[0])
         moved = replace(moved, before=ready.before)
         corrected = correct_bias(problem, moved)
         return corrected if corrected.after < moved.after else moved

@@ -1,0 +1,222 @@
+"""Pieces of a run on disk: round trips, damage, and folders that are not this run's."""
+
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from calque.checkpoint import IDENTITY, Checkpoint, Piece, fingerprint, open_run, read_piece, write_whole
+from calque.errors import SpecError
+
+IDENTITY_OF_A_RUN = {"weights": "00ff", "seed": "0", "recipe": "name = 'light'"}
+DTYPES = (torch.float32, torch.float64, torch.int8, torch.int32, torch.int64, torch.bool, torch.bfloat16)
+
+
+@given(
+    shape=st.lists(st.integers(0, 4), max_size=3),
+    dtype=st.sampled_from(DTYPES),
+    key=st.text(min_size=1, max_size=120),
+    facts=st.dictionaries(
+        st.text(), st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False), max_size=3
+    ),
+)
+@settings(deadline=None, max_examples=60)
+def test_a_piece_survives_its_file(
+    tmp_path_factory: pytest.TempPathFactory, shape: list[int], dtype: torch.dtype, key: str, facts: dict[str, object]
+) -> None:
+    kept = Checkpoint(tmp_path_factory.mktemp("run"))
+    tensor = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
+
+    kept.put(key, Piece({"codes": tensor, "none": torch.zeros(0)}, facts))
+    piece = kept.get(key)
+
+    assert piece is not None
+    assert piece.facts == facts
+    assert piece.tensors.keys() == {"codes", "none"}
+    assert piece.tensors["codes"].dtype == dtype
+    assert torch.equal(piece.tensors["codes"], tensor)
+
+
+def test_losses_that_are_not_finite_survive_their_file(tmp_path: Path) -> None:
+    kept = Checkpoint(tmp_path)
+    kept.put("prices 0", Piece({}, {"losses": [math.inf, -math.inf, math.nan, 0.1]}))
+
+    piece = kept.get("prices 0")
+
+    assert piece is not None
+    assert repr(piece.facts["losses"]) == "[inf, -inf, nan, 0.1]"
+
+
+def test_views_that_share_memory_are_kept_as_they_look(tmp_path: Path) -> None:
+    whole = torch.arange(12.0).reshape(3, 4)
+    kept = Checkpoint(tmp_path)
+
+    kept.put("x", Piece({"rows": whole[1:], "columns": whole.T, "same": whole}, {}))
+
+    piece = kept.get("x")
+    assert piece is not None
+    assert torch.equal(piece.tensors["rows"], whole[1:])
+    assert torch.equal(piece.tensors["columns"], whole.T)
+
+
+def test_what_was_never_put_is_missing(tmp_path: Path) -> None:
+    assert Checkpoint(tmp_path).get("layer conv1") is None
+
+
+def test_keys_that_look_alike_in_a_file_name_have_files_of_their_own(tmp_path: Path) -> None:
+    kept = Checkpoint(tmp_path)
+    keys = ["a b", "a/b", "a:b", "x" * 100 + "1", "x" * 100 + "2"]
+    for number, key in enumerate(keys):
+        kept.put(key, Piece({}, {"number": number}))
+
+    found = [kept.get(key) for key in keys]
+
+    assert [piece and piece.facts["number"] for piece in found] == list(range(5))
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "flipped header", "no facts"])
+def test_a_damaged_file_is_missing_and_can_be_made_again(tmp_path: Path, damage: str) -> None:
+    kept = Checkpoint(tmp_path)
+    piece = Piece({"x": torch.arange(100.0)}, {"error": 0.5})
+    kept.put("layer", piece)
+    path = kept.path("layer")
+    content = path.read_bytes()
+    spoiled = {
+        "cut": content[: len(content) // 2],
+        "empty": b"",
+        "text": b"not a file of tensors",
+        "flipped header": b"\xff" * 8 + content[8:],
+        "no facts": content.replace(b"facts", b"stats"),
+    }
+    path.write_bytes(spoiled[damage])
+
+    assert kept.get("layer") is None
+    kept.put("layer", piece)
+    again = kept.get("layer")
+    assert again is not None
+    assert torch.equal(again.tensors["x"], piece.tensors["x"])
+
+
+def test_a_checkpoint_without_a_folder_keeps_nothing_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    nowhere = Checkpoint(None).within("fits")
+
+    nowhere.put("layer", Piece({"x": torch.ones(2)}, {}))
+
+    assert nowhere.get("layer") is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_within_has_pieces_of_its_own(tmp_path: Path) -> None:
+    kept = Checkpoint(tmp_path)
+    inner = kept.within("fits")
+    inner.put("layer", Piece({}, {"where": "inside"}))
+
+    assert kept.get("layer") is None
+    again = kept.within("fits").get("layer")
+    assert again is not None
+    assert again.facts == {"where": "inside"}
+
+
+def test_a_file_is_whole_or_not_there_where_writing_fails(tmp_path: Path) -> None:
+    target = tmp_path / "piece"
+    target.mkdir()  # a file cannot take its place
+
+    with pytest.raises(OSError, match="piece"):
+        write_whole(target, b"content")
+
+    assert [entry.name for entry in tmp_path.iterdir()] == ["piece"]  # and no draft
+
+
+# ---- runs
+
+
+def test_a_run_is_found_again_with_its_pieces(tmp_path: Path) -> None:
+    open_run(tmp_path / "new" / "run", IDENTITY_OF_A_RUN).put("layer", Piece({}, {"error": 1.0}))
+
+    piece = open_run(tmp_path / "new" / "run", dict(reversed(IDENTITY_OF_A_RUN.items()))).get("layer")
+
+    assert piece is not None
+    assert piece.facts == {"error": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("identity", "named", "unnamed"),
+    [
+        ({**IDENTITY_OF_A_RUN, "seed": "1"}, r"\(seed\)", "weights"),
+        ({**IDENTITY_OF_A_RUN, "seed": "1", "weights": "0"}, r"\(seed, weights\)", "recipe"),
+        ({"weights": "00ff", "seed": "0"}, r"\(recipe\)", "seed"),
+        ({**IDENTITY_OF_A_RUN, "placement": "inputs"}, r"\(placement\)", "seed"),
+    ],
+)
+def test_another_runs_folder_is_refused_and_what_differs_is_named(
+    tmp_path: Path, identity: dict[str, str], named: str, unnamed: str
+) -> None:
+    open_run(tmp_path, IDENTITY_OF_A_RUN)
+
+    with pytest.raises(SpecError, match=f"was started with other settings {named}") as raised:
+        open_run(tmp_path, identity)
+
+    assert unnamed not in str(raised.value)
+
+
+def test_a_folder_with_other_files_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("words")
+
+    with pytest.raises(SpecError, match="is a folder with other files. Choose a new or an empty one"):
+        open_run(tmp_path, IDENTITY_OF_A_RUN)
+
+    assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '"text"', "3", '{"seed": '])
+def test_a_folder_whose_identity_is_none_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / IDENTITY).write_text(content)
+
+    with pytest.raises(SpecError, match="is a folder with other files"):
+        open_run(tmp_path, IDENTITY_OF_A_RUN)
+
+
+def test_a_file_in_the_place_of_the_folder_is_an_os_error(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+
+    with pytest.raises(OSError, match="run"):
+        open_run(tmp_path / "run", IDENTITY_OF_A_RUN)
+
+
+def test_drafts_that_a_killed_run_left_do_not_matter(tmp_path: Path) -> None:
+    (tmp_path / f".{IDENTITY}.4711").write_bytes(b"{")
+
+    kept = open_run(tmp_path, IDENTITY_OF_A_RUN)
+    path = kept.path("layer")
+    path.with_name(f".{path.name}.{os.getpid()}").write_bytes(b"half of a piece")
+
+    assert open_run(tmp_path, IDENTITY_OF_A_RUN).get("layer") is None
+    kept.put("layer", Piece({}, {"error": 2.0}))
+    piece = read_piece(path)
+    assert piece is not None
+    assert piece.facts == {"error": 2.0}
+
+
+# ---- fingerprints
+
+
+def test_a_fingerprint_sees_values_names_shapes_and_types_but_not_order_or_strides() -> None:
+    x = torch.arange(6.0).reshape(2, 3)
+    same = fingerprint({"a": x, "b": torch.zeros(0)})
+
+    assert fingerprint({"b": torch.zeros(0), "a": x.T.contiguous().T}) == same
+    others = [
+        fingerprint({"a": x}),
+        fingerprint({"c": x, "b": torch.zeros(0)}),
+        fingerprint({"a": x.reshape(3, 2), "b": torch.zeros(0)}),
+        fingerprint({"a": x.double(), "b": torch.zeros(0)}),
+        fingerprint({"a": x + torch.eye(2, 3) * 1e-6, "b": torch.zeros(0)}),
+        fingerprint({"a": torch.zeros(0), "b": x}),
+    ]
+    assert same not in others
+    assert len(set(others)) == len(others)
