@@ -218,10 +218,14 @@ def status(field: str) -> int:
 
 
 def commit() -> str:
-    result = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=FOLDER, check=False
-    )
-    return result.stdout.strip() or "unknown"
+    """The commit of the code, and whether the code was edited since; the rows themselves are no code."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=FOLDER, check=False)
+        return done.stdout.strip()
+
+    edited = git("status", "--porcelain", "--", "../src", "*.py")
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if edited else "")
 
 
 HEADINGS = ("bits or budget", "recipe", "seed", "score", "KL", "agreement", "SQNR dB", "layers", "bytes", "of float32",
@@ -241,10 +245,11 @@ def table(rows: list[Row]) -> str:
         + ";",
         f"*{UNIFORM}*: the bytes of the uniform plan with 8-bit ends, which stay, and the candidates {', '.join(WEIGHTS)}",
         "for the other layers. At fixed bits the recipe advanced is sequential with biases tuned. *loss*: rise over the base",
-        "precision on calibration inputs, the sum of the prices and as the network was built. *bytes*: packed codes, 12 bytes per channel",
-        "and what stays float. *= exact*, *= simulated*: top-1 (for images: output values) of ONNX Runtime equal to the exact",
-        "integer evaluation and to the PyTorch simulation. *float passes*: seconds over those of one float pass over the same",
-        "calibration inputs in the same run; *peak*: rise of peak memory over the moment before the call.",
+        "precision on calibration inputs, the sum of the prices and as the network was built. *bytes*: packed codes,",
+        "12 bytes per channel and what stays float. *= exact*, *= simulated*: top-1 (for images: output values) of ONNX",
+        "Runtime equal to the exact integer evaluation and to the PyTorch simulation. *float passes*: seconds over those of",
+        "one float pass over the same calibration inputs in the same run; *peak*: rise of peak memory over the moment before",
+        "the call.",
         "Scores on these subsets compare float and quantized networks; they are not published benchmarks' accuracies.",
     ]
     for setting in SETTINGS:

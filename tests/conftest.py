@@ -6,9 +6,8 @@ from torch import Tensor
 
 import networks
 
-torch.set_num_threads(
-    1
-)  # the networks are tiny: more threads only wait for each other, 20 times as long on a busy machine
+# The networks are tiny: more threads only wait for each other, 20 times as long on a busy machine.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -167,7 +167,7 @@ def test_another_runs_folder_is_refused_and_what_differs_is_named(
 def test_a_folder_with_other_files_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("words")
 
-    with pytest.raises(SpecError, match="is a folder with other files. Choose a new or an empty one"):
+    with pytest.raises(SpecError, match=r"is a folder with other files\. Choose a new or an empty one"):
         open_run(tmp_path, IDENTITY_OF_A_RUN)
 
     assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.txt"]

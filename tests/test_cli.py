@@ -1,10 +1,14 @@
 """The command line, run in this process except where the process itself is what is tested."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,6 +21,7 @@ import networks
 from calque.cli import run
 from calque.cli.inputs import InputError, load_calibration, load_weights, parse_axes, parse_overrides
 from calque.cli.terminal import bars
+from calque.recipe import ADVANCED, Recipe, find_recipe
 from calque.report import Report
 from calque.spec import Bits, Plan
 from calque.storage import load
@@ -38,7 +43,14 @@ def words(model): return "good"
 def raises(): raise RuntimeError("no\\nluck")
 def returns_text(): return "text"
 value = 3
+
+def distance(reference, output): return (reference - output).square().mean()
+def words_loss(reference, output): return "good"
+def raises_loss(reference, output): raise RuntimeError("no\\nluck")
+def rows_loss(reference, output): return reference[:, 0]
 """
+QUICK = replace(ADVANCED, name="quick", steps=4, search_steps=3, finalists=2, tuning=replace(ADVANCED.tuning, steps=2))
+PHASES = ("candidates", "prices", "fit", "statistics", "biases")
 FILES = {"q.safetensors", "plan.toml", "report.txt", "report.json", "recipe.toml", "run.json"}
 
 
@@ -352,3 +364,256 @@ def test_the_module_is_the_command(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, f"calque {version('calque')}\n")
     assert (wrong.returncode, wrong.stdout) == (1, "")
     assert re.fullmatch(r"error: nothing cannot be imported[^\n]*\n", wrong.stderr)
+
+
+# ---- budgets, losses, workers, recipes
+
+
+def under_budget(*arguments: str, output: str = "run") -> int:
+    """A quick run under a budget that the options name."""
+    Path("quick.toml").write_text(QUICK.to_toml())
+    return run([
+        "quantize", "user_net:build", "--weights", "weights.safetensors", "--calibration", "images.npy",
+        "--bits", "w8a8,w4a4,w2a4", "--recipe", "quick.toml", "-o", output, *arguments,
+    ])  # fmt: skip
+
+
+def report_of(folder: str = "run") -> Report:
+    return Report.from_json(Path(folder, "report.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("option", "values"),
+    [
+        ("--size", ("0.3", "0.15")),
+        ("--size", ("900B", "300B")),
+        ("--size", ("25%", "11%")),
+        ("--bops", ("0.06", "0.016")),
+        ("--bops", ("400K", "100K")),
+        ("--activation-memory", ("0.26", "0.2")),
+        ("--latency", ("table.csv=13", "table.csv=7")),
+    ],
+)
+def test_a_smaller_budget_gives_a_smaller_network(work: Path, option: str, values: tuple[str, str]) -> None:
+    write_table()
+    plans = []
+    for number, value in enumerate(values):
+        assert under_budget(option, value, output=f"run{number}") == 0
+        plans.append(Plan.load(f"run{number}/plan.toml"))
+
+    bits = [[(plan[name].weight or 0, plan[name].activation or 0) for name in ("0", "3")] for plan in plans]
+    assert bits[0] != bits[1]
+    assert all(large >= small for large, small in zip(bits[0], bits[1], strict=True))
+
+
+def write_table() -> None:
+    lines = [f"{layer},{bits},{milliseconds}" for layer in ("0", "3")
+             for bits, milliseconds in (("w8a8", 8), ("w4a4", 4), ("w2a4", 2))]  # fmt: skip
+    Path("table.csv").write_text("\n".join(["layer,bits,milliseconds", *lines]))
+
+
+def test_the_dual_form_makes_the_network_smaller_where_more_may_be_lost(work: Path) -> None:
+    sizes = []
+    for loss in ("1e-6", "10"):
+        assert under_budget("--max-loss", loss, "--minimize", "size", output=f"run{loss}") == 0
+        sizes.append(report_of(f"run{loss}").size)
+    write_table()
+    assert under_budget("--max-loss", "10", "--minimize", "latency", "--latency", "table.csv=inf", output="fast") == 0
+
+    assert sizes[0] > sizes[1]
+    assert {str(Plan.load("fast/plan.toml")[name]) for name in ("0", "3")} == {"w2a4"}
+
+
+def test_prices_are_in_the_loss_that_was_named(work: Path) -> None:
+    names = []
+    for loss in ("kl", "mse", "user_net:distance"):
+        assert under_budget("--size", "0.2", "--loss", loss, output=f"run-{loss[-3:]}") == 0
+        prices = json.loads(Path(f"run-{loss[-3:]}", "prices.json").read_text())
+        names.append((prices["loss"], report_of(f"run-{loss[-3:]}").loss))
+
+    assert names == [("kl", "kl"), ("mse", "mse"), ("distance", "distance")]
+
+
+def test_workers_do_not_change_the_result(work: Path) -> None:
+    for workers in ("1", "2"):
+        assert under_budget("--size", "0.2", "--workers", workers, output=f"run{workers}") == 0
+
+    one, other = (load(f"run{workers}/q.safetensors", networks.small()).state_dict() for workers in ("1", "2"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_printed_recipe_can_be_edited_and_passed_back(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["recipe", "advanced"]) == 0
+    text = capsys.readouterr().out
+    edited = text.replace('name = "advanced"', 'name = "mine"').replace("search_steps = 100", "search_steps = 3")
+    Path("r.toml").write_text(re.sub(r"(?m)^steps = \d+", "steps = 4", edited))
+
+    assert under_budget("--size", "0.2", "--recipe", "r.toml") == 0
+
+    assert find_recipe("advanced") == Recipe.parse(text)
+    assert report_of().recipe == "mine"
+    assert Path("run/recipe.toml").read_text() == Path("r.toml").read_text()
+    assert run(["recipe", "nothing"]) == 1
+
+
+def test_a_plan_of_another_budget_is_quantized(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert under_budget("--size", "0.2") == 0
+    assert run(["plan", "run", "--size", "0.10,0.13,0.18"]) == 0
+    (path,) = Path("run/plans").glob("*0.13*")
+
+    assert quantize("--plan", str(path), "--weights", "weights.safetensors", output="again") == 0
+
+    solved, made = Plan.load(path), Plan.load("again/plan.toml")
+    assert {name: made[name] for name in solved} == dict(solved)
+    assert report_of("again").size <= 0.13 * report_of("again").float_size
+    assert (Path("run") / "plans").is_dir()
+
+
+def test_an_estimate_comes_first_unless_quiet(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quantize("--weights", "weights.safetensors")
+    loud = capsys.readouterr().err
+    quantize("--weights", "weights.safetensors", "--quiet")
+
+    assert re.fullmatch(r"note: about \d+ seconds for 32 inputs, up to [0-9.]+ GB of disk[^\n]*\n", loud)
+    assert capsys.readouterr().err == ""
+
+
+def test_bars_show_every_phase_of_a_run_under_a_budget(
+    work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "100")
+
+    assert under_budget("--size", "0.2") == 0
+
+    shown = capsys.readouterr().err
+    done = {phase: re.findall(rf"{phase} [^\n]*?(\d+)/(\d+)", shown)[-1] for phase in PHASES}
+    assert all(steps == total for steps, total in done.values()), done
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--size", "0.01"], "size at most .* the smallest feasible is"),
+        (["--size", "0"], "size must be a share in"),
+        (["--size", "-1"], "size must be a share in"),
+        (["--size", "nan"], "size as text is"),
+        (["--size", "300"], "size as text is"),
+        (["--size", "300 parsecs"], "size as text is"),
+        (["--bops", "x"], "bops as text is"),
+        (["--activation-memory", "1B"], "activation memory at most"),
+        (["--latency", "1.5"], "written table.csv=milliseconds"),
+        (["--latency", "table.csv=x"], "'x' is not a number of milliseconds"),
+        (["--latency", "table.csv=0"], "latency's limit is in milliseconds, > 0"),
+        (["--latency", "nothing.csv=3"], "nothing.csv: No such file"),
+        (["--latency", "quick.toml=3"], "quick.toml, line 1: the header must be"),
+        (["--latency", "short.csv=3"], "short.csv has no entry for w8a8"),
+        (["--max-loss", "1"], "loss and minimize come together"),
+        (["--minimize", "size"], "loss and minimize come together"),
+        (["--max-loss", "nan", "--minimize", "size"], "loss must be a finite number"),
+        (["--max-loss", "-1", "--minimize", "size"], "loss must be a finite number"),
+        (["--max-loss", "1", "--minimize", "money"], "minimize is one of"),
+        (["--max-loss", "1", "--minimize", "latency"], r"minimize=.latency. needs"),
+        (["--max-loss", "x", "--minimize", "size"], "max-loss"),
+        ([], "several bits are candidates that a budget chooses from"),
+        (["--size", "0.2", "--bits", "w4a4,,w8a8"], "bits are written"),
+        (["--size", "0.2", "--bits", ""], "bits are written"),
+        (["--size", "0.2", "--plan", "plan.toml"], "budget and plan exclude each other"),
+        (["--size", "0.2", "--workers", "0"], "workers must be an int >= 1"),
+        (["--size", "0.2", "--workers", "two"], "workers"),
+        (["--size", "0.2", "--loss", "hinge"], "loss is"),
+        (["--size", "0.2", "--loss", "user_net:nothing"], "user_net has no nothing"),
+        (["--size", "0.2", "--loss", "user_net:value"], "must be a function. Got int"),
+        (["--size", "0.2", "--loss", "user_net:words_loss"], "a loss returns one float number. Got str"),
+        (["--size", "0.2", "--loss", "user_net:raises_loss"], "raises_loss raised RuntimeError: no luck"),
+        (["--size", "0.2", "--loss", "user_net:score"], "score raised"),
+        (["--size", "0.2", "--loss", "user_net:rows_loss"], "a loss returns one float number. Got torch.float32"),
+        (["--size", "0.2", "--recipe", "damaged.toml"], "does not parse"),
+        (["--size", "0.2", "--recipe", "images.npy"], "images.npy"),
+        (["--size", "0.2", "--override", "0=w9"], "bits must be an int"),
+        (["--size", "0.2", "--memory", "-1MB"], "a size is written"),
+    ],
+)
+def test_a_wrong_option_under_a_budget_is_one_line(
+    arguments: list[str], message: str, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("plan.toml").write_text(Plan({"0": Bits(4, 4), "3": Bits(4, 4)}).to_toml())
+    Path("damaged.toml").write_text("name = ")
+    Path("short.csv").write_text("layer,bits,milliseconds\n0,w4a4,1")
+
+    code = under_budget(*arguments)
+
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("note: ")]
+    assert code == 1
+    assert len(lines) == 1
+    assert re.match(rf"error: .*{message}", lines[0])
+    assert "unexpected" not in lines[0]
+    assert not Path("run/run.json").exists()
+
+
+# ---- interrupted
+
+
+def test_resume_goes_on_and_a_finished_run_refuses_it(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert under_budget("--size", "0.2", "--resume") == 0  # nothing there yet: it starts
+    assert under_budget("--size", "0.2", "--resume") == 1
+    assert "is finished. Start another one without --resume" in capsys.readouterr().err
+
+
+def test_a_budget_that_was_infeasible_can_be_raised_in_the_same_folder(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert under_budget("--size", "0.01") == 1
+    assert under_budget("--size", "0.2") == 1
+    assert "has an unfinished run. Add --resume" in capsys.readouterr().err
+    assert under_budget("--size", "0.2", "--resume") == 0
+
+
+def test_ctrl_c_says_how_to_go_on_and_leaves_nothing_half_written(work: Path) -> None:
+    Path("quick.toml").write_text(replace(QUICK, search_steps=1500).to_toml())
+    Path("run it's").mkdir()
+    os.rename("images.npy", "my images.npy")
+    command = [
+        sys.executable, "-m", "calque", "quantize", "user_net:build", "--calibration", "my images.npy", "--bits",
+        "w8a8,w4a4", "--size", "0.2", "--override", "[0]=w4a4", "--recipe", "quick.toml", "-o", "run it's", "--workers", "2",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not Path("run it's/pieces/identity.json").is_file():
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes
+    _, printed = process.communicate(timeout=60)
+
+    lines = [line for line in printed.splitlines() if "about" not in line and "trusted" not in line]
+    assert process.returncode == 130
+    assert len(lines) == 1
+    said = re.fullmatch(r"note: finished pieces are kept. Go on with: (.+ --resume)", lines[0])
+    assert said is not None
+    files = [path for path in Path("run it's").rglob("*") if path.is_file() and path.name != ".lock"]
+    assert not [path for path in files if path.name.startswith(".")]
+    for _ in range(100):  # workers end with the process that started them
+        alive = [_command(pid) for pid in Path("/proc").glob("[0-9]*") if _session(pid) == str(process.pid)]
+        if not alive:
+            break
+        time.sleep(0.1)
+    assert alive == []
+    done = subprocess.run(said[1], shell=True, capture_output=True, text=True, check=False)
+    assert (done.returncode, "total" in done.stdout) == (0, True), done.stderr
+    assert not Path("run it's/pieces").exists()
+
+
+def _command(process: Path) -> str:
+    try:
+        return (process / "cmdline").read_text()
+    except OSError:
+        return ""
+
+
+def _session(process: Path) -> str:
+    """The session of a process that lives; "" of a zombie or where there is none."""
+    try:
+        state, *fields = (process / "stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if state == "Z" else fields[2]

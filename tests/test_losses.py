@@ -146,13 +146,15 @@ def test_a_loss_that_is_asked_for_is_taken() -> None:
 
 @pytest.mark.parametrize("leaf", [torch.zeros(5), torch.zeros(5, 3, dtype=torch.int64)])
 def test_kl_without_an_axis_of_classes_is_refused(leaf: Tensor) -> None:
-    with pytest.raises(SpecError, match='the loss "kl" needs outputs with an axis of classes, the last one. Use "mse"'):
+    with pytest.raises(
+        SpecError, match=r'the loss "kl" needs outputs with an axis of classes, the last one\. Use "mse"'
+    ):
         found("kl", leaf)
 
 
 @pytest.mark.parametrize("loss", ["l1", 3])
 def test_what_is_no_loss_is_refused(loss: object) -> None:
-    with pytest.raises(SpecError, match='loss is "kl", "mse" or a function .* Got'):
+    with pytest.raises(SpecError, match=r'loss is "kl", "mse" or a function .* Got'):
         found(loss, torch.zeros(5, 3))
 
 

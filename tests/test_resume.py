@@ -239,11 +239,10 @@ def test_a_loss_that_is_an_object_is_recognized_again(tmp_path: Path) -> None:
         calque.quantize(network(), INPUTS, bits="w4a4", recipe="nearest", run=tmp_path, loss=_Loss())
 
 
-def _deeper() -> nn.Module:
-    changed = network()
-    changed.conv1.padding = changed.conv2.padding = (1, 1)
+def _other_stride() -> nn.Module:
+    changed = networks.Residual()
     changed.down.stride = (1, 1)
-    return changed
+    return networks.seeded(changed)
 
 
 def _other_weights() -> nn.Module:
@@ -257,7 +256,7 @@ def _other_weights() -> nn.Module:
         ({"recipe": replace(QUICK, steps=21)}, "recipe"),
         ({"seed": 1}, "seed"),
         ({"model": _other_weights}, "weights"),
-        ({"model": _deeper}, "network"),
+        ({"model": _other_stride}, "network"),
         ({"calibration": networks.images(48, seed=1)}, "calibration"),
         ({"calibration": INPUTS[:47]}, "calibration"),
         ({"bits": "w4a8"}, "bits"),

@@ -80,7 +80,10 @@ def _structured(loss: OutputLoss, spec: pytree.TreeSpec) -> Loss:
 
     def flat(reference: Sequence[Tensor], output: Sequence[Tensor]) -> Tensor:
         value = loss(pytree.tree_unflatten(list(reference), spec), pytree.tree_unflatten(list(output), spec))
-        value = torch.as_tensor(value)
+        try:
+            value = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise SpecError(f"a loss returns one float number. Got {type(value).__name__}.") from error
         if value.numel() != 1 or not value.is_floating_point():
             raise SpecError(f"a loss returns one float number. Got {value.dtype} of shape {tuple(value.shape)}.")
         return value.reshape(())

@@ -7,6 +7,7 @@ least_squares       the widest clip whose rounding error on the tensor is within
 output              the same with the error at the layer's output, under float weights
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -98,7 +99,9 @@ def search_range(
     tried: list[tuple[float, Tensor, Tensor]] = []
 
     def least(candidates: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        tried.extend((error(*affine_grid(*candidate, bits)), *candidate) for candidate in candidates)
+        for candidate in candidates:
+            loss = error(*affine_grid(*candidate, bits))
+            tried.append((math.inf if math.isnan(loss) else loss, *candidate))  # an overflow is no reason to be chosen
         return min(tried, key=lambda case: case[0])[1:]
 
     chosen = least([(low * fraction, high * fraction) for fraction in CLIP_CANDIDATES])

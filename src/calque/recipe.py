@@ -4,14 +4,13 @@ import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from calque.biases import Tuning
 from calque.errors import SpecError
 from calque.ranges import ActivationRange, WeightRange
 from calque.solvers.parameters import StepSizes
-from calque.spec import toml_string
+from calque.spec import read_text, toml_string
 
 TensorRange = Literal["minmax", "mean_minmax", "percentile", "least_squares"]
 Flavour = Literal["sequential", "parallel"]
@@ -172,5 +171,5 @@ def find_recipe(recipe: "str | Recipe | None", *, search: bool = False) -> Recip
     if recipe in RECIPES:
         return RECIPES[recipe]
     if os.path.isfile(recipe):
-        return Recipe.parse(Path(recipe).read_text(encoding="utf-8"))
+        return Recipe.parse(read_text(recipe))
     raise SpecError(f"recipe is one of {', '.join(RECIPES)}, or a TOML file. Got {recipe!r}.")

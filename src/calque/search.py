@@ -1,6 +1,7 @@
 """Bits chosen under a budget: candidates fitted, priced and allocated; the best few allocations measured as whole networks."""
 
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,12 +30,17 @@ log = logging.getLogger(__name__)
 DISTINCT = 10  # finalists differ in at least one of so many layers
 
 
-def measure(job: Job, choices: Choices, loss: tuple[str, Loss], tensors: Mapping[str, Bits]) -> Prices:
+def measure(job: Job, choices: Choices, loss: tuple[str, Loss], tensors: Mapping[str, Bits], budget: Budget) -> Prices:
     """The prices and costs of every choice of every layer.
 
     Args:
         choices: by layer; one choice where nothing is to be decided.
         tensors: bits of tensors that are not the default.
+        budget: checked before the long work; the prices do not depend on it.
+
+    Raises:
+        InfeasibleBudgetError: no allocation keeps the budget, whatever the prices.
+        SpecError: a loss that is not finite at the base precision.
     """
     network = job.network
     activations = any(bits.activation is not None for options in choices.values() for bits in options)
@@ -43,6 +49,12 @@ def measure(job: Job, choices: Choices, loss: tuple[str, Loss], tensors: Mapping
     priced: Choices = {
         name: tuple(bits for bits in options if bits not in (base_bits, FLOAT)) for name, options in choices.items()
     }
+    table = costs(
+        network, {**choices, **{name: (bits,) for name, bits in tensors.items()}}, job.placement, job.batches[0],
+        _other_size(network, base),
+    )  # fmt: skip
+    free: dict[str, dict[Bits, float]] = {name: {} for name in choices}
+    solve(_prices(network, choices, free, table, loss=loss[0], base=(base_bits, 0.0)), budget)
     fits = fit_choices(job, priced, job.recipe.search_steps)
     stand_ins = {
         name: [_stand_in(network, name, bits, fits[name, bits]) for bits in options]
@@ -54,13 +66,11 @@ def measure(job: Job, choices: Choices, loss: tuple[str, Loss], tensors: Mapping
         network.module, base, stand_ins, batches, loss[1],
         checkpoint=job.checkpoint.within("prices"), on_layer=job.counter("prices", len(stand_ins) * len(batches)),
     )  # fmt: skip
+    if not math.isfinite(base_loss):
+        raise SpecError(f"the loss is {base_loss} for the network at {base_bits}. Pass a loss that is finite.")
     known = {
         name: {bits: rise for bits, rise in zip(priced[name], rises.get(name, []), strict=True)} for name in choices
     }
-    table = costs(
-        network, {**choices, **{name: (bits,) for name, bits in tensors.items()}}, job.placement, job.batches[0],
-        _other_size(network, base),
-    )  # fmt: skip
     return _prices(network, choices, known, table, loss=loss[0], base=(base_bits, base_loss))
 
 
@@ -146,6 +156,8 @@ def _groups(network: Network, choices: Choices) -> tuple[tuple[str, ...], ...]:
 def finalists(prices: Prices, budget: Budget, count: int) -> list[Solution]:
     """The best allocations under the budget, and the best one with the same bits everywhere, without repetitions.
 
+    In the dual form they come in the order of their cost.
+
     Raises:
         InfeasibleBudgetError: no allocation keeps the budget.
     """
@@ -158,10 +170,14 @@ def finalists(prices: Prices, budget: Budget, count: int) -> list[Solution]:
             uniform.extend([] if narrowed is None else solve(narrowed, budget))
         except InfeasibleBudgetError:
             continue
-    best = min(uniform, key=lambda solution: solution.increase, default=None)
+
+    def goal(solution: Solution) -> float:
+        return solution.increase if budget.minimize is None else solution.costs[budget.minimize]
+
+    best = min(uniform, key=goal, default=None)
     if best is not None and all(dict(best.plan) != dict(other.plan) for other in found):
         found.append(best)
-    return found
+    return found if budget.minimize is None else sorted(found, key=goal)
 
 
 def _only(prices: Prices, bits: str) -> Prices | None:
@@ -227,7 +243,7 @@ def search(
         InfeasibleBudgetError: no allocation keeps the budget.
     """
     started = time.perf_counter()
-    prices = measure(job, choices, loss, tensors)
+    prices = measure(job, choices, loss, tensors, budget)
     log.info("prices measured: %s of the base network %s is %.3e", prices.loss, prices.base, prices.base_loss)
     priced = time.perf_counter()
     untuned = replace(job, recipe=replace(job.recipe, tuning=replace(job.recipe.tuning, steps=0)))
@@ -248,9 +264,9 @@ def search(
     notes: tuple[str, ...] = ()
     if budget.loss is not None and best.measured > budget.loss:
         notes = (f"no finalist keeps the loss budget of {budget.loss:g}: the best rises by {best.measured:.3g}.",)
+    spent = sum(sum(case.phases.values()) for case, _ in cases) - sum(built.phases.values())
     if job.recipe.tuning.steps:
         built = retuned(job, built, loss[1], references)
-    spent = sum(sum(case.phases.values()) for case, _ in cases) - sum(built.phases.values())
     return Found(built, marked, prices, {"prices": priced - started, "other finalists": spent}, notes)
 
 
@@ -260,4 +276,4 @@ def _best(cases: list[tuple[Built, Finalist]], budget: Budget) -> tuple[Built, F
         kept = [case for case in cases if case[1].measured <= budget.loss]
         if kept:
             return kept[0]
-    return min(cases, key=lambda case: case[1].measured)
+    return min(cases, key=lambda case: math.inf if math.isnan(case[1].measured) else case[1].measured)

@@ -36,8 +36,9 @@ def thin(batches: list[Batch], count: int) -> list[Batch]:
         mine = wanted[(wanted >= start) & (wanted < start + rows(batch))] - start
         start += rows(batch)
         if any(isinstance(leaf, Tensor) and not _batched(leaf, batch) for leaf in flatten(batch)[0]):
-            size = min(PRICED_ROWS, rows_at_a_time(batch))  # rows with a tensor that all of them share stay among themselves
-            result.extend(select(batch, part) for part in mine.split(size) if len(part))
+            # rows with a tensor that all of them share stay among themselves
+            size = min(PRICED_ROWS, rows_at_a_time(batch))
+            result.extend(select(batch, part) for part in torch.split(mine, size) if len(part))
         elif len(mine):
             part = select(batch, mine)
             form = tuple(repr(leaf.shape[1:] if isinstance(leaf, Tensor) else leaf) for leaf in flatten(part)[0])

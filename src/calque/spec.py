@@ -123,7 +123,15 @@ class Plan(Mapping[str, Bits]):
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Plan":
         """The plan in the TOML file `path`. Raises: OSError, SpecError."""
-        return cls.parse(Path(path).read_text(encoding="utf-8"))
+        return cls.parse(read_text(path))
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The text in a file. Raises: OSError; SpecError if it is none."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SpecError(f"{os.fspath(path)} is not a text file in UTF-8: {error.reason}.") from error
 
 
 def toml_string(text: str) -> str:

@@ -1,6 +1,7 @@
 """The commands; each reads its arguments, calls the API and prints what it returns."""
 
 import shlex
+import shutil
 import sys
 import tempfile
 import time
@@ -31,12 +32,13 @@ from calque.cli.inputs import (
     load_calibration,
     load_weights,
     parse_axes,
+    parse_bits,
     parse_budget,
     parse_loss,
     parse_overrides,
 )
 from calque.cli.plan import plan_command
-from calque.cli.terminal import advice, bars, complain, estimates, one_line, visible_warnings
+from calque.cli.terminal import advice, bars, complain, estimates, one_line, shielded_workers, visible_warnings
 from calque.demo import DemoRow, run_demo
 from calque.errors import CalqueError
 from calque.export import export_onnx, verify
@@ -114,6 +116,7 @@ def _demo_table(rows: list[DemoRow]) -> list[str]:
 
 @app.command("quantize")
 def quantize_command(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="function that returns the network: my_package.my_module:build")],
     calibration: Annotated[Path, typer.Option(help="unlabelled inputs: .npy, .npz, .safetensors or .pt")],
     output: Annotated[Path, typer.Option("-o", "--output", help="folder of the run")],
@@ -153,23 +156,29 @@ def quantize_command(
     known_plan = None if plan is None else Plan.load(plan)
     overrides, axes = parse_overrides(override or []), parse_axes(dynamic or [])
     budget = parse_budget(size, bops, activation_memory, latency, max_loss, minimize)
-    candidates = None if bits is None else tuple(bits.split(",")) if budget is not None or "," in bits else bits
+    candidates = None if bits is None else parse_bits(bits, several=budget is not None)
+    judge = parse_loss(loss)
     check_device(device)
     pieces = claim_pieces(output, resume=resume)
-    scores = {} if evaluate is None else {"float": evaluate_model(evaluate, network.eval())}
-    command = shlex.join([ENTRY, *sys.argv[1:]])
-    with bars(quiet) as show, estimates(quiet), advice(f"{command.removesuffix(' --resume')} --resume"):
+    arguments = [argument for argument in context.obj if argument != "--resume"]
+    with (
+        advice(shlex.join([*_program(), *arguments, "--resume"])),
+        bars(quiet) as show,
+        estimates(quiet),
+        shielded_workers(workers),
+    ):
+        scores = {} if evaluate is None else {"float": evaluate_model(evaluate, network.eval())}
         q = quantize(
             network, inputs, bits=candidates, budget=budget, plan=known_plan, override=overrides, recipe=chosen,
             placement=cast(Placement, placement),  # quantize checks it
-            first_last=None if first_last == "none" else first_last, loss=parse_loss(loss), dynamic=axes, run=pieces,
+            first_last=None if first_last == "none" else first_last, loss=judge, dynamic=axes, run=pieces,
             seed=seed, device=device, memory=memory, workers=workers, progress=show,
         )  # fmt: skip
-    settings = Run(
-        model, None if weights is None else str(weights.resolve()), str(calibration.resolve()), seed, command, scores,
-        versions(),
-    )  # fmt: skip
-    write_run(output, q, chosen or find_recipe(None, search=budget is not None), settings)
+        settings = Run(
+            model, None if weights is None else str(weights.resolve()), str(calibration.resolve()), seed,
+            shlex.join([ENTRY, *arguments]), scores, versions(),
+        )  # fmt: skip
+        write_run(output, q, chosen or find_recipe(None, search=budget is not None), settings)
     if evaluate is not None:
         scores = {**scores, "quantized": evaluate_model(evaluate, q)}
         write_start(output, replace(settings, scores=scores))
@@ -220,7 +229,7 @@ def run(arguments: list[str]) -> int:
     command = typer.main.get_command(app)
     try:
         with visible_warnings():
-            code = command.main(arguments or ["--help"], prog_name=ENTRY, standalone_mode=False)
+            code = command.main(arguments or ["--help"], prog_name=ENTRY, standalone_mode=False, obj=arguments)
     except (KeyboardInterrupt, typer.Abort):
         complain("error", "interrupted")
         return INTERRUPTED
@@ -229,6 +238,14 @@ def run(arguments: list[str]) -> int:
         complain("error", one_line(error) if expected else f"unexpected {_trace(error)}")
         return 1
     return code if isinstance(code, int) else 0
+
+
+def _program() -> list[str]:
+    """What starts this program again."""
+    found = shutil.which(ENTRY)
+    if found is not None and Path(sys.argv[0]).exists() and Path(sys.argv[0]).samefile(found):
+        return [ENTRY]
+    return [sys.executable, "-m", ENTRY]
 
 
 def _trace(error: Exception) -> str:

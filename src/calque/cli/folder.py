@@ -82,7 +82,17 @@ def write_run(folder: Path, q: QuantizedModel, recipe: Recipe, run: Run) -> None
     if q.prices is not None:
         write_whole(folder / PRICES, q.prices.to_json().encode())
     write_start(folder, run)
-    shutil.rmtree(folder / PIECES, ignore_errors=True)
+    _delete(folder / PIECES)
+
+
+def _delete(pieces: Path) -> None:
+    """Deletes the pieces of a run, last the file that says whose they are: what a kill leaves can be gone on with."""
+    for entry in pieces.iterdir() if pieces.is_dir() else ():
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        elif entry.name != IDENTITY:
+            entry.unlink(missing_ok=True)
+    shutil.rmtree(pieces, ignore_errors=True)
 
 
 def write_start(folder: Path, run: Run) -> None:

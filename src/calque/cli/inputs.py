@@ -1,5 +1,6 @@
 """What a command line names: Python references, weights, calibration files, axes and overrides."""
 
+import functools
 import importlib
 import os
 import pickle
@@ -188,9 +189,30 @@ def parse_budget(
     )  # fmt: skip
 
 
+def parse_bits(text: str, *, several: bool) -> str | tuple[str, ...]:
+    """Bits as `quantize` takes them: a tuple where a comma is, or where a budget chooses.
+
+    >>> parse_bits("w8a8, w4a4", several=True)
+    ('w8a8', 'w4a4')
+    """
+    parts = tuple(part.strip() for part in text.split(","))
+    return parts if several or len(parts) > 1 else parts[0]
+
+
 def parse_loss(text: str | None) -> Any:
-    """The loss that a name or reference stands for."""
-    return find_function(text) if text is not None and ":" in text else text
+    """The loss that a name or reference stands for; what a function raises becomes an InputError."""
+    if text is None or ":" not in text:
+        return text
+    function = find_function(text)
+
+    @functools.wraps(function)
+    def loss(reference: object, output: object) -> object:
+        try:
+            return function(reference, output)
+        except Exception as error:
+            raise InputError(f"{text} raised {type(error).__name__}: {error}") from error
+
+    return loss
 
 
 def _quantity(text: str | None) -> float | str | None:

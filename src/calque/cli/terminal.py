@@ -1,7 +1,11 @@
 """What the terminal shows: progress bars, warnings and errors on stderr."""
 
+import _thread
 import logging
+import multiprocessing.resource_tracker
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from calque.errors import CalibrationWarning
 
+PAUSE = 0.1  # seconds between two looks
 Counter = Callable[[str, int, int], None]  # phase, steps done, steps in all
 
 
@@ -78,6 +83,34 @@ def estimates(quiet: bool) -> Iterator[None]:
     finally:
         log.removeHandler(handler)
         log.setLevel(level)
+
+
+@contextmanager
+def shielded_workers(workers: int | None) -> Iterator[None]:
+    """Keeps Ctrl-C from worker processes, each of which would print a traceback; this process still obeys it.
+
+    They inherit that the signal is blocked, and end with this process. A thread waits for the signal meanwhile.
+    """
+    if workers is None or not hasattr(signal, "sigtimedwait"):  # which Linux has
+        yield
+        return
+    finished = threading.Event()
+
+    def pass_on() -> None:
+        while not finished.is_set():
+            if signal.sigtimedwait([signal.SIGINT], PAUSE) is not None:
+                _thread.interrupt_main()
+
+    multiprocessing.resource_tracker.ensure_running()  # started later, it would unblock the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    waiting = threading.Thread(target=pass_on, daemon=True)
+    waiting.start()
+    try:
+        yield
+    finally:
+        finished.set()
+        waiting.join()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

@@ -1,0 +1,126 @@
+"""Rise of peak memory of `quantize` beside its budget: python -m benchmarks.memory
+
+Rows go to benchmarks/memory.jsonl as they are measured, so that a run can be stopped and goes on where it was; the table
+benchmarks/memory.md is written from them. Each row is measured in a process of its own: freed memory of an earlier one would
+hide a rise. Linux only (/proc).
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import calque
+from benchmarks.accuracy import commit, outputs, peak_bytes, reset_peak
+from benchmarks.tasks import SETTINGS, load
+from calque.store import parse_bytes
+
+FOLDER = Path(__file__).resolve().parent
+BITS, RECIPE = "w4a4", "sequential"
+WARM = 8  # images that the float network sees first: what the libraries allocate once is not the run's
+
+Key = tuple[str, int, str]  # network, calibration images, memory
+CASES: tuple[Key, ...] = (
+    ("digits_depthwise", 256, "2GB"),
+    ("mobilenet_v1_0.25_224_imagenet", 256, "500MB"),
+    ("squeezenet1_1_imagenet", 1000, "1GB"),
+    ("squeezenet1_1_imagenet", 1000, "2GB"),
+)
+Row = dict[str, Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--networks", nargs="+", default=sorted({case[0] for case in CASES}))
+    parser.add_argument("--images", type=int, help="in place of each row's number")
+    parser.add_argument("--memory", help="in place of each row's budget")
+    parser.add_argument("--rows", type=Path, default=FOLDER / "memory.jsonl")
+    parser.add_argument("--fresh", action="store_true", help="forget the rows that were measured before")
+    parser.add_argument("--one", action="store_true", help="measure a single row here and print it")
+    arguments = parser.parse_args()
+    asked = [
+        (name, arguments.images or images, arguments.memory or memory)
+        for name, images, memory in CASES
+        if name in arguments.networks
+    ]
+    if arguments.one:
+        print(json.dumps(measure(*asked[0])))
+        return
+    if arguments.fresh:
+        arguments.rows.unlink(missing_ok=True)
+    for key in dict.fromkeys(asked):
+        if key not in read_rows(arguments.rows):
+            row = apart(key)
+            with arguments.rows.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            print(json.dumps(row), flush=True)
+        table(arguments.rows)
+
+
+def apart(key: Key) -> Row:
+    """The row, measured in a new process."""
+    name, images, memory = key
+    command = [sys.executable, "-m", "benchmarks.memory", "--one", "--networks", name, "--images", str(images)]
+    result = subprocess.run([*command, "--memory", memory], stdout=subprocess.PIPE, text=True, check=True)
+    row: Row = json.loads(result.stdout.splitlines()[-1])
+    return row
+
+
+def measure(name: str, images: int, memory: str) -> Row:
+    setting = next(setting for setting in SETTINGS if setting.name == name)
+    task = load(name)
+    calibration = task.calibration[:images].clone()
+    outputs(task.model, calibration[:WARM])
+    before = reset_peak()
+    started = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", calque.errors.CalibrationWarning)  # the report has them
+        model = calque.quantize(
+            task.model, calibration, bits=BITS, recipe=RECIPE, dynamic=setting.dynamic, memory=memory
+        )
+    seconds = time.perf_counter() - started
+    return {
+        "network": name, "images": len(calibration), "memory": memory, "budget": parse_bytes(memory),
+        "rise": peak_bytes() - before, "seconds": seconds, "phases": model.report.phases, "commit": commit(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} torch thread(s)",
+    }  # fmt: skip
+
+
+def read_rows(path: Path) -> dict[Key, Row]:
+    """Rows by (network, images, memory)."""
+    if not path.is_file():
+        return {}
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return {(row["network"], row["images"], row["memory"]): row for row in rows}
+
+
+def table(path: Path) -> None:
+    """Writes the rows as Markdown beside them."""
+    rows = list(read_rows(path).values())
+    lines = [
+        "# Peak memory",
+        "",
+        "Written by `python -m benchmarks.memory`: the rise of the peak memory of one call of `calque.quantize` at",
+        f"{BITS}, recipe {RECIPE}, seed 0, each in a new process, beside the argument `memory`. The calibration inputs,",
+        "the model and the libraries are there before and are not counted. Seconds include the spill to disk.",
+        "",
+        "| network | images | memory | peak +MB | of the budget | seconds | machine | commit |",
+        "|---|---|---|---|---|---|---|---|",
+        *(
+            f"| {row['network']} | {row['images']} | {row['memory']} | {row['rise'] / 1e6:.0f} | "
+            f"{row['rise'] / row['budget']:.2f} | {row['seconds']:.0f} | {row['machine']} | {row['commit']} |"
+            for row in rows
+        ),
+    ]
+    path.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
