@@ -560,13 +560,22 @@ def test_resume_goes_on_and_a_finished_run_refuses_it(work: Path, capsys: pytest
     assert "is finished. Start another one without --resume" in capsys.readouterr().err
 
 
-def test_a_budget_that_was_infeasible_can_be_raised_in_the_same_folder(
-    work: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert under_budget("--size", "0.01") == 1
-    assert under_budget("--size", "0.2") == 1
-    assert "has an unfinished run. Add --resume" in capsys.readouterr().err
-    assert under_budget("--size", "0.2", "--resume") == 0
+@pytest.mark.parametrize("refused", [("--size", "0.01"), ("--latency", "nofile.csv=4")])
+def test_what_was_refused_at_once_leaves_no_unfinished_run(refused: tuple[str, str], work: Path) -> None:
+    assert under_budget("--size", "0.2", *refused) == 1
+    assert under_budget("--size", "0.2") == 0
+
+
+def test_another_run_in_a_finished_folder_leaves_no_plans_of_the_old_one(work: Path) -> None:
+    assert under_budget("--size", "0.2") == 0
+    assert run(["plan", "run"]) == 0
+    assert Path("run/pareto.csv").is_file()
+
+    assert under_budget("--size", "0.3") == 0
+
+    assert not Path("run/pareto.csv").exists()
+    assert not Path("run/pareto.png").exists()
+    assert not Path("run/plans").exists()
 
 
 def test_ctrl_c_says_how_to_go_on_and_leaves_nothing_half_written(work: Path) -> None:

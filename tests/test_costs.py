@@ -88,10 +88,10 @@ def captured(model: Callable[[], nn.Module]) -> Network:
     return capture(networks.seeded(model()), {"image": INPUTS[:4]}, {})
 
 
-def costs_of(network: Network, plan: Mapping[str, str], placement: Placement = "integer", other: int = 0) -> Costs:
+def costs_of(network: Network, plan: Mapping[str, str], placement: Placement = "integer") -> Costs:
     """The costs of one plan: a single choice per layer."""
     choices = {name: (Bits.parse(plan[name]),) for name in network.layers}
-    return costs(network, choices, placement, {"image": INPUTS}, other)
+    return costs(network, choices, placement, {"image": INPUTS})
 
 
 def total(table: Mapping[str, tuple[int, ...]]) -> int:
@@ -125,7 +125,7 @@ def test_size_and_operations_are_those_of_the_network_quantized_with_the_plan(mo
     entries = calque.Plan({name: Bits.parse(text) for name, text in bits.items()})
 
     q = calque.quantize(networks.seeded(MODELS[model]()), INPUTS, plan=entries, recipe="nearest", placement="inputs")
-    found = costs_of(network, bits, "inputs", q.report.other_size)
+    found = costs_of(network, bits, "inputs")
 
     assert total(found.size) + found.fixed_size == q.report.size
     assert total(found.bops) == q.report.bit_operations
@@ -144,7 +144,8 @@ def test_size_is_as_worked_by_hand() -> None:
         "left": (24 + 36,),
         "right": (4 * (40 + 5),),
     }
-    assert found.float_size == 4 * ((36 + 4) + (144 + 4) + (24 + 3) + (40 + 5))
+    assert found.fixed_size == 4 * 4  # the parameter that belongs to no layer
+    assert found.float_size == 4 * ((36 + 4) + (144 + 4) + (24 + 3) + (40 + 5) + 4)
 
 
 def test_operations_are_as_worked_by_hand() -> None:
@@ -168,7 +169,7 @@ def test_the_number_of_inputs_does_not_matter() -> None:
     network = captured(networks.Residual)
     choices = dict.fromkeys(network.layers, (Bits(8, 8), Bits(4, 4)))
 
-    one, many = (costs(network, choices, "integer", {"image": INPUTS[:n]}, 0) for n in (1, 8))
+    one, many = (costs(network, choices, "integer", {"image": INPUTS[:n]}) for n in (1, 8))
 
     assert one == many
 
@@ -179,7 +180,7 @@ def test_more_bits_never_cost_less(model: str, placement: Placement) -> None:
     network = captured(MODELS[model])
     ladder = tuple(Bits(bits, bits) for bits in range(2, 9))
 
-    found = costs(network, dict.fromkeys(network.layers, ladder), placement, {"image": INPUTS}, 0)
+    found = costs(network, dict.fromkeys(network.layers, ladder), placement, {"image": INPUTS})
 
     assert all(list(row) == sorted(set(row)) for row in found.bops.values())
     assert all(list(row) == sorted(row) for row in found.size.values())
@@ -309,7 +310,7 @@ def test_no_plan_takes_more_activation_memory_than_its_price(
     network = captured(MODELS[model])
     groups = [name for name in network.layers if name not in network.shared]
     choices = dict.fromkeys(network.layers, tuple(map(Bits.parse, bits)))
-    steps = costs(network, choices, placement, {"image": INPUTS}, 0).steps
+    steps = costs(network, choices, placement, {"image": INPUTS}).steps
     for picked in itertools.product(range(len(bits)), repeat=len(groups)):
         choice = dict(zip(groups, picked, strict=True))
         choice |= {name: choice[first] for name, first in network.shared.items()}
@@ -329,3 +330,44 @@ def test_the_price_of_uniform_bits_is_what_the_network_takes(model: str, bits: s
     expected = built_peak(network, {name: Bits.parse(text) for name, text in plan.items()}, "integer")
 
     assert peak(costs_of(network, plan)) == expected
+
+
+class Own(nn.Module):
+    """Two layers with the same weight and biases of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.other.weight = self.one.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.other(F.relu(self.one(x)))  # type: ignore[no-any-return]  # nn.Module's call
+
+
+def test_a_bias_of_its_own_counts_for_a_layer_with_shared_weights() -> None:
+    network = capture(networks.seeded(Own()), {"x": torch.randn(4, 6)}, {})
+
+    assert network.shared == {"other": "one"}
+    assert costs_of_any(network, "w8a8", torch.randn(4, 6)).float_size == 4 * (36 + 6 + 6)
+
+
+def costs_of_any(network: Network, bits: str, x: Tensor) -> Costs:
+    return costs(network, dict.fromkeys(network.layers, (Bits.parse(bits),)), "integer", {"x": x})
+
+
+def test_costs_are_those_of_the_largest_inputs_whatever_their_order() -> None:
+    def model() -> nn.Module:
+        return networks.seeded(
+            nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.AdaptiveAvgPool2d(1))
+        )
+
+    large, small = INPUTS[:6], INPUTS[6:12, :, :10, :10]
+    floats = [
+        calque.quantize(
+            model(), batches, bits=("w8a8", "w4a4"), budget=calque.Budget(activation_memory=0.2), recipe="nearest"
+        )
+        for batches in ([large, small], [small, large], [large])
+    ]
+
+    assert [q.prices and q.prices.floats for q in floats] == [floats[2].prices and floats[2].prices.floats] * 3
+    assert len({q.report.bit_operations for q in floats}) == 1

@@ -81,7 +81,7 @@ def test_more_work_takes_longer(network: Network, name: str, field: str) -> None
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_more_candidates_take_longer_and_more_workers_do_not(network: Network, name: str) -> None:
-    recipe = replace(RECIPES[name], search_steps=2000)
+    recipe = replace(RECIPES[name], search_steps=20_000)
 
     by_candidates = [forecast(network, recipe=recipe, candidates=n)[0] for n in (1, 3, 7)]
     by_workers = [forecast(network, recipe=recipe, workers=n)[0] for n in (None, 1, 4)]

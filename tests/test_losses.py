@@ -225,3 +225,19 @@ def test_a_run_hands_its_loss_the_networks_own_outputs() -> None:
 
     assert q.report.loss == "on_logits"
     assert len(seen) > 4
+
+
+def test_a_loss_that_writes_into_what_it_gets_changes_nothing_else() -> None:
+    def careless(reference: Tensor, output: Tensor) -> Tensor:
+        value = (reference - output).square().mean()
+        reference.fill_(7)
+        output.zero_()
+        return value
+
+    reference, output = random((5, 3), 1), random((5, 3), 2)
+    spec = pytree.tree_structure(output)
+    _, loss = find_loss(careless, [reference], spec)  # type: ignore[arg-type]  # of tensors, as this network returns them
+
+    first, second = (loss([reference], [output]).item() for _ in range(2))
+
+    assert first == second == (random((5, 3), 1) - random((5, 3), 2)).square().mean().item()

@@ -9,7 +9,7 @@ import calque
 import networks
 from calque.errors import CalibrationError
 from calque.graph import capture
-from calque.model import QuantizedModel, assemble, grid_of, parameters_left_float
+from calque.model import QuantizedModel, assemble, grid_of
 from calque.quantizers import QuantizedLayer
 from networks import Net
 
@@ -95,16 +95,6 @@ def test_every_quantized_layer_reads_a_grid_whose_scale_is_in_its_bias_scale(
             assert grid is not None
             assert layer.bias_scale is not None
             torch.testing.assert_close(layer.bias_scale, grid.scale * layer.scale, rtol=1e-6, atol=0.0)
-
-
-def test_nothing_of_a_fully_covered_network_stays_float(quantized: QuantizedModel) -> None:
-    assert parameters_left_float(quantized) == 0
-
-
-def test_the_values_of_a_float_layer_are_counted(trained: networks.Residual, calibration: Tensor) -> None:
-    q = calque.quantize(trained, calibration, override={"conv1": None}, recipe="nearest")
-
-    assert parameters_left_float(q) == 8 * 8 * 9 + 8
 
 
 def test_assembling_leaves_the_captured_network_alone() -> None:

@@ -490,3 +490,46 @@ def test_an_ordinary_run_warns_about_nothing(net: nn.Module) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         calque.quantize(net, INPUTS, bits="w4a4", recipe=QUICK)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": "a"}, "seed must be an int. Got 'a'"),
+        ({"seed": 1.5}, "seed must be an int. Got 1.5"),
+        ({"memory": "0MB"}, "a size is written"),
+        ({"bits": ("w8a8", "w4a4"), "budget": 0.2}, "budget is a calque.Budget, such as .* Got 0.2"),
+        ({"bits": ("w8a8", "w4a4"), "budget": {"size": 0.2}}, "budget is a calque.Budget"),
+    ],
+)
+def test_an_option_of_another_kind_is_refused(net: nn.Module, options: dict[str, object], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        calque.quantize(net, INPUTS, **options)  # type: ignore[arg-type]  # on purpose
+
+
+def test_a_single_input_is_no_reason_for_another_librarys_warning(net: nn.Module) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.simplefilter("ignore", CalibrationWarning)
+        calque.quantize(net, INPUTS[:1], bits="w4a4", recipe=QUICK)
+
+
+def test_fits_that_gain_nothing_are_named(net: nn.Module) -> None:
+    wild = replace(QUICK, rates=replace(QUICK.rates, weight=1e6, weight_scale=1e6, activation_scale=1e6, bias=1e6))
+
+    q = calque.quantize(net, INPUTS, bits="w4a4", recipe=wild)
+
+    unmoved = [layer.name for layer in q.report.layers if layer.after == layer.before]
+    notes = [note for note in q.report.notes if "no fit beat rounding to nearest" in note]
+    assert len(notes) == bool(unmoved)
+    assert all(name in notes[0] for name in unmoved)
+    assert not [n for n in calque.quantize(net, INPUTS, bits="w4a4", recipe="light").report.notes if "no fit" in n]
+
+
+@pytest.mark.filterwarnings("ignore::calque.errors.CalibrationWarning")
+def test_block_steps_without_a_block_are_noted() -> None:
+    chain = networks.small()
+
+    q = calque.quantize(chain, INPUTS, bits="w4a4", recipe=replace(QUICK, block_steps=5))
+
+    assert any("no block" in note for note in q.report.notes)

@@ -260,7 +260,7 @@ def _other_weights() -> nn.Module:
         ({"calibration": networks.images(48, seed=1)}, "calibration"),
         ({"calibration": INPUTS[:47]}, "calibration"),
         ({"bits": "w4a8"}, "bits"),
-        ({"bits": ("w4a4", "w8a8"), "budget": BUDGET}, "bits"),
+        ({"bits": CANDIDATES, "budget": BUDGET}, "bits"),
         ({"override": {"down": "w8a8"}}, "override"),
         ({"first_last": None}, "first_last"),
         ({"placement": "inputs"}, "placement"),

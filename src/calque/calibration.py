@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from calque.errors import CalibrationError, CalibrationWarning
-from calque.graph.signature import Batch, Signature, flatten, rows, split
+from calque.graph.signature import Batch, Signature, flatten, rows, split, values
 from calque.store import Store
 
 ROWS = 50  # rows that are executed at a time, at most
@@ -48,8 +48,7 @@ def prepare(calibration: object, signature: Signature, device: torch.device) -> 
 
 def rows_at_a_time(batch: Batch) -> int:
     """How many rows of such a batch are executed at once: ROWS, fewer where the inputs are large."""
-    values = sum(leaf.numel() for leaf in flatten(batch)[0] if isinstance(leaf, Tensor))
-    return max(1, min(ROWS, VALUES * rows(batch) // max(1, values)))
+    return max(1, min(ROWS, VALUES * rows(batch) // max(1, values(batch))))
 
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:

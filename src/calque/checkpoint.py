@@ -82,6 +82,10 @@ class Checkpoint:
         if self.folder is not None:
             write_piece(self.path(key), piece)
 
+    def has_pieces(self) -> bool:
+        """Whether anything is finished, here or in a folder inside."""
+        return self.folder is not None and any(Path(self.folder).rglob("*.safetensors"))
+
     def within(self, name: str) -> "Checkpoint":
         """A folder inside this one, for the pieces of one part of the run."""
         if self.folder is None:
@@ -160,8 +164,12 @@ def alone(checkpoint: Checkpoint) -> Iterator[None]:
                 if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                     raise
         _tidy(folder)
-        yield
-        _tidy(folder)
+        try:
+            yield
+        finally:
+            _tidy(folder)
+            if not checkpoint.has_pieces():
+                _abandon(folder)
 
 
 def _tidy(folder: Path) -> None:
@@ -170,6 +178,13 @@ def _tidy(folder: Path) -> None:
         draft.unlink(missing_ok=True)
     for problems in [*folder.rglob(PROBLEMS)]:
         shutil.rmtree(problems, ignore_errors=True)
+
+
+def _abandon(folder: Path) -> None:
+    """Leaves nothing that looks like an unfinished run; for one that ended before its first piece."""
+    (folder / IDENTITY).unlink(missing_ok=True)
+    for path in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
+        path.rmdir()
 
 
 def _identity(path: Path) -> dict[str, str] | None:

@@ -47,9 +47,7 @@ class Costs:
     float_memory: int
 
 
-def costs(
-    network: Network, choices: Mapping[str, Sequence[Bits]], placement: Placement, batch: Batch, other_size: int
-) -> Costs:
+def costs(network: Network, choices: Mapping[str, Sequence[Bits]], placement: Placement, batch: Batch) -> Costs:
     """The costs of the layers' choices.
 
     Size is what the file stores: packed codes, CHANNEL_BYTES per output channel, and everything that stays float. A layer that
@@ -58,10 +56,10 @@ def costs(
     Args:
         choices: by layer; the bits of tensors that are not the default, as their only choice.
         batch: inputs of the size that is counted; one row of them.
-        other_size: bytes of parameters that belong to no layer.
     """
+    other_size = 4 * values_outside_layers(network)
     shapes = value_shapes(network, batch)
-    size, bops, macs, float_size = {}, {}, {}, other_size
+    size, bops, macs = {}, {}, {}
     for name, layer in network.layers.items():
         weighted = network.weighted(name)
         codes = 0 if name in network.shared else weighted.weight.numel()
@@ -69,14 +67,31 @@ def costs(
         shape = shapes[layer.node]
         positions = shape.numel() // shape[0] // channels
         macs[name] = positions * weighted.weight.numel()
-        float_size += 4 * (codes + (0 if name in network.shared else channels))
         size[name] = tuple(_size(codes, channels, bits) for bits in choices[name])
         bops[name] = tuple(macs[name] * (b.weight or FLOAT_BITS) * (b.activation or FLOAT_BITS) for b in choices[name])
     steps = activation_steps(network, choices, placement, shapes)
     return Costs(
-        size, bops, steps, other_size, float_size, sum(macs.values()) * FLOAT_BITS**2,
+        size, bops, steps, other_size, other_size + float_size(network), sum(macs.values()) * FLOAT_BITS**2,
         max(step for step, _ in activation_steps(network, {}, placement, shapes)),
     )  # fmt: skip
+
+
+def values_outside_layers(network: Network) -> int:
+    """The number of float values that the network stores besides its layers."""
+    layers = {id(value) for name in network.layers for value in network.weighted(name).buffers()}
+    others = {id(value): value for value in (*network.module.buffers(), *network.module.parameters())}
+    return sum(value.numel() for key, value in others.items() if key not in layers and value.is_floating_point())
+
+
+def float_size(network: Network) -> int:
+    """Bytes of the float32 layers; weights and biases that several layers share are counted once."""
+    total = 0
+    for name in network.layers:
+        layer, earlier = network.weighted(name), network.shared.get(name)
+        total += 0 if earlier is not None else layer.weight.numel()
+        if earlier is None or not torch.equal(layer.bias, network.weighted(earlier).bias):
+            total += layer.bias.numel()
+    return 4 * total
 
 
 def _size(codes: int, channels: int, bits: Bits) -> int:

@@ -1,10 +1,15 @@
 """How long a run will take and how much disk it will use, before it starts."""
 
+from collections.abc import Mapping
+
 from calque.costs import activation_steps, value_shapes
 from calque.job import Job
 from calque.parallel import Choices
+from calque.solvers.adaquant import rows_per_step
+from calque.solvers.problem import POSITIONS, per_input
 
-STEP = 4e-3  # seconds of a step of AdaQuant on sampled patches (measured on the networks of benchmarks/)
+STEP = 7e-4  # seconds of a step of AdaQuant on sampled patches, whatever the layer (measured on the networks of benchmarks/)
+RATE = 2e10  # operations a second of such a step, forward and backward
 SWEEP = 12  # float passes that one sweep with its statistics takes besides its fits
 BACKWARD = 8  # float passes of one step that goes through the quantized network and back, per input
 SUFFIX = 1.2  # float passes of pricing one choice: half of a network, quantized
@@ -18,24 +23,42 @@ def estimate(job: Job, choices: Choices, float_pass: float, *, search: bool) -> 
     Args:
         float_pass: seconds that the float network took on the calibration set.
     """
-    recipe, layers = job.recipe, len(choices)
-    seconds = _fits(job, layers, recipe.steps, float_pass) + SWEEP * float_pass
+    recipe = job.recipe
+    seconds = _fits(job, dict.fromkeys(choices, 1), recipe.steps, float_pass) + SWEEP * float_pass
     seconds += recipe.tuning.steps * recipe.tuning.rows / job.inputs * BACKWARD * float_pass
     if search:
-        candidates = sum(len(options) for options in choices.values())
+        counts = {name: len(options) for name, options in choices.items()}
+        candidates = sum(counts.values())
         priced = min(1.0, recipe.priced_inputs / job.inputs)
         seconds = (recipe.finalists + 1) * seconds + SWEEP * float_pass + SUFFIX * candidates * priced * float_pass
-        seconds += _fits(job, candidates, recipe.search_steps, float_pass) / (job.workers or 1)
+        seconds += _fits(job, counts, recipe.search_steps, float_pass) / (job.workers or 1)
     shapes = value_shapes(job.network, job.batches[0])
     alive = max(fixed for fixed, _ in activation_steps(job.network, {}, job.placement, shapes))
-    disk = max(0, 2 * alive * job.inputs - job.memory) + (job.memory // 2 if search else 0)
+    disk = max(0, 2 * alive * job.inputs - job.memory)
+    if search:
+        problems = [_problem_bytes(job, name) for name in choices]
+        disk += max(problems) if job.workers is None else min(sum(problems), job.memory // 2 + max(problems))
     minutes = f"{seconds / 60:.0f} minutes" if seconds >= 2 * NOTABLE else f"{seconds:.0f} seconds"
     space = f"up to {disk / 1e9:.1f} GB of disk beside {job.memory / 1e9:.1f} GB of memory"
-    return f"about {minutes} for {job.inputs} inputs, {space}"
+    known = ", less what is finished" if job.checkpoint.has_pieces() else ""
+    return f"about {minutes} for {job.inputs} inputs{known}, {space}"
 
 
-def _fits(job: Job, count: int, steps: int, float_pass: float) -> float:
-    if job.recipe.patches == "sampled":
-        return count * steps * STEP
-    inputs = min(50, job.inputs)
-    return steps * count / max(1, len(job.network.layers)) * WARMTH * inputs / job.inputs * float_pass
+def _fits(job: Job, counts: Mapping[str, int], steps: int, float_pass: float) -> float:
+    """Seconds of fitting each layer so many times."""
+    if job.recipe.patches == "all":
+        share = sum(counts.values()) / max(1, len(job.network.layers)) * min(50, job.inputs) / job.inputs
+        return steps * share * WARMTH * float_pass
+    seconds = 0.0
+    for name, count in counts.items():
+        layer = job.network.weighted(name)
+        width = layer.geometry.groups * layer.geometry.grouped(layer.weight).shape[-1]
+        seconds += count * steps * (STEP + 6 * rows_per_step(width) * layer.weight.numel() / RATE)
+    return seconds
+
+
+def _problem_bytes(job: Job, name: str) -> int:
+    """Bytes of a layer's sampled problem at most."""
+    layer = job.network.weighted(name)
+    width = layer.geometry.groups * layer.geometry.grouped(layer.weight).shape[-1] + layer.weight.shape[0]
+    return 4 * job.inputs * width * per_input(POSITIONS, width, job.inputs)

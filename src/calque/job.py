@@ -8,7 +8,7 @@ import torch
 
 from calque.checkpoint import Checkpoint
 from calque.graph import Batch, Network
-from calque.graph.signature import rows
+from calque.graph.signature import rows, values
 from calque.recipe import Recipe
 from calque.spec import Placement
 from calque.store import Store
@@ -47,6 +47,11 @@ class Job:
     def inputs(self) -> int:
         """The size of the calibration set."""
         return sum(rows(batch) for batch in self.batches)
+
+    @property
+    def largest(self) -> Batch:
+        """The batch with the most values per input: what costs of one input are counted for."""
+        return max(self.batches, key=lambda batch: values(batch) / rows(batch))
 
     def generator(self, name: str) -> torch.Generator:
         """Randomness for the part of the run that is called `name`, whatever ran before it."""

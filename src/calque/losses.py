@@ -79,7 +79,10 @@ def _structured(loss: OutputLoss, spec: pytree.TreeSpec) -> Loss:
     """The user's loss on flat leaves; what it returns is checked."""
 
     def flat(reference: Sequence[Tensor], output: Sequence[Tensor]) -> Tensor:
-        value = loss(pytree.tree_unflatten(list(reference), spec), pytree.tree_unflatten(list(output), spec))
+        given = [
+            [leaf.clone() for leaf in leaves] for leaves in (reference, output)
+        ]  # a loss may write into what it gets
+        value = loss(*(pytree.tree_unflatten(leaves, spec) for leaves in given))
         try:
             value = torch.as_tensor(value)
         except (TypeError, ValueError, RuntimeError) as error:

@@ -197,10 +197,3 @@ def grid_of(graph_module: fx.GraphModule, node: fx.Node) -> Quantizer | None:
 def input_signature(values: list[Tensor]) -> list[dict[str, Any]]:
     """Shape and dtype of example inputs, as JSON."""
     return [{"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")} for value in values]
-
-
-def parameters_left_float(model: QuantizedModel) -> int:
-    """The number of float values that the network stores besides its quantized layers and quantizers."""
-    owned = {id(buffer) for part in (*model.layers.values(), *model.quantizers.values()) for buffer in part.buffers()}
-    tensors = {id(t): t for t in (*model.buffers(), *model.parameters()) if id(t) not in owned}
-    return sum(tensor.numel() for tensor in tensors.values() if tensor.is_floating_point())

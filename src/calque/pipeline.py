@@ -24,7 +24,7 @@ from calque.losses import LossName, OutputLoss, find_loss
 from calque.model import QuantizedModel
 from calque.parallel import Choices
 from calque.recipe import Recipe, find_recipe
-from calque.search import search
+from calque.search import check_budget, search
 from calque.spec import Bits, Placement, Plan
 from calque.stages import build, float_outputs
 from calque.store import parse_bytes
@@ -101,7 +101,7 @@ def quantize(
     torch.Size([5, 2])
     """
     started = time.perf_counter()
-    _check_options(bits, budget, plan, placement, workers)
+    _check_options(bits, budget, plan, placement, workers, seed)
     network, batches, axes = _captured(model, calibration, dynamic, device)
     choices, entries = _decided(
         network, bits, plan, override=override, first_last=first_last, search=budget is not None
@@ -110,6 +110,8 @@ def quantize(
         network, batches, find_recipe(recipe, search=budget is not None), placement, seed, parse_bytes(memory),
         workers=workers, progress=progress or silent,
     )  # fmt: skip
+    if budget is not None:
+        check_budget(job, choices, entries, budget)
     captured = time.perf_counter()
     references = float_outputs(job)
     float_pass = time.perf_counter() - captured
@@ -172,9 +174,14 @@ def _check_options(
     plan: Plan | None,
     placement: Placement,
     workers: int | None,
+    seed: int,
 ) -> None:
     if placement not in ("integer", "inputs"):
         raise SpecError(f'placement is "integer" or "inputs". Got {placement!r}.')
+    if type(seed) is not int:
+        raise SpecError(f"seed must be an int. Got {seed!r}.")
+    if budget is not None and not isinstance(budget, Budget):
+        raise SpecError(f"budget is a calque.Budget, such as Budget(size=0.13). Got {budget!r}.")
     if workers is not None and (type(workers) is not int or workers < 1):
         raise SpecError(f"workers must be an int >= 1, or None for this process. Got {workers!r}.")
     several = bits is not None and not isinstance(bits, str)

@@ -1,5 +1,6 @@
 """Every decision of a run as data."""
 
+import math
 import os
 import tomllib
 from collections.abc import Mapping
@@ -68,6 +69,8 @@ class Recipe:
     tuning: Tuning = NO_TUNING
 
     def __post_init__(self) -> None:
+        if type(self.name) is not str or not self.name:
+            raise SpecError(f"a recipe has a name. Got {self.name!r}.")
         choices = {
             "activation_range": ActivationRange, "tensor_range": TensorRange, "weight_range": WeightRange,
             "flavour": Flavour, "patches": Patches, "statistics": Statistics,
@@ -117,7 +120,7 @@ TABLES: dict[str, Any] = {"rates": StepSizes, "tuning": Tuning}
 
 def _check_rates(rates: StepSizes) -> None:
     numbers = {key: value for key, value in asdict(rates).items() if key != "unit"}
-    if any(not (isinstance(rate, (int, float)) and rate > 0) for rate in numbers.values()):
+    if any(type(rate) not in (int, float) or not 0 < rate < math.inf for rate in numbers.values()):
         raise SpecError(f"rates must be positive. Got {rates}.")
     if rates.unit not in ("relative", "absolute"):
         raise SpecError(f'the unit of rates is "relative" or "absolute". Got {rates.unit!r}.')

@@ -14,7 +14,7 @@ from calque.errors import InfeasibleBudgetError, SpecError
 from calque.graph import Network
 from calque.job import Job
 from calque.losses import Loss
-from calque.model import QuantizedModel, parameters_left_float
+from calque.model import QuantizedModel
 from calque.parallel import Choices, fit_choices
 from calque.prices import Prices, Solution, solve
 from calque.quantizers import Quantizer
@@ -30,31 +30,32 @@ log = logging.getLogger(__name__)
 DISTINCT = 10  # finalists differ in at least one of so many layers
 
 
-def measure(job: Job, choices: Choices, loss: tuple[str, Loss], tensors: Mapping[str, Bits], budget: Budget) -> Prices:
+def check_budget(job: Job, choices: Choices, tensors: Mapping[str, Bits], budget: Budget) -> None:
+    """Whether any allocation keeps the budget, whatever the prices will be; before the long work.
+
+    Raises:
+        InfeasibleBudgetError, SpecError, OSError: see `search`.
+    """
+    free: dict[str, dict[Bits, float]] = {name: {} for name in choices}
+    table = _costs(job, choices, tensors)
+    solve(_prices(job.network, choices, free, table, loss="none", base=(_base_bits(choices), 0.0)), budget)
+
+
+def measure(job: Job, choices: Choices, loss: tuple[str, Loss], tensors: Mapping[str, Bits]) -> Prices:
     """The prices and costs of every choice of every layer.
 
     Args:
         choices: by layer; one choice where nothing is to be decided.
         tensors: bits of tensors that are not the default.
-        budget: checked before the long work; the prices do not depend on it.
 
     Raises:
-        InfeasibleBudgetError: no allocation keeps the budget, whatever the prices.
         SpecError: a loss that is not finite at the base precision.
     """
-    network = job.network
-    activations = any(bits.activation is not None for options in choices.values() for bits in options)
-    base_bits = Bits(8, 8 if activations else None)
+    network, base_bits = job.network, _base_bits(choices)
     base = _base(job, base_bits, choices, loss[1])
     priced: Choices = {
         name: tuple(bits for bits in options if bits not in (base_bits, FLOAT)) for name, options in choices.items()
     }
-    table = costs(
-        network, {**choices, **{name: (bits,) for name, bits in tensors.items()}}, job.placement, job.batches[0],
-        _other_size(network, base),
-    )  # fmt: skip
-    free: dict[str, dict[Bits, float]] = {name: {} for name in choices}
-    solve(_prices(network, choices, free, table, loss=loss[0], base=(base_bits, 0.0)), budget)
     fits = fit_choices(job, priced, job.recipe.search_steps)
     stand_ins = {
         name: [_stand_in(network, name, bits, fits[name, bits]) for bits in options]
@@ -71,7 +72,18 @@ def measure(job: Job, choices: Choices, loss: tuple[str, Loss], tensors: Mapping
     known = {
         name: {bits: rise for bits, rise in zip(priced[name], rises.get(name, []), strict=True)} for name in choices
     }
+    table = _costs(job, choices, tensors)
     return _prices(network, choices, known, table, loss=loss[0], base=(base_bits, base_loss))
+
+
+def _costs(job: Job, choices: Choices, tensors: Mapping[str, Bits]) -> Costs:
+    fixed = {name: (bits,) for name, bits in tensors.items()}
+    return costs(job.network, {**choices, **fixed}, job.placement, job.largest)
+
+
+def _base_bits(choices: Choices) -> Bits:
+    activations = any(bits.activation is not None for options in choices.values() for bits in options)
+    return Bits(8, 8 if activations else None)
 
 
 def _base(job: Job, bits: Bits, choices: Choices, loss: Loss) -> QuantizedModel:
@@ -79,12 +91,6 @@ def _base(job: Job, bits: Bits, choices: Choices, loss: Loss) -> QuantizedModel:
     plain = replace(job.recipe, steps=0, block_steps=0, statistics="none", tuning=replace(job.recipe.tuning, steps=0))
     entries = {name: FLOAT if set(options) == {FLOAT} else bits for name, options in choices.items()}
     return build(replace(job, recipe=plain), entries, loss, []).model
-
-
-def _other_size(network: Network, base: QuantizedModel) -> int:
-    """Bytes of the parameters that belong to no layer."""
-    parts = [network.weighted(name) for name in network.layers if name not in base.layers]
-    return 4 * (parameters_left_float(base) - sum(part.weight.numel() + part.bias.numel() for part in parts))
 
 
 def _stand_in(network: Network, name: str, bits: Bits, fit: Fit) -> nn.Module:
@@ -149,7 +155,7 @@ def _groups(network: Network, choices: Choices) -> tuple[tuple[str, ...], ...]:
         members.setdefault(network.shared.get(name, name), []).append(name)
     for names in members.values():
         if any(tuple(choices[name]) != tuple(choices[names[0]]) for name in names):
-            raise SpecError(f"layers {', '.join(names)} share their weights, so they need the same choices of bits.")
+            raise SpecError(f"layers {', '.join(names)} share their weights, so override all of them alike.")
     return tuple(map(tuple, members.values()))
 
 
@@ -243,7 +249,7 @@ def search(
         InfeasibleBudgetError: no allocation keeps the budget.
     """
     started = time.perf_counter()
-    prices = measure(job, choices, loss, tensors, budget)
+    prices = measure(job, choices, loss, tensors)
     log.info("prices measured: %s of the base network %s is %.3e", prices.loss, prices.base, prices.base_loss)
     priced = time.perf_counter()
     untuned = replace(job, recipe=replace(job.recipe, tuning=replace(job.recipe.tuning, steps=0)))
@@ -262,8 +268,10 @@ def search(
     built, best = _best(cases, budget)
     marked = tuple(replace(finalist, chosen=finalist is best) for _, finalist in cases)
     notes: tuple[str, ...] = ()
+    if all(price <= 0 for row in prices.increases for price in row):
+        notes = ("no choice of bits raises the loss: it does not tell them apart, and the cheapest were taken.",)
     if budget.loss is not None and best.measured > budget.loss:
-        notes = (f"no finalist keeps the loss budget of {budget.loss:g}: the best rises by {best.measured:.3g}.",)
+        notes += (f"no finalist keeps the loss budget of {budget.loss:g}: the best rises by {best.measured:.3g}.",)
     spent = sum(sum(case.phases.values()) for case, _ in cases) - sum(built.phases.values())
     if job.recipe.tuning.steps:
         built = retuned(job, built, loss[1], references)

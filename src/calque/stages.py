@@ -52,8 +52,8 @@ def build(job: Job, entries: Mapping[str, Bits], loss: Loss, references: list[li
         sweep = Sweep(job, entries, edges, store, checkpoint=kept, fits=fits)
         swept = sweep.run(job.counter("fit", len(network.layers)))
     model = assemble(network, edges, swept.layers, swept.quantizers, plan)
-    if recipe.block_steps:
-        fit_blocks(job, model)
+    if recipe.block_steps and not fit_blocks(job, model):
+        swept.notes.append("block_steps: no block of quantized layers was found; none was fitted.")
     codes = {name: layer.codes.clone() for name, layer in model.layers.items()}
     clock.lap("fit")
     targets = trained_statistics(network) if recipe.statistics == "trained" else swept.statistics

@@ -26,10 +26,10 @@ def parse_bytes(text: str | int) -> int:
     Raises:
         SpecError: not a number with B, kB, MB or GB.
     """
-    if isinstance(text, int) and text > 0:
+    if type(text) is int and text > 0:
         return text
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([kKMG]?B)\s*", text) if isinstance(text, str) else None
-    if not match:
+    if not match or float(match[1]) <= 0:
         raise SpecError(f'a size is written as a number with a unit, such as "2GB" or "300MB". Got {text!r}.')
     return int(float(match[1]) * _UNITS[match[2]])
 

@@ -8,10 +8,10 @@ from importlib.metadata import version
 import torch
 from torch import nn
 
+from calque.costs import float_size, values_outside_layers
 from calque.errors import CalibrationWarning
 from calque.graph import Network
 from calque.job import Job
-from calque.model import QuantizedModel, parameters_left_float
 from calque.report import LayerReport, Report
 from calque.search import Found
 from calque.stages import Built
@@ -36,10 +36,10 @@ def summarize(
         for name, quantizer in result.quantizers.items()
         if name in result.plan
     }
-    other, whole = _sizes(result, network)
+    other = 4 * values_outside_layers(network)
     searched = {} if found is None else found.phases
     return Report(
-        recipe.name, job.placement, job.seed, job.inputs, _layers(built, found), tensors, whole + other, other,
+        recipe.name, job.placement, job.seed, job.inputs, _layers(built, found), tensors, float_size(network) + other, other,
         {**phases, **searched, **built.phases}, tuple(_notes(model, network, built.swept, found)),
         {"calque": version("calque"), "torch": torch.__version__}, loss=loss,
         finalists=() if found is None else found.finalists, tuned=None if tuned is None else (tuned.before, tuned.after),
@@ -62,17 +62,6 @@ def _layers(built: Built, found: Found | None) -> tuple[LayerReport, ...]:
     )
 
 
-def _sizes(result: QuantizedModel, network: Network) -> tuple[int, int]:
-    """Bytes of parameters outside of the layers, and of the float32 layers."""
-    parameters = {
-        name: module.weight.numel() + module.bias.numel()
-        for name, module in ((name, network.weighted(name)) for name in network.layers)
-    }
-    in_layers = sum(count for name, count in parameters.items() if result.plan[name].weight is None)
-    other = 4 * (parameters_left_float(result) - in_layers)
-    return other, 4 * sum(count for name, count in parameters.items() if name not in network.shared)
-
-
 def _notes(model: nn.Module, network: Network, swept: Swept, found: Found | None) -> list[str]:
     notes = [*network.left_float, *swept.notes, *(() if found is None else found.notes)]
     if any(module.training for module in model.modules()):
@@ -80,6 +69,8 @@ def _notes(model: nn.Module, network: Network, swept: Swept, found: Found | None
     for name in network.unreached:
         notes.append(f"layer {name} is never reached by forward on these inputs; it is not part of the result.")
         warnings.warn(notes[-1] + " Check the calibration inputs.", CalibrationWarning, stacklevel=STACK)
+    if swept.unmoved:
+        notes.append(f"no fit beat rounding to nearest on the held-out inputs: {', '.join(swept.unmoved)}.")
     if swept.weak:
         cases = ", ".join(f"{name} ({rows_} rows for {unknowns})" for name, (rows_, unknowns) in swept.weak.items())
         notes.append(f"fewer calibration rows than unknowns per output, so that a fit may over-fit: {cases}.")

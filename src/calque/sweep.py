@@ -41,7 +41,7 @@ SAMPLED_VALUES = 2**18  # of a tensor, for its range
 class Swept:
     """What the sweep leaves: by layer name, by edge name, and the float network's statistics by layer name.
 
-    `weak` names layers with fewer equations than unknowns, with both numbers.
+    `weak` names layers with fewer equations than unknowns, with both numbers; `unmoved` those whose fit gained nothing.
     """
 
     layers: dict[str, QuantizedLayer] = field(default_factory=dict)
@@ -49,6 +49,7 @@ class Swept:
     statistics: dict[str, ChannelStatistics] = field(default_factory=dict)
     reports: list[LayerReport] = field(default_factory=list)
     weak: dict[str, tuple[int, int]] = field(default_factory=dict)
+    unmoved: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -149,6 +150,8 @@ class Sweep:
         fit = self._fit(layer, bits)
         if self.recipe.steps:
             self._note_weak(layer)
+            if layer.name not in self.fits and fit.after >= fit.before:
+                self.swept.unmoved.append(layer.name)
         quantizer, module = self._modules(layer, fit, bits.weight)
         self.swept.layers[layer.name] = module
         edge = self.input_edges.get(layer.name)
@@ -174,17 +177,18 @@ class Sweep:
         log.info("%s %s error %.2e -> %.2e", layer.name, bits, fit.before, fit.after)
 
     def _check_output(self, layer: Layer) -> Tensor:
-        """The first output of the float layer; all must be finite."""
-        first: Tensor | None = None
+        """The largest output of the float layer, by the values of one input; all must be finite."""
+        largest: Tensor | None = None
         for output in self.reference.values(layer.node):
             if not torch.isfinite(output).all():
                 raise CalibrationError(
                     f"layer {layer.name}: the float network's output is NaN or infinite on calibration inputs. Remove the "
                     "inputs that cause it, or repair the weights."
                 )
-            first = output if first is None else first
-        assert first is not None
-        return first
+            if largest is None or output[0].numel() > largest[0].numel():
+                largest = output
+        assert largest is not None
+        return largest
 
     def _problem(self, layer: Layer, targets: Iterator[Tensor] | None) -> LayerProblem:
         """The layer's problem; without targets (a layer further on) its own outputs on the quantized prefix serve."""

@@ -123,10 +123,12 @@ def _explanation(constraints: Sequence[Constraint], rows: list[Row], apart: list
         first = constraints[members[0]]
         smallest = first.describe(first.limit + excess)
         by_itself = ", taken alone," if alone else ""
-        parts.append(
-            f"{name} at most {first.describe(first.limit)}: the smallest feasible{by_itself} is {smallest} with these bits"
-        )
-    return f"{'; '.join(parts)}. Raise the budget or allow fewer bits."
+        parts.append((
+            excess > 0,
+            f"{name} at most {first.describe(first.limit)}: the smallest feasible{by_itself} is {smallest} with these bits",
+        ))  # fmt: skip
+    hopeless = [part for above, part in parts if above] or [part for _, part in parts]
+    return f"{'; '.join(hopeless)}. Raise the budget or allow fewer bits."
 
 
 def _least_excess(own: list[Row], others: list[Row], is_open: Mask) -> int | None:

@@ -17,6 +17,7 @@ from calque.report import Report
 from calque.storage import save
 
 NETWORK, RUN, PRICES, PIECES = "q.safetensors", "run.json", "prices.json", "pieces"
+PLANS, CURVE, PICTURE = "plans", "pareto.csv", "pareto.png"  # of calque plan
 FILES = (NETWORK, "plan.toml", "report.txt", "report.json", "recipe.toml", RUN, PRICES, PIECES)
 
 
@@ -68,8 +69,9 @@ def claim_pieces(folder: Path, *, resume: bool) -> Path:
 
 def write_run(folder: Path, q: QuantizedModel, recipe: Recipe, run: Run) -> None:
     """Writes all files of a run; RUN, which says that the others are there, comes last. Its pieces are deleted then."""
-    for name in (RUN, PRICES):
+    for name in (RUN, PRICES, CURVE, PICTURE):
         (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / PLANS, ignore_errors=True)
     save(q, folder / NETWORK)
     texts = {
         "plan.toml": q.plan.to_toml(),

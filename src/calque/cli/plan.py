@@ -11,12 +11,10 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from calque.budget import NANOSECONDS, Budget
 from calque.checkpoint import write_whole
-from calque.cli.folder import PRICES
+from calque.cli.folder import CURVE, PICTURE, PLANS, PRICES
 from calque.cli.inputs import InputError, parse_budget
 from calque.cli.terminal import complain
 from calque.errors import InfeasibleBudgetError, SpecError
@@ -24,7 +22,6 @@ from calque.prices import Prices, Solution, pareto
 from calque.report import table_lines
 from calque.spec import Bits, Plan
 
-PLANS, CURVE, PICTURE = "plans", "pareto.csv", "pareto.png"
 SWEEP = 15  # sizes that are tried where no option names any
 HEADINGS = ("budget", "bytes", "of float", "Mbit-ops", "loss increase", "bits")
 LABELS = {
@@ -204,6 +201,10 @@ def draw_curve(prices: Prices, points: list[Point], swept: str) -> bytes:
     """A PNG of the predicted increase of the loss over the swept cost."""
     pairs = sorted((in_unit(swept, point.solution.costs[swept]), point.solution.increase) for point in points)
     costs, increases = [cost for cost, _ in pairs], [increase for _, increase in pairs]
+    # imported here: it takes a second, which commands that draw nothing need not wait for
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

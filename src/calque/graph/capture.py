@@ -189,20 +189,20 @@ def _weight_and_bias(node: fx.Node) -> tuple[object, object]:
 
 
 def _layer_name(node: fx.Node, calls: dict[str, int], taken: set[str]) -> str:
-    """The module path where the weight is that module's own, "#2" appended to its second call; else the node's name.
+    """The path of the module that is called, "#2" appended to its second call; the node's name where none is the layer.
 
+    A module is the layer where the weight is its own, or where it is a Conv2d or Linear whose weight is computed or shared.
     A node whose name is `taken` gets an underscore.
     """
     weight = node.args[1]
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     path = str(stack[-1][0]) if stack else ""
-    if not isinstance(weight, fx.Node) or weight.op != "get_attr" or not path or weight.target != f"{path}.weight":
-        parametrized = path and isinstance(weight, fx.Node) and weight.op != "get_attr" and _is_layer_type(stack[-1][1])
-        if not parametrized:
-            name = node.name
-            while name in taken:
-                name += "_"
-            return name
+    own = isinstance(weight, fx.Node) and weight.op == "get_attr" and weight.target == f"{path}.weight"
+    if not path or not (own or _is_layer_type(stack[-1][1])):
+        name = node.name
+        while name in taken:
+            name += "_"
+        return name
     calls[path] = calls.get(path, 0) + 1
     return path if calls[path] == 1 else f"{path}#{calls[path]}"
 

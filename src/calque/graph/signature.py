@@ -97,6 +97,11 @@ def rows(batch: Mapping[str, object]) -> int:
     raise CalibrationError("a calibration batch needs at least one tensor with a batch axis. Got none.")
 
 
+def values(batch: Batch) -> int:
+    """The number of values in all tensors of the batch."""
+    return sum(leaf.numel() for leaf in flatten(batch)[0] if isinstance(leaf, Tensor))
+
+
 def select(batch: Mapping[str, object], index: Tensor) -> Batch:
     """The rows `index` of every tensor that has the batch axis; other leaves as they are."""
     count = rows(batch)

@@ -55,6 +55,7 @@ class Prices:
             _require(len(set(canonical)) == len(choices), f"a group's choices differ (got {', '.join(choices)})")
             _require(canonical == list(choices), f"choices are written in their short form (got {', '.join(choices)})")
         Bits.parse(self.base)
+        _require(type(self.loss) is str and self.loss != "", "loss is a name")
         _require(self._fits(self.increases), "increases has one number per group and choice")
         _require(set(self.costs) <= set(COSTS), f"costs are {' and '.join(COSTS)}")
         for name, table in self.costs.items():

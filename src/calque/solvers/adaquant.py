@@ -30,9 +30,14 @@ def multiply(patches: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return patches @ weight.transpose(1, 2) + bias
 
 
+def rows_per_step(width: int) -> int:
+    """How many patches a step sees where one has `width` values in all groups."""
+    return max(BATCH_ROWS[0], min(BATCH_ROWS[1], BATCH_VALUES // width))
+
+
 def sampled_rows(problem: LayerProblem) -> Draw:
     """Random patches of the fitted rows: 32 to 512 of them, fewer where they are wide."""
-    rows = max(BATCH_ROWS[0], min(BATCH_ROWS[1], BATCH_VALUES // problem.patches[:, 0].numel()))
+    rows = rows_per_step(problem.patches[:, 0].numel())
 
     def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
         picked = torch.randint(len(problem.fitted), (rows,), generator=generator).to(problem.fitted.device)

@@ -110,7 +110,8 @@ class Relative(Parameters):
         self._zero_point = start.grid.zero_point.float() if start.grid is not None else torch.zeros(())
 
     def _bias_unit(self) -> Tensor:
-        return self.problem.targets.std(1, keepdim=True).clamp(min=1e-12)
+        targets = self.problem.targets
+        return targets.std(1, correction=min(1, targets.shape[1] - 1), keepdim=True).clamp(min=1e-12)
 
     def leaves(self, rates: StepSizes) -> list[tuple[Tensor, float]]:
         chosen = [(self._log_scale, rates.weight_scale), (self.bias, rates.bias)]
