@@ -115,8 +115,7 @@ class Sweep:
         low, high = activation_range(sample, self.recipe.tensor_range, edge.bits)
         if low == high:
             self.swept.notes.append(f"tensor {edge.name} is zero on all calibration inputs; its grid is a guess.")
-        quantizer = Quantizer(*affine_grid(low, high, edge.bits), bits=edge.bits)
-        self.swept.quantizers[edge.name] = quantizer
+        self.swept.quantizers[edge.name] = quantizer = Quantizer(*affine_grid(low, high, edge.bits), bits=edge.bits)
         self.shadow.put(edge.source, (quantizer(value) for value in self.shadow.values(edge.source)))
 
     def _sample(self, edge: Edge, source: fx.Node) -> TensorSample:
@@ -143,15 +142,12 @@ class Sweep:
             tied = self.bits.get(self.network.shared.get(layer.name, "")) == bits
             size = 4 * ((0 if tied else weighted.weight.numel()) + weighted.bias.numel())
             seconds, operations = time.perf_counter() - started, macs * FLOAT_BITS * FLOAT_BITS
-            self.swept.reports.append(
-                LayerReport(layer.name, "float", None, None, None, None, seconds, size, macs, operations)
-            )
+            report = LayerReport(layer.name, "float", None, None, None, None, seconds, size, macs, operations)
+            self.swept.reports.append(report)
             return
         fit = self._fit(layer, bits)
         if self.recipe.steps:
-            self._note_weak(layer)
-            if layer.name not in self.fits and fit.after >= fit.before:
-                self.swept.unmoved.append(layer.name)
+            self._note_fit(layer, fit)
         quantizer, module = self._modules(layer, fit, bits.weight)
         self.swept.layers[layer.name] = module
         edge = self.input_edges.get(layer.name)
@@ -243,16 +239,16 @@ class Sweep:
         sizes = [rows(batch) for batch in self.job.batches]
         return whole_inputs(weighted.geometry, weighted.weight.shape, sizes, at)
 
-    def _note_weak(self, layer: Layer) -> None:
-        """Remembers a layer with fewer equations than unknowns."""
+    def _note_fit(self, layer: Layer, fit: Fit) -> None:
+        """Remembers a layer with fewer equations than unknowns, and one whose fit gained nothing."""
         weighted = self.network.weighted(layer.name)
-        equations, unknowns = self._equations(layer), weighted.geometry.grouped(weighted.weight).shape[-1]
+        count = weighted.geometry.positions
+        equations = sum(value.shape[0] * count(value) for value in self.reference.values(layer.node))
+        unknowns = weighted.geometry.grouped(weighted.weight).shape[-1]
         if equations < unknowns:
             self.swept.weak[layer.name] = (equations, unknowns)
-
-    def _equations(self, layer: Layer) -> int:
-        geometry = self.network.weighted(layer.name).geometry
-        return sum(value.shape[0] * geometry.positions(value) for value in self.reference.values(layer.node))
+        if layer.name not in self.fits and fit.after >= fit.before:
+            self.swept.unmoved.append(layer.name)
 
     def _tied(self, name: str, bits: int) -> tuple[Tensor, Tensor] | None:
         """Codes (groups, O, K) and scales (groups, O) of an earlier call of the same module at the same bits."""
