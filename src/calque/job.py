@@ -13,7 +13,7 @@ from calque.recipe import Recipe
 from calque.spec import Placement
 from calque.store import Store
 
-RESERVE = 550 * 10**6  # bytes: an operator's inputs and outputs, a sampled problem and the temporaries of its fit
+RESERVE = 700 * 10**6  # bytes: an operator's inputs and outputs, a sampled problem and the temporaries of its fit
 Progress = Callable[[str, int, int], None]  # phase, steps done, steps in all
 
 
@@ -58,8 +58,8 @@ class Job:
         return torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{name}".encode()))
 
     def store(self) -> Store:
-        """For values between two operators; RESERVE of the memory, or half of it, is left for what runs and is solved."""
-        return Store(max(self.memory // 2, self.memory - RESERVE))
+        """For values between two operators; RESERVE of it, or three quarters, is left for what runs and is solved."""
+        return Store(max(self.memory // 4, self.memory - RESERVE))
 
     def counter(self, phase: str, total: int) -> Callable[[str], None]:
         """A callback that counts finished steps of a phase."""
