@@ -178,13 +178,12 @@ class Execution:
 
     def put(self, node: fx.Node, values: Iterable[object]) -> None:
         """Keeps the node's value on each batch, in place of what was kept before."""
-        before = self._kept.get(node, [None] * self.count)
-        after = []
-        for kept, value in zip(before, values, strict=True):
+        # in place, so that the old and the new values of all batches never stand side by side
+        kept = self._kept.setdefault(node, [None] * self.count)
+        for index, value in zip(range(self.count), values, strict=True):
             if node.op != "placeholder":  # the caller's tensors are not the store's
-                self.store.drop(kept)
-            after.append(self.store.put(value))
-        self._kept[node] = after
+                self.store.drop(kept[index])
+            kept[index] = self.store.put(value)
 
     def step(self, node: fx.Node) -> None:
         """Computes and keeps the node's values."""
