@@ -13,7 +13,7 @@ import calque
 import networks
 from calque.errors import CalibrationError, CalibrationWarning, CaptureError, SpecError
 from calque.model import QuantizedModel
-from calque.recipe import NEAREST, SEQUENTIAL
+from calque.recipe import FAST, NEAREST, SEQUENTIAL
 from calque.spec import FLOAT, Bits, Placement, Plan
 from networks import Net
 
@@ -328,7 +328,7 @@ class TwoWays(nn.Module):
         return {"logits": self.head(joined.mean((2, 3))), "map": joined}
 
 
-@pytest.mark.parametrize("recipe", [NEAREST, QUICK], ids=["nearest", "sequential"])
+@pytest.mark.parametrize("recipe", [NEAREST, FAST, QUICK], ids=["nearest", "fast", "sequential"])
 def test_several_inputs_and_outputs_and_a_shared_layer_are_quantized(recipe: calque.Recipe) -> None:
     net = networks.seeded(TwoWays())
     batch: Mapping[str, Tensor] = {"left": INPUTS, "right": INPUTS.flip(0)}
@@ -343,10 +343,11 @@ def test_several_inputs_and_outputs_and_a_shared_layer_are_quantized(recipe: cal
         assert error < 0.01, name
 
 
-def test_a_layer_called_twice_has_one_set_of_codes() -> None:
+@pytest.mark.parametrize("recipe", [FAST, QUICK], ids=["fast", "sequential"])
+def test_a_layer_called_twice_has_one_set_of_codes(recipe: calque.Recipe) -> None:
     net = Net(lambda net, x: net.c(F.relu(net.c(x))), c=nn.Conv2d(1, 1, 3, padding=1))
 
-    q = calque.quantize(net, INPUTS, bits="w4a4", first_last=None, recipe=QUICK)
+    q = calque.quantize(net, INPUTS, bits="w4a4", first_last=None, recipe=recipe)
 
     assert torch.equal(q.layers["c"].codes, q.layers["c#2"].codes)
     assert [layer.size for layer in q.report.layers] == [17, 12]  # 9 codes of 4 bits are 5 bytes

@@ -104,6 +104,10 @@ def test_an_unknown_recipe_is_refused_with_the_names() -> None:
         ({"priced_inputs": 0}, "priced_inputs must be an int >= 1. Got 0"),
         ({"search_steps": -1}, "search_steps must be an int >= 0. Got -1"),
         ({"block_steps": -1}, "block_steps must be an int >= 0. Got -1"),
+        ({"solver": "magic"}, "solver is one of adaquant, closed_form. Got 'magic'"),
+        ({"solver": "closed_form", "patches": "all"}, 'needs patches = "sampled"'),
+        ({"tolerance": -0.1}, "tolerance must be a number >= 0. Got -0.1"),
+        ({"tolerance": "x"}, "tolerance must be a number >= 0. Got 'x'"),
         ({"rates": replace(SEQUENTIAL.rates, unit="metres")}, "the unit of rates is"),  # type: ignore[arg-type]
     ],
 )
@@ -157,6 +161,8 @@ CHANGES: dict[str, Recipe] = {
     "finalists": replace(BASE, finalists=1),
     "block_steps": replace(BASE, block_steps=16),
     "statistics": replace(BASE, statistics="none"),
+    "solver": replace(BASE, solver="closed_form"),
+    "tolerance": replace(BASE, tolerance=0.0),
     "statistics.trained": replace(BASE, statistics="trained"),
     **{f"rates.{name}": with_rate(name, 0.05) for name in ("weight", "weight_scale", "bias", "activation_scale")},
     "rates.zero_point": with_rate("zero_point", 1.0),

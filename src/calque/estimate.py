@@ -3,13 +3,17 @@
 from collections.abc import Mapping
 
 from calque.costs import activation_steps, value_shapes
+from calque.graph import WeightedLayer
 from calque.job import Job
 from calque.parallel import Choices
 from calque.solvers.adaquant import rows_per_step
+from calque.solvers.closed_form import FACTORS, RIDGES
 from calque.solvers.problem import POSITIONS, per_input
 
 STEP = 7e-4  # seconds of a step of AdaQuant on sampled patches, whatever the layer (measured on the networks of benchmarks/)
 RATE = 2e10  # operations a second of such a step, forward and backward
+COLUMN = 1e-4  # seconds of one column of a sweep of GPTQ or coordinate descent
+PRODUCTS = 4e10  # operations a second of matrix products
 SWEEP = 12  # float passes that one sweep with its statistics takes besides its fits
 BACKWARD = 8  # float passes of one step that goes through the quantized network and back, per input
 SUFFIX = 1.2  # float passes of pricing one choice: half of a network, quantized
@@ -52,9 +56,21 @@ def _fits(job: Job, counts: Mapping[str, int], steps: int, float_pass: float) ->
     seconds = 0.0
     for name, count in counts.items():
         layer = job.network.weighted(name)
+        if job.recipe.solver == "closed_form":
+            seconds += count * _closed_form(job, layer, steps)
+            continue
         width = layer.geometry.groups * layer.geometry.grouped(layer.weight).shape[-1]
         seconds += count * steps * (STEP + 6 * rows_per_step(width) * layer.weight.numel() / RATE)
     return seconds
+
+
+def _closed_form(job: Job, layer: WeightedLayer, rounds: int) -> float:
+    """Seconds of one fit in closed form: moments, factorisations, and sweeps over the columns."""
+    groups, outputs, inputs = layer.geometry.grouped(layer.weight).shape
+    rows = job.inputs * per_input(POSITIONS, groups * (inputs + outputs), job.inputs)
+    sweeps = len(RIDGES) + len(FACTORS) + rounds + 1
+    products = rows * (inputs + outputs) + sweeps * inputs * outputs + len(RIDGES) * inputs * inputs
+    return sweeps * inputs * COLUMN + 2 * groups * inputs * products / PRODUCTS
 
 
 def _problem_bytes(job: Job, name: str) -> int:

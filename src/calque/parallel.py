@@ -145,7 +145,7 @@ def _tasks(
         generator=job.generator(f"{layer.name}.input"),
     )
     grids = {bits.activation: _grid(job, problem, sample, bits.activation) for bits in options}
-    settings = Settings(job.recipe.weight_range, steps, job.recipe.rates)
+    settings = job.recipe.settings(steps)
     return [
         Task(
             path, results.path(_key(layer.name, bits)), bits.weight, grids[bits.activation], settings,
@@ -162,9 +162,9 @@ def _grid(job: Job, problem: LayerProblem, sample: TensorSample, bits: int | Non
     _, qmax = activation_limits(bits)
     if job.recipe.activation_range == "output":
         error = output_error([problem])
-        low, high = search_range(sample.low, sample.high, bits, lambda s, z: error(s, z, qmax))
+        low, high = search_range(sample.low, sample.high, bits, lambda s, z: error(s, z, qmax), job.recipe.tolerance)
     else:
-        low, high = activation_range(sample, job.recipe.activation_range, bits)
+        low, high = activation_range(sample, job.recipe.activation_range, bits, job.recipe.tolerance)
     scale, zero_point = affine_grid(low, high, bits)
     return scale.item(), int(zero_point), qmax
 

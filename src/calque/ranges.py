@@ -3,7 +3,7 @@
 minmax              the extremes (of everything seen)
 mean_minmax         the mean over inputs of each input's extremes (Hubara et al. 2021, section 5)
 percentile          the PERCENTILE of the sampled values on either side
-least_squares       the widest clip whose rounding error on the tensor is within TOLERANCE of the smallest
+least_squares       the widest clip whose rounding error on the tensor is within a tolerance of the smallest
 output              the same with the error at the layer's output, under float weights
 """
 
@@ -23,9 +23,6 @@ WeightRange = Literal["minmax", "least_squares", "output"]
 PERCENTILE = 0.9999
 # Fractions of the largest value, from the widest: fine near 1, where 8 bits are decided, then evenly spaced logarithms.
 CLIP_CANDIDATES = [1 - 0.04 * step for step in range(12)] + torch.logspace(-0.3, -1.5, 16).tolist()
-# A wider range is taken if its error is at most this much above the least: clipping errors, unlike rounding errors, add up
-# over the layers (docs/experiments.md).
-TOLERANCE = 0.3
 WEIGHT_CANDIDATES = torch.linspace(1.0, 0.2, 60).tolist()
 
 
@@ -63,7 +60,9 @@ class TensorSample:
         return cls(low.min(), high.max(), low.mean(), high.mean(), torch.cat(values))
 
 
-def activation_range(sample: TensorSample, kind: ActivationRange, bits: int) -> tuple[Tensor, Tensor]:
+def activation_range(
+    sample: TensorSample, kind: ActivationRange, bits: int, tolerance: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """(low, high) of a tensor by an estimator that needs no layer ("output" is `search_range` with a layer's error).
 
     >>> gradient = torch.linspace(0, 1, 101)[None]
@@ -84,16 +83,18 @@ def activation_range(sample: TensorSample, kind: ActivationRange, bits: int) -> 
         quantized = fake_quantize(sample.values, scale, zero_point, 0, 2**bits - 1)
         return (quantized - sample.values).square().sum(dtype=torch.float64).item()
 
-    return search_range(sample.low, sample.high, bits, error)
+    return search_range(sample.low, sample.high, bits, error, tolerance)
 
 
 def search_range(
-    low: Tensor, high: Tensor, bits: int, error: Callable[[Tensor, Tensor], float]
+    low: Tensor, high: Tensor, bits: int, error: Callable[[Tensor, Tensor], float], tolerance: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """The widest (low, high), both shrunk and then each alone, whose grid's error is within TOLERANCE of the least.
+    """The widest (low, high), both shrunk and then each alone, whose grid's error is within a tolerance of the least.
 
     Args:
         error: of a grid's (scale, zero_point).
+        tolerance: a wider range is taken if its error is at most this share above the least: clipping errors, unlike
+            rounding errors, add up over the layers (docs/experiments.md).
     """
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     tried: list[tuple[float, Tensor, Tensor]] = []
@@ -109,7 +110,7 @@ def search_range(
         finer = [1.5, 1.2, *(fraction for fraction in CLIP_CANDIDATES if fraction > 0.3)]
         chosen = least([((chosen[0] * f).clamp(min=low), chosen[1]) for f in finer])
         least([(chosen[0], (chosen[1] * f).clamp(max=high)) for f in finer])
-    enough = min(case[0] for case in tried) * (1 + TOLERANCE)
+    enough = min(case[0] for case in tried) * (1 + tolerance)
     _, low, high = max((case for case in tried if case[0] <= enough), key=lambda case: (case[2] - case[1]).item())
     return low, high
 

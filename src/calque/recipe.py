@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from calque.biases import Tuning
 from calque.errors import SpecError
 from calque.ranges import ActivationRange, WeightRange
+from calque.solvers.layer import Settings, Solver
 from calque.solvers.parameters import StepSizes
 from calque.spec import read_text, toml_string
 
@@ -46,6 +47,10 @@ class Recipe:
         block_steps: of AdaQuant on whole blocks, after their layers; 0 for none.
         statistics: target of the re-estimated channel statistics (para-normalization): the float network's on the same
             inputs, or the trained batch norm's as in the paper; "none" leaves them.
+        solver: of the layers; "closed_form" (second moments, GPTQ, coordinate descent) needs sampled patches, and its steps are
+            rounds of coordinate descent.
+        tolerance: of the range estimators "output" and "least_squares": the widest range is taken whose error is at most this
+            share above the least.
         rates: AdaQuant's step sizes.
         tuning: of the biases, end to end; 0 steps for none.
 
@@ -65,6 +70,8 @@ class Recipe:
     finalists: int
     block_steps: int
     statistics: Statistics
+    solver: Solver = "adaquant"
+    tolerance: float = 0.3
     rates: StepSizes = STEP_SIZES
     tuning: Tuning = NO_TUNING
 
@@ -73,7 +80,7 @@ class Recipe:
             raise SpecError(f"a recipe has a name. Got {self.name!r}.")
         choices = {
             "activation_range": ActivationRange, "tensor_range": TensorRange, "weight_range": WeightRange,
-            "flavour": Flavour, "patches": Patches, "statistics": Statistics,
+            "flavour": Flavour, "patches": Patches, "statistics": Statistics, "solver": Solver,
         }  # fmt: skip
         for field, kind in choices.items():
             if getattr(self, field) not in get_args(kind):
@@ -83,7 +90,15 @@ class Recipe:
             value = getattr(self, field)
             if type(value) is not int or value < smallest:
                 raise SpecError(f"{field} must be an int >= {smallest}. Got {value!r}.")
+        if type(self.tolerance) not in (int, float) or not 0 <= self.tolerance < math.inf:
+            raise SpecError(f"tolerance must be a number >= 0. Got {self.tolerance!r}.")
+        if self.solver == "closed_form" and self.patches != "sampled":
+            raise SpecError('the solver "closed_form" needs patches = "sampled".')
         _check_rates(self.rates)
+
+    def settings(self, steps: int) -> Settings:
+        """What a fit of so many steps reads."""
+        return Settings(self.weight_range, steps, self.rates, self.solver)
 
     def to_toml(self) -> str:
         """The recipe as TOML."""
@@ -149,13 +164,14 @@ NEAREST = Recipe(
     priced_inputs=128, finalists=3, block_steps=0, statistics="none",
 )  # fmt: skip
 LIGHT = replace(NEAREST, name="light", weight_range="output", statistics="float")
+FAST = replace(LIGHT, name="fast", solver="closed_form", steps=3, search_steps=1, tolerance=0.05)
 SEQUENTIAL = replace(LIGHT, name="sequential", steps=250)
 ADVANCED = replace(SEQUENTIAL, name="advanced", search_steps=100, tuning=replace(NO_TUNING, steps=50))
 PAPER = replace(
     SEQUENTIAL, name="paper-2021", activation_range="mean_minmax", tensor_range="mean_minmax", weight_range="minmax",
     patches="all", steps=1000, search_steps=1000, statistics="trained", rates=PAPER_STEP_SIZES, tuning=PAPER_TUNING,
 )  # fmt: skip
-RECIPES = {recipe.name: recipe for recipe in (NEAREST, LIGHT, SEQUENTIAL, ADVANCED, PAPER)}
+RECIPES = {recipe.name: recipe for recipe in (NEAREST, LIGHT, FAST, SEQUENTIAL, ADVANCED, PAPER)}
 
 
 def find_recipe(recipe: "str | Recipe | None", *, search: bool = False) -> Recipe:

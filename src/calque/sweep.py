@@ -25,7 +25,7 @@ from calque.quantizers import QuantizedLayer, Quantizer
 from calque.ranges import TensorSample, activation_range, search_range
 from calque.report import LayerReport
 from calque.solvers.adaquant import Draw, Linear
-from calque.solvers.layer import Settings, fit_from_piece, fit_to_piece, integer_layer, solve
+from calque.solvers.layer import fit_from_piece, fit_to_piece, integer_layer, solve
 from calque.solvers.problem import Fit, Grid, LayerProblem, correct_bias, layer_problem, output_error, round_to_nearest
 from calque.solvers.whole import whole_inputs
 from calque.spec import Bits
@@ -111,8 +111,8 @@ class Sweep:
 
     def _tensor(self, edge: Edge) -> None:
         """Gives a tensor its own grid and puts the quantized values on it."""
-        sample = self._sample(edge, edge.source)
-        low, high = activation_range(sample, self.recipe.tensor_range, edge.bits)
+        recipe, sample = self.recipe, self._sample(edge, edge.source)
+        low, high = activation_range(sample, recipe.tensor_range, edge.bits, recipe.tolerance)
         if low == high:
             self.swept.notes.append(f"tensor {edge.name} is zero on all calibration inputs; its grid is a guess.")
         self.swept.quantizers[edge.name] = quantizer = Quantizer(*affine_grid(low, high, edge.bits), bits=edge.bits)
@@ -189,9 +189,7 @@ class Sweep:
     def _problem(self, layer: Layer, targets: Iterator[Tensor] | None) -> LayerProblem:
         """The layer's problem; without targets (a layer further on) its own outputs on the quantized prefix serve."""
         weighted = self.network.weighted(layer.name)
-        source = layer.node.args[0]
-        assert isinstance(source, fx.Node)
-        values = self.shadow.values(source)
+        values = self.shadow.values(layer.node.all_input_nodes[0])
         pairs = ((x, weighted(x)) for x in values) if targets is None else zip(values, targets, strict=True)
         return layer_problem(
             weighted.geometry, weighted.weight, weighted.bias, layer.activate, pairs,
@@ -211,7 +209,7 @@ class Sweep:
         if ready is not None:
             fit = self._placed(problem, ready, grid, bits.weight, tied or (ready.codes, ready.scale))
         else:
-            settings = Settings(self.recipe.weight_range, self.recipe.steps, self.recipe.rates)
+            settings = self.recipe.settings(self.recipe.steps)
             fit = solve(
                 problem, grid, bits.weight, settings, self.job.generator(layer.name), learn_grid=learn_grid, tied=tied,
                 rows=self._rows(layer) if self.recipe.patches == "all" else None,
@@ -275,13 +273,14 @@ class Sweep:
         if sample.low == sample.high:
             self.swept.notes.append(f"layer {layer.name}: its input is the same value everywhere; its grid is a guess.")
         _, qmax = activation_limits(edge.bits)
-        if self.recipe.activation_range == "output":
+        kind, tolerance = self.recipe.activation_range, self.recipe.tolerance
+        if kind == "output":
             others = [self.network.layers[name] for name in edge.readers if name != layer.name]
             problems = [self._problem(other, None) for other in others if other.node.args[0] is source]
             error = output_error([problem, *problems])
-            low, high = search_range(sample.low, sample.high, edge.bits, lambda s, z: error(s, z, qmax))
+            low, high = search_range(sample.low, sample.high, edge.bits, lambda s, z: error(s, z, qmax), tolerance)
         else:
-            low, high = activation_range(sample, self.recipe.activation_range, edge.bits)
+            low, high = activation_range(sample, kind, edge.bits, tolerance)
         scale, zero_point = affine_grid(low, high, edge.bits)
         return Grid(scale, zero_point, qmax), len(edge.readers) == 1
 

@@ -1,6 +1,7 @@
-"""One layer from its problem to its fit: scales, rounding, then AdaQuant or the bias correction alone."""
+"""One layer from its problem to its fit: scales, rounding, then AdaQuant, the closed forms or the bias correction alone."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,8 +12,11 @@ from calque.graph import Geometry
 from calque.quantizers import QuantizedLayer
 from calque.ranges import WeightRange, weight_scale
 from calque.solvers.adaquant import Draw, Linear, fit_layer
+from calque.solvers.closed_form import fit_closed_form
 from calque.solvers.parameters import StepSizes
 from calque.solvers.problem import Fit, Grid, LayerProblem, correct_bias, covariance, round_to_nearest
+
+Solver = Literal["adaquant", "closed_form"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +24,9 @@ class Settings:
     """What a fit reads from a recipe."""
 
     weight_range: WeightRange
-    steps: int
+    steps: int  # of AdaQuant, or rounds of the closed form
     rates: StepSizes
+    solver: Solver = "adaquant"
 
 
 def solve(
@@ -43,13 +48,15 @@ def solve(
         tied: codes (groups, O, K) and scales (groups, O) of an earlier call of the same module; its codes are kept.
         rows: what each step of AdaQuant sees; see `fit_layer`.
     """
+    if settings.solver == "closed_form" and tied is None and settings.steps:
+        return fit_closed_form(problem, grid, bits, rounds=settings.steps)
     if tied is None:
         moments = covariance(problem) if settings.weight_range == "output" else None
         codes, scale = None, weight_scale(problem.weight, bits, settings.weight_range, moments)
     else:
         codes, scale = tied
     start = round_to_nearest(problem, scale, grid, bits, codes)
-    if not settings.steps:
+    if not settings.steps or settings.solver == "closed_form":
         corrected = correct_bias(problem, start)
         return corrected if corrected.after < start.after else start
     return fit_layer(

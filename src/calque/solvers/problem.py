@@ -36,6 +36,12 @@ class LayerProblem:
     held_out: Tensor
     activation: Callable[[Tensor], Tensor]
 
+    @property
+    def clipped(self) -> bool:
+        """Whether the activation clips some target and does nothing else: what it returns, it returns unchanged."""
+        once = self.activation(self.targets)
+        return bool((once != self.targets).any()) and torch.equal(self.activation(once), once)
+
     def error(self, inputs: Tensor, weight: Tensor, bias: Tensor, rows: Tensor) -> float:
         """Squared error after the activation, over that of the targets about their channel means.
 

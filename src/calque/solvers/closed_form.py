@@ -1,0 +1,200 @@
+"""A layer's weights, scales and bias in closed form, from second moments of its sampled inputs; no backward pass.
+
+With column means removed the error of a layer with weights Q depends on its rows only through H = cov(X_q) and
+C = cov(X_q, T), X_q its quantized inputs and T the float outputs. With a ridge that pulls towards the float weights W,
+
+    |T - X_q Q^T|^2 + lambda |Q - W|^2 = const + tr (Q - W*) M (Q - W*)^T,   M = H + lambda I,   M W*^T = C + lambda W^T
+
+so that rounding W* in the metric M (GPTQ, coordinate descent, scales) is all that is left. W* also undoes what the quantized
+prefix got wrong. lambda is chosen on the rows held out of the fit, after rounding.
+
+Sources: GPTQ (2210.17323), Qronos (2505.11695), GPTAQ (2504.02692) for the corrected target; docs/method.md.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from calque.arithmetic import SMALLEST_SCALE
+from calque.solvers.problem import Fit, Grid, LayerProblem, round_to_nearest
+from calque.solvers.rounding import Metric, descend, gptq, initial_scale, refitted_scale
+
+RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # of the mean power of an input
+CLIP_STEPS = 4  # of the majorization; later ones gain little
+FACTORS = (0.7, 0.76, 0.82, 0.88, 0.94, 1.0, 1.06, 1.12, 1.18, 1.25)  # of the initial scales, judged after GPTQ
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments about the means of `count` rows.
+
+    Attributes:
+        power: H (groups, K, K).  cross: C (groups, K, O).  inputs: (groups, K, 1).  outputs: (groups, 1, O), the means.
+    """
+
+    power: Tensor
+    cross: Tensor
+    inputs: Tensor
+    outputs: Tensor
+    count: int
+
+    @classmethod
+    def of(cls, x: Tensor, targets: Tensor) -> "Moments":
+        """Of inputs (groups, R, K) and targets (groups, R, O)."""
+        mean, output = x.mean(1, keepdim=True), targets.mean(1, keepdim=True)
+        centred = x - mean
+        return cls(
+            centred.mT @ centred / x.shape[1], centred.mT @ (targets - output) / x.shape[1], mean.mT, output, x.shape[1]
+        )
+
+    def merged(self, other: "Moments") -> "Moments":
+        """Of both sets of rows together."""
+        count = self.count + other.count
+        a, b = self.count / count, other.count / count
+        shift, rise = other.inputs - self.inputs, other.outputs - self.outputs
+        return Moments(
+            a * self.power + b * other.power + a * b * shift @ shift.mT,
+            a * self.cross + b * other.cross + a * b * shift @ rise,
+            a * self.inputs + b * other.inputs,
+            a * self.outputs + b * other.outputs,
+            count,
+        )
+
+    def ordered(self, order: Tensor) -> "Moments":
+        """With the inputs in another order, int64 (groups, K)."""
+        power = self.power.gather(1, order[:, :, None].expand_as(self.power))
+        power = power.gather(2, order[:, None].expand_as(power))
+        cross = self.cross.gather(1, order[:, :, None].expand_as(self.cross))
+        return replace(self, power=power, cross=cross, inputs=self.inputs.gather(1, order[:, :, None]))
+
+
+@torch.no_grad()
+def fit_closed_form(problem: LayerProblem, grid: Grid | None, bits: int, *, rounds: int) -> Fit:
+    """The layer fitted to its float output, or rounded to nearest where that is better on the held-out rows.
+
+    What was chosen on them is then fitted to all rows; the error `after` is that of the choice, before it.
+
+    Args:
+        grid: of the input, which stays.
+        rounds: of coordinate descent and refitted scales after GPTQ.
+    """
+    return _ClosedForm(problem, grid, bits, rounds).fit()
+
+
+@dataclass(frozen=True)
+class _Clips:
+    """Targets that the activation clips: every output beyond the bound is as good as the target.
+
+    Taking W*'s own output there, or the bound if that is inside, majorizes the error after the activation. H stays; only C moves,
+    and a fit to the moved targets can only lower that error. (Following the rounded layer instead of W* overfits:
+    docs/experiments.md.)
+
+    Attributes:
+        x: inputs (groups, R, K).  targets, bounds: (groups, R, O), before and after the activation.
+    """
+
+    x: Tensor
+    targets: Tensor
+    bounds: Tensor
+
+    def followed(self, moments: Moments, weight: Tensor) -> Moments:
+        """The moments once clipped targets follow the layer with that weight (groups, K, O), and the bias that suits it."""
+        output = self.x @ weight + (moments.outputs - moments.inputs.mT @ weight)
+        beyond = torch.where(self.targets < self.bounds, output.minimum(self.bounds), output.maximum(self.bounds))
+        moved = torch.where(self.targets == self.bounds, self.targets, beyond)
+        mean = moved.mean(1, keepdim=True)
+        moved -= mean
+        cross = (self.x.mT @ moved - moments.inputs @ moved.sum(1, keepdim=True)) / self.x.shape[1]
+        return replace(moments, cross=cross, outputs=mean)
+
+
+class _ClosedForm:
+    """One layer; weights and codes are (groups, K, O) with the strongest inputs first."""
+
+    def __init__(self, problem: LayerProblem, grid: Grid | None, bits: int, rounds: int):
+        self.problem, self.grid, self.bits, self.rounds = problem, grid, bits, rounds
+        x = problem.patches if grid is None else grid.quantize(problem.patches)
+        fitted, held_out = x[:, problem.fitted], x[:, problem.held_out]
+        moments = Moments.of(fitted, problem.targets[:, problem.fitted])
+        power = moments.power.diagonal(dim1=1, dim2=2)
+        self.order = power.argsort(1, descending=True)
+        index = self.order[:, None]
+        self.x = fitted.gather(2, index.expand_as(fitted))
+        self.held_out = held_out.gather(2, index.expand_as(held_out))
+        self.moments = moments.ordered(self.order)
+        self.weight = problem.weight.gather(2, index.expand_as(problem.weight)).mT.contiguous()
+        self.unit = power.mean().clamp(min=SMALLEST_SCALE)
+
+    def fit(self) -> Fit:
+        problem = self.problem
+        scale = initial_scale(self.weight, self.moments.power.diagonal(dim1=1, dim2=2), self.bits)
+        start = round_to_nearest(problem, scale, self.grid, self.bits)
+        errors = [self._trial(self.moments, ridge) for ridge in RIDGES]
+        error = min(errors)
+        ridge = RIDGES[errors.index(error)]
+        held_out = problem.targets[:, problem.held_out]
+        everything = self.moments.merged(Moments.of(self.held_out, held_out))
+        if problem.clipped:
+            targets = problem.targets[:, problem.fitted]
+            clips = _Clips(self.x, targets, problem.activation(targets))
+            clipped = self._trial(self._followed(self.moments, ridge, clips), ridge)
+            if clipped < error:
+                error = clipped
+                x, targets = torch.cat([self.x, self.held_out], 1), torch.cat([targets, held_out], 1)
+                everything = self._followed(everything, ridge, _Clips(x, targets, problem.activation(targets)))
+        if not error < start.after:
+            return start
+        codes, scale, bias = self._rounded(everything, ridge)
+        real = torch.empty_like(codes).scatter_(1, self.order[:, :, None].expand_as(codes), codes)
+        return Fit(real.mT.to(torch.int8).contiguous(), scale, bias, self.grid, start.before, error)
+
+    def _solved(self, moments: Moments, ridge: float) -> tuple[Metric, Tensor]:
+        """M and W* (groups, K, O)."""
+        strength = ridge * self.unit
+        size = moments.power.shape[-1]
+        metric = Metric.of(moments.power + strength * torch.eye(size, device=moments.power.device))
+        return metric, metric.solve(moments.cross + strength * self.weight)
+
+    def _followed(self, moments: Moments, ridge: float, clips: _Clips) -> Moments:
+        """The moments once clipped targets and W* have followed each other CLIP_STEPS times."""
+        metric, best = self._solved(moments, ridge)
+        for _ in range(CLIP_STEPS):
+            moments = clips.followed(moments, best)
+            best = metric.solve(moments.cross + ridge * self.unit * self.weight)
+        return moments
+
+    def _trial(self, moments: Moments, ridge: float) -> float:
+        """The held-out error after GPTQ alone."""
+        metric, target = self._solved(moments, ridge)
+        scale = initial_scale(target, metric.matrix.diagonal(dim1=1, dim2=2), self.bits)
+        codes = gptq(metric, target, scale, self.bits)
+        error = self._error(codes, scale, _bias(moments, codes, scale))
+        return math.inf if math.isnan(error) else error
+
+    def _rounded(self, moments: Moments, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes, scales and bias: each row's scale from a grid by its error after GPTQ, then rounds of descent and refit."""
+        metric, target = self._solved(moments, ridge)
+        initial = initial_scale(target, metric.matrix.diagonal(dim1=1, dim2=2), self.bits)
+        least, codes, scale = torch.full_like(initial, torch.inf), torch.zeros_like(target), initial
+        for factor in FACTORS:
+            trial = gptq(metric, target, factor * initial, self.bits)
+            error = metric.error(trial * (factor * initial)[:, None] - target)
+            better = error < least
+            codes = torch.where(better[:, None], trial, codes)
+            scale = torch.where(better, factor * initial, scale)
+            least = torch.minimum(error, least)
+        for _ in range(self.rounds):
+            scale = refitted_scale(metric, target, codes, scale)
+            codes = descend(metric, target, codes, scale, self.bits)
+        scale = refitted_scale(metric, target, codes, scale)
+        return codes, scale, _bias(moments, codes, scale)
+
+    def _error(self, codes: Tensor, scale: Tensor, bias: Tensor) -> float:
+        return self.problem.held_out_error(self.held_out, (codes * scale[:, None]).mT, bias)
+
+
+def _bias(moments: Moments, codes: Tensor, scale: Tensor) -> Tensor:
+    """(groups, 1, O), which makes the mean output right."""
+    return moments.outputs - moments.inputs.mT @ (codes * scale[:, None])
