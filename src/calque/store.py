@@ -14,7 +14,6 @@ from torch import Tensor
 
 from calque.errors import SpecError
 
-LOOSE = 64 * 10**6  # bytes of freed memory that the allocator may keep
 _UNITS = {"B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -97,7 +96,7 @@ class Store:
             self._freed += kept.nbytes
 
     def give_back(self) -> None:
-        """Returns freed memory to the system once there is a good part of the budget, or LOOSE bytes, of it."""
-        if self._freed > min(self.memory // 4, LOOSE):
+        """Returns freed memory to the system once it is a good part of the budget."""
+        if self._freed > self.memory // 4:
             self._freed = 0
             _trim()
