@@ -48,7 +48,7 @@ class Recipe:
         statistics: target of the re-estimated channel statistics (para-normalization): the float network's on the same
             inputs, or the trained batch norm's as in the paper; "none" leaves them.
         solver: of the layers; "closed_form" (second moments, GPTQ, coordinate descent) needs sampled patches, and its steps are
-            rounds of coordinate descent.
+            rounds of coordinate descent; it searches its own weight scales and has no rates.
         tolerance: of the range estimators "output" and "least_squares": the widest range is taken whose error is at most this
             share above the least.
         rates: AdaQuant's step sizes.
