@@ -60,6 +60,12 @@ class TensorSample:
         return cls(low.min(), high.max(), low.mean(), high.mean(), torch.cat(values))
 
 
+def extremes(values: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """The least and the largest of all values."""
+    low, high = zip(*(value.aminmax() for value in values), strict=True)
+    return torch.stack(low).min(), torch.stack(high).max()
+
+
 def activation_range(
     sample: TensorSample, kind: ActivationRange, bits: int, tolerance: float = 0.0
 ) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from calque.graph.signature import rows
 from calque.job import Job
 from calque.placement import Edge
 from calque.quantizers import QuantizedLayer, Quantizer
-from calque.ranges import TensorSample, activation_range, search_range
+from calque.ranges import TensorSample, activation_range, extremes, search_range
 from calque.report import LayerReport
 from calque.solvers.adaquant import Draw, Linear
 from calque.solvers.layer import fit_from_piece, fit_to_piece, integer_layer, solve
@@ -160,8 +160,7 @@ class Sweep:
             self.swept.statistics[layer.name] = ChannelStatistics.of(
                 self.reference.values(layer.node), weighted.geometry
             )
-        shared = self._tied(layer.name, bits.weight) is not None
-        codes = 0 if shared else module.codes.numel()
+        codes = module.codes.numel() if self._tied(layer.name, bits.weight) is None else 0
         low, high = quantizer.range if quantizer is not None else (None, None)
         operations = macs * bits.weight * (bits.activation or FLOAT_BITS)
         self.swept.reports.append(
@@ -176,7 +175,7 @@ class Sweep:
         """The largest output of the float layer, by the values of one input; all must be finite."""
         largest: Tensor | None = None
         for output in self.reference.values(layer.node):
-            if not torch.isfinite(output).all():
+            if not (torch.isfinite(output.sum()) or torch.isfinite(output).all()):  # a sum is faster, and may overflow
                 raise CalibrationError(
                     f"layer {layer.name}: the float network's output is NaN or infinite on calibration inputs. Remove the "
                     "inputs that cause it, or repair the weights."
@@ -269,18 +268,20 @@ class Sweep:
             return ready.grid, False
         source = layer.node.args[0]
         assert isinstance(source, fx.Node)
-        sample = self._sample(edge, source)
-        if sample.low == sample.high:
-            self.swept.notes.append(f"layer {layer.name}: its input is the same value everywhere; its grid is a guess.")
         _, qmax = activation_limits(edge.bits)
         kind, tolerance = self.recipe.activation_range, self.recipe.tolerance
         if kind == "output":
+            least, largest = extremes(self.reference.values(source))
             others = [self.network.layers[name] for name in edge.readers if name != layer.name]
             problems = [self._problem(other, None) for other in others if other.node.args[0] is source]
             error = output_error([problem, *problems])
-            low, high = search_range(sample.low, sample.high, edge.bits, lambda s, z: error(s, z, qmax), tolerance)
+            low, high = search_range(least, largest, edge.bits, lambda s, z: error(s, z, qmax), tolerance)
         else:
+            sample = self._sample(edge, source)
+            least, largest = sample.low, sample.high
             low, high = activation_range(sample, kind, edge.bits, tolerance)
+        if least == largest:
+            self.swept.notes.append(f"layer {layer.name}: its input is the same value everywhere; its grid is a guess.")
         scale, zero_point = affine_grid(low, high, edge.bits)
         return Grid(scale, zero_point, qmax), len(edge.readers) == 1
 

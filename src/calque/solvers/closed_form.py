@@ -12,6 +12,7 @@ Sources: GPTQ (2210.17323), Qronos (2505.11695), GPTAQ (2504.02692) for the corr
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,6 +24,7 @@ from calque.solvers.rounding import Metric, descend, gptq, initial_scale, refitt
 
 RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # of the mean power of an input
 CLIP_STEPS = 4  # of the majorization; later ones gain little
+TOGETHER = 2**24  # values of the matrices that are factorized at once
 FACTORS = (0.7, 0.76, 0.82, 0.88, 0.94, 1.0, 1.06, 1.12, 1.18, 1.25)  # of the initial scales, judged after GPTQ
 
 
@@ -117,7 +119,8 @@ class _ClosedForm:
         self.problem, self.grid, self.bits, self.rounds = problem, grid, bits, rounds
         x = problem.patches if grid is None else grid.quantize(problem.patches)
         fitted, held_out = x[:, problem.fitted], x[:, problem.held_out]
-        moments = Moments.of(fitted, problem.targets[:, problem.fitted])
+        self.targets = problem.targets[:, problem.fitted]
+        moments = Moments.of(fitted, self.targets)
         power = moments.power.diagonal(dim1=1, dim2=2)
         self.order = power.argsort(1, descending=True)
         index = self.order[:, None]
@@ -131,60 +134,68 @@ class _ClosedForm:
         problem = self.problem
         scale = initial_scale(self.weight, self.moments.power.diagonal(dim1=1, dim2=2), self.bits)
         start = round_to_nearest(problem, scale, self.grid, self.bits)
-        errors = [self._trial(self.moments, ridge) for ridge in RIDGES]
+        errors = self._trials(self.moments, RIDGES)
         error = min(errors)
         ridge = RIDGES[errors.index(error)]
         held_out = problem.targets[:, problem.held_out]
         everything = self.moments.merged(Moments.of(self.held_out, held_out))
         if problem.clipped:
-            targets = problem.targets[:, problem.fitted]
-            clips = _Clips(self.x, targets, problem.activation(targets))
-            clipped = self._trial(self._followed(self.moments, ridge, clips), ridge)
+            clips = _Clips(self.x, self.targets, problem.activation(self.targets))
+            moved, best = self._followed(self.moments, ridge, clips)
+            clipped = self._trials(moved, (ridge,))[0]
             if clipped < error:
                 error = clipped
-                x, targets = torch.cat([self.x, self.held_out], 1), torch.cat([targets, held_out], 1)
-                everything = self._followed(everything, ridge, _Clips(x, targets, problem.activation(targets)))
+                x, targets = torch.cat([self.x, self.held_out], 1), torch.cat([self.targets, held_out], 1)
+                everything = _Clips(x, targets, problem.activation(targets)).followed(everything, best)
         if not error < start.after:
             return start
         codes, scale, bias = self._rounded(everything, ridge)
         real = torch.empty_like(codes).scatter_(1, self.order[:, :, None].expand_as(codes), codes)
         return Fit(real.mT.to(torch.int8).contiguous(), scale, bias, self.grid, start.before, error)
 
-    def _solved(self, moments: Moments, ridge: float) -> tuple[Metric, Tensor]:
-        """M and W* (groups, K, O)."""
-        strength = ridge * self.unit
-        size = moments.power.shape[-1]
-        metric = Metric.of(moments.power + strength * torch.eye(size, device=moments.power.device))
-        return metric, metric.solve(moments.cross + strength * self.weight)
+    def _solved(self, moments: Moments, ridges: Sequence[float]) -> tuple[Metric, Tensor]:
+        """M and W* (ridges * groups, K, O)."""
+        strength = torch.tensor(ridges, device=self.unit.device)[:, None, None, None] * self.unit
+        eye = torch.eye(moments.power.shape[-1], device=moments.power.device)
+        metric = Metric.of((moments.power + strength * eye).flatten(0, 1))
+        return metric, metric.solve((moments.cross + strength * self.weight).flatten(0, 1))
 
-    def _followed(self, moments: Moments, ridge: float, clips: _Clips) -> Moments:
-        """The moments once clipped targets and W* have followed each other CLIP_STEPS times."""
-        metric, best = self._solved(moments, ridge)
+    def _followed(self, moments: Moments, ridge: float, clips: _Clips) -> tuple[Moments, Tensor]:
+        """The moments once clipped targets and W* have followed each other CLIP_STEPS times, and the last W*."""
+        metric, best = self._solved(moments, (ridge,))
         for _ in range(CLIP_STEPS):
             moments = clips.followed(moments, best)
             best = metric.solve(moments.cross + ridge * self.unit * self.weight)
-        return moments
+        return moments, best
 
-    def _trial(self, moments: Moments, ridge: float) -> float:
-        """The held-out error after GPTQ alone."""
-        metric, target = self._solved(moments, ridge)
-        scale = initial_scale(target, metric.matrix.diagonal(dim1=1, dim2=2), self.bits)
-        codes = gptq(metric, target, scale, self.bits)
-        error = self._error(codes, scale, _bias(moments, codes, scale))
-        return math.inf if math.isnan(error) else error
+    def _trials(self, moments: Moments, ridges: Sequence[float]) -> list[float]:
+        """The held-out errors after GPTQ alone."""
+        groups, size = moments.power.shape[:2]
+        together = max(1, TOGETHER // (groups * size * size))
+        errors = []
+        for start in range(0, len(ridges), together):
+            part = ridges[start : start + together]
+            metric, target = self._solved(moments, part)
+            scales = initial_scale(target, metric.matrix.diagonal(dim1=1, dim2=2), self.bits)
+            found = gptq(metric, target, scales, self.bits)
+            for codes, scale in zip(torch.split(found, groups), torch.split(scales, groups), strict=True):
+                error = self._error(codes, scale, _bias(moments, codes, scale))
+                errors.append(math.inf if math.isnan(error) else error)
+        return errors
 
     def _rounded(self, moments: Moments, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
         """Codes, scales and bias: each row's scale from a grid by its error after GPTQ, then rounds of descent and refit."""
-        metric, target = self._solved(moments, ridge)
+        metric, target = self._solved(moments, (ridge,))
         initial = initial_scale(target, metric.matrix.diagonal(dim1=1, dim2=2), self.bits)
-        least, codes, scale = torch.full_like(initial, torch.inf), torch.zeros_like(target), initial
-        for factor in FACTORS:
-            trial = gptq(metric, target, factor * initial, self.bits)
-            error = metric.error(trial * (factor * initial)[:, None] - target)
-            better = error < least
-            codes = torch.where(better[:, None], trial, codes)
-            scale = torch.where(better, factor * initial, scale)
-            least = torch.minimum(error, least)
+        groups, size, rows = target.shape
+        trial_scales = torch.cat([factor * initial for factor in FACTORS], 1)
+        repeated = target.repeat(1, 1, len(FACTORS))
+        trials = gptq(metric, repeated, trial_scales, self.bits)
+        errors = metric.error(trials * trial_scales[:, None] - repeated)
+        best = errors.reshape(groups, -1, rows).argmin(1, keepdim=True)
+        scale = trial_scales.reshape(groups, -1, rows).gather(1, best)[:, 0]
+        index = best[:, None].expand(-1, size, -1, -1)
+        codes = trials.reshape(groups, size, -1, rows).gather(2, index)[:, :, 0]
         for _ in range(self.rounds):
             scale = refitted_scale(metric, target, codes, scale)
             codes = descend(metric, target, codes, scale, self.bits)
