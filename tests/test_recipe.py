@@ -107,6 +107,10 @@ def test_an_unknown_recipe_is_refused_with_the_names() -> None:
         ({"solver": "magic"}, "solver is one of adaquant, closed_form. Got 'magic'"),
         ({"solver": "closed_form", "patches": "all"}, 'needs patches = "sampled"'),
         ({"tolerance": -0.1}, "tolerance must be a number >= 0. Got -0.1"),
+        ({"migration": 1.5}, "migration must be a number from 0 to 1. Got 1.5"),
+        ({"migration": 0.5, "patches": "all"}, "migration needs"),
+        ({"migration": 0.5, "statistics": "trained"}, "migration needs"),
+        ({"migration": 0.5, "block_steps": 8}, "migration needs"),
         ({"tolerance": "x"}, "tolerance must be a number >= 0. Got 'x'"),
         ({"rates": replace(SEQUENTIAL.rates, unit="metres")}, "the unit of rates is"),  # type: ignore[arg-type]
     ],
@@ -163,6 +167,7 @@ CHANGES: dict[str, Recipe] = {
     "statistics": replace(BASE, statistics="none"),
     "solver": replace(BASE, solver="closed_form"),
     "tolerance": replace(BASE, tolerance=0.0),
+    "migration": replace(BASE, migration=0.5),
     "statistics.trained": replace(BASE, statistics="trained"),
     **{f"rates.{name}": with_rate(name, 0.05) for name in ("weight", "weight_scale", "bias", "activation_scale")},
     "rates.zero_point": with_rate("zero_point", 1.0),

@@ -30,6 +30,7 @@ ROOMS = (
     "recipe",
     "job",
     "report",
+    "migration",
     "sweep",
     "parallel",
     "sensitivity",

@@ -104,6 +104,25 @@ def varying_axes(batches: list[Batch]) -> dict[str, dict[int, Any]]:
     return found
 
 
+def largest_output(outputs: Iterable[Tensor], layer: str) -> Tensor:
+    """The largest output of a float layer, by the values of one input.
+
+    Raises:
+        CalibrationError: some output is not finite.
+    """
+    largest: Tensor | None = None
+    for output in outputs:
+        if not (torch.isfinite(output.sum()) or torch.isfinite(output).all()):  # a sum is faster, and may overflow
+            raise CalibrationError(
+                f"layer {layer}: the float network's output is NaN or infinite on calibration inputs. Remove the "
+                "inputs that cause it, or repair the weights."
+            )
+        if largest is None or output[0].numel() > largest[0].numel():
+            largest = output
+    assert largest is not None
+    return largest
+
+
 def call_node(
     graph_module: fx.GraphModule,
     node: fx.Node,

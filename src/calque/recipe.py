@@ -51,6 +51,8 @@ class Recipe:
             rounds of coordinate descent; it searches its own weight scales and has no rates.
         tolerance: of the range estimators "output" and "least_squares": the widest range is taken whose error is at most this
             share above the least.
+        migration: exponent of the channel scales that move over a ReLU or ReLU6 into the weights on both sides; 0 for none. It
+            needs sampled patches, and statistics that are not the trained ones, and cannot be combined with block_steps.
         rates: AdaQuant's step sizes.
         tuning: of the biases, end to end; 0 steps for none.
 
@@ -72,6 +74,7 @@ class Recipe:
     statistics: Statistics
     solver: Solver = "adaquant"
     tolerance: float = 0.3
+    migration: float = 0.0
     rates: StepSizes = STEP_SIZES
     tuning: Tuning = NO_TUNING
 
@@ -94,6 +97,10 @@ class Recipe:
             raise SpecError(f"tolerance must be a number >= 0. Got {self.tolerance!r}.")
         if self.solver == "closed_form" and self.patches != "sampled":
             raise SpecError('the solver "closed_form" needs patches = "sampled".')
+        if type(self.migration) not in (int, float) or not 0 <= self.migration <= 1:
+            raise SpecError(f"migration must be a number from 0 to 1. Got {self.migration!r}.")
+        if self.migration and (self.patches != "sampled" or self.statistics == "trained" or self.block_steps):
+            raise SpecError('migration needs patches = "sampled", statistics "none" or "float", and block_steps = 0.')
         _check_rates(self.rates)
 
     def settings(self, steps: int) -> Settings:
@@ -164,7 +171,7 @@ NEAREST = Recipe(
     priced_inputs=128, finalists=3, block_steps=0, statistics="none",
 )  # fmt: skip
 LIGHT = replace(NEAREST, name="light", weight_range="output", statistics="float")
-FAST = replace(LIGHT, name="fast", solver="closed_form", steps=3, search_steps=1, tolerance=0.05)
+FAST = replace(LIGHT, name="fast", solver="closed_form", steps=3, search_steps=1, tolerance=0.05, migration=0.5)
 SEQUENTIAL = replace(LIGHT, name="sequential", steps=250)
 ADVANCED = replace(SEQUENTIAL, name="advanced", search_steps=100, tuning=replace(NO_TUNING, steps=50))
 PAPER = replace(

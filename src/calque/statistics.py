@@ -19,6 +19,7 @@ from calque.model import grid_of, link_requantization
 from calque.quantizers import QuantizedLayer
 from calque.store import Store
 
+TOGETHER = 2**19  # values at a time: larger temporaries take most of the time to be mapped
 GAIN_LIMITS = (0.5, 2.0)  # a channel that became (nearly) constant must not be amplified
 
 
@@ -37,16 +38,19 @@ class ChannelStatistics:
         """Exact statistics of the outputs (N, C, H, W) or (N, ..., C), accumulated in float64."""
         total, squares, count = None, None, 0
         for output in outputs:
-            rows = output.flatten(2) if geometry.kind == "convolution" else output.reshape(1, -1, output.shape[-1]).mT
-            mean = rows.mean((0, 2))  # of (N, C, P)
-            # about the batch's own mean, in float32: torch.var_mean takes eight times as long
-            variance = (rows - mean[:, None]).square_().mean((0, 2)).double()
-            mean = mean.double()
-            n = rows.shape[0] * rows.shape[2]
-            first, second = n * mean, n * (variance + mean.square())
-            total = first if total is None else total + first
-            squares = second if squares is None else squares + second
-            count += n
+            channels = (
+                output.flatten(2) if geometry.kind == "convolution" else output.reshape(1, -1, output.shape[-1]).mT
+            )
+            for rows in torch.split(channels, max(1, TOGETHER // channels[0].numel())):  # (N, C, P)
+                mean = rows.mean((0, 2))
+                # about the rows' own mean, in float32: torch.var_mean takes eight times as long
+                variance = (rows - mean[:, None]).square_().mean((0, 2)).double()
+                mean = mean.double()
+                n = rows.shape[0] * rows.shape[2]
+                first, second = n * mean, n * (variance + mean.square())
+                total = first if total is None else total + first
+                squares = second if squares is None else squares + second
+                count += n
         assert total is not None
         assert squares is not None
         mean = total / count

@@ -9,17 +9,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor, fx, nn
 
 from calque.arithmetic import activation_limits, affine_grid
-from calque.calibration import Execution
+from calque.calibration import Execution, largest_output
 from calque.checkpoint import Checkpoint
 from calque.costs import FLOAT_BITS, layer_size
-from calque.errors import CalibrationError
 from calque.graph import Layer
 from calque.graph.signature import rows
 from calque.job import Job
+from calque.migration import Migration
 from calque.placement import Edge
 from calque.quantizers import QuantizedLayer, Quantizer
 from calque.ranges import TensorSample, activation_range, extremes, search_range
@@ -80,6 +79,8 @@ class Sweep:
         self.reference = Execution(self.network.module, job.batches, store)
         self.shadow = Execution(self.network.module, job.batches, store)
         self.by_node = {layer.node: layer for layer in self.network.layers.values()}
+        exponent = 0.0 if self.fits else self.recipe.migration
+        self.migration = Migration.over(self.network, bits, edges, exponent)
         self.input_edges = {reader: edge for edge in edges for reader in edge.readers}
         self.tensor_edges = {edge.source: edge for edge in edges if edge.kind == "tensor"}
         self.swept = Swept()
@@ -129,13 +130,14 @@ class Sweep:
         def sample(values: Iterator[Tensor]) -> TensorSample:
             return TensorSample.of(values, count=SAMPLED_VALUES, inputs=self.job.inputs, generator=generator)
 
-        return replace(sample(self.reference.values(source)), values=sample(self.shadow.values(source)).values)
+        exact = self.migration.inputs(next(iter(edge.readers), ""), self.reference.values(source))
+        return replace(sample(exact), values=sample(self.shadow.values(source)).values)
 
     def _layer(self, layer: Layer) -> None:
         started = time.perf_counter()
         bits = self.bits[layer.name]
         weighted = self.network.weighted(layer.name)
-        shape = self._check_output(layer)
+        shape = largest_output(self.reference.values(layer.node), layer.name)
         macs = weighted.geometry.positions(shape) * weighted.weight.numel()
         if bits.weight is None:
             self.shadow.step(layer.node)
@@ -157,9 +159,8 @@ class Sweep:
             stand_in = module
         self.shadow.put(layer.node, self.shadow.compute(layer.node, stand_in))
         if self.recipe.statistics == "float":
-            self.swept.statistics[layer.name] = ChannelStatistics.of(
-                self.reference.values(layer.node), weighted.geometry
-            )
+            outputs = self.migration.outputs(layer.name, self.reference.values(layer.node))
+            self.swept.statistics[layer.name] = ChannelStatistics.of(outputs, weighted.geometry)
         codes = module.codes.numel() if self._tied(layer.name, bits.weight) is None else 0
         low, high = quantizer.range if quantizer is not None else (None, None)
         operations = macs * bits.weight * (bits.activation or FLOAT_BITS)
@@ -171,23 +172,9 @@ class Sweep:
         )  # fmt: skip
         log.info("%s %s error %.2e -> %.2e", layer.name, bits, fit.before, fit.after)
 
-    def _check_output(self, layer: Layer) -> Tensor:
-        """The largest output of the float layer, by the values of one input; all must be finite."""
-        largest: Tensor | None = None
-        for output in self.reference.values(layer.node):
-            if not (torch.isfinite(output.sum()) or torch.isfinite(output).all()):  # a sum is faster, and may overflow
-                raise CalibrationError(
-                    f"layer {layer.name}: the float network's output is NaN or infinite on calibration inputs. Remove the "
-                    "inputs that cause it, or repair the weights."
-                )
-            if largest is None or output[0].numel() > largest[0].numel():
-                largest = output
-        assert largest is not None
-        return largest
-
     def _problem(self, layer: Layer, targets: Iterator[Tensor] | None) -> LayerProblem:
         """The layer's problem; without targets (a layer further on) its own outputs on the quantized prefix serve."""
-        weighted = self.network.weighted(layer.name)
+        weighted = self.migration.weighted(layer.name)
         values = self.shadow.values(layer.node.all_input_nodes[0])
         pairs = ((x, weighted(x)) for x in values) if targets is None else zip(values, targets, strict=True)
         return layer_problem(
@@ -200,8 +187,9 @@ class Sweep:
         key = f"layer {layer.name}"
         kept = self.checkpoint.get(key)
         if kept is not None:
+            self.migration.restore(layer.name, self.checkpoint)
             return fit_from_piece(kept, self.network.weighted(layer.name).weight.device)
-        problem = self._problem(layer, self.reference.values(layer.node))
+        problem = self.migration.chosen(layer, self._problem(layer, self.reference.values(layer.node)))
         grid, learn_grid = self._grid(layer, problem)
         tied = self._tied(layer.name, bits.weight)
         ready = self.fits.get(layer.name)
@@ -213,6 +201,7 @@ class Sweep:
                 problem, grid, bits.weight, settings, self.job.generator(layer.name), learn_grid=learn_grid, tied=tied,
                 rows=self._rows(layer) if self.recipe.patches == "all" else None,
             )  # fmt: skip
+        self.migration.keep(layer.name, self.checkpoint)
         self.checkpoint.put(key, fit_to_piece(fit))
         return fit
 
@@ -271,7 +260,7 @@ class Sweep:
         _, qmax = activation_limits(edge.bits)
         kind, tolerance = self.recipe.activation_range, self.recipe.tolerance
         if kind == "output":
-            least, largest = extremes(self.reference.values(source))
+            least, largest = extremes(self.migration.inputs(layer.name, self.reference.values(source)))
             others = [self.network.layers[name] for name in edge.readers if name != layer.name]
             problems = [self._problem(other, None) for other in others if other.node.args[0] is source]
             error = output_error([problem, *problems])
@@ -286,7 +275,7 @@ class Sweep:
         return Grid(scale, zero_point, qmax), len(edge.readers) == 1
 
     def _modules(self, layer: Layer, fit: Fit, bits: int) -> tuple[Quantizer | None, QuantizedLayer]:
-        weighted = self.network.weighted(layer.name)
+        weighted = self.migration.weighted(layer.name)
         if fit.grid is None:
             return None, integer_layer(weighted.geometry, weighted.weight, fit, None, bits)[0]
         edge = self.input_edges[layer.name]
