@@ -12,7 +12,7 @@ import networks
 from calque.biases import Tuning
 from calque.errors import SpecError
 from calque.model import QuantizedModel
-from calque.recipe import ADVANCED, NEAREST, NO_TUNING, RECIPES, SEQUENTIAL, Recipe, find_recipe
+from calque.recipe import ADVANCED, FAST, NEAREST, NO_TUNING, RECIPES, SEQUENTIAL, Recipe, find_recipe
 from calque.solvers.parameters import StepSizes
 
 RATES = st.floats(1e-8, 1e3)
@@ -62,9 +62,9 @@ def test_shipped_recipes_are_found_by_name(name: str) -> None:
     assert find_recipe(name).name == name
 
 
-def test_a_recipe_stands_for_itself_and_nothing_for_sequential() -> None:
+def test_a_recipe_stands_for_itself_and_nothing_for_fast() -> None:
     assert find_recipe(NEAREST) is NEAREST
-    assert find_recipe(None) is SEQUENTIAL
+    assert find_recipe(None) is FAST
     assert find_recipe(None, search=True) is ADVANCED
 
 

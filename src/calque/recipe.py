@@ -185,13 +185,13 @@ def find_recipe(recipe: "str | Recipe | None", *, search: bool = False) -> Recip
     """The recipe itself, the shipped one of that name, the one in that TOML file, or the default (None).
 
     Args:
-        search: whether bits are chosen under a budget; the default is then "advanced", else "sequential".
+        search: whether bits are chosen under a budget; the default is then "advanced", else "fast".
 
     Raises:
         SpecError: no shipped recipe and no file of that name.
     """
     if recipe is None:
-        return ADVANCED if search else SEQUENTIAL
+        return ADVANCED if search else FAST
     if isinstance(recipe, Recipe):
         return recipe
     if recipe in RECIPES:
