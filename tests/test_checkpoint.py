@@ -220,3 +220,18 @@ def test_a_fingerprint_sees_values_names_shapes_and_types_but_not_order_or_strid
     ]
     assert same not in others
     assert len(set(others)) == len(others)
+
+
+def test_a_relative_run_stays_where_it_is_when_the_working_directory_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    kept = open_run("run", IDENTITY_OF_A_RUN)
+
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    kept.put("piece", Piece({"codes": torch.ones(2)}, {}))
+
+    monkeypatch.chdir(tmp_path)
+    found = open_run("run", IDENTITY_OF_A_RUN).get("piece")
+    assert found is not None

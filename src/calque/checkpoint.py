@@ -123,20 +123,21 @@ def open_run(run: FilePath, identity: Mapping[str, str]) -> Checkpoint:
     """
     folder = Path(run)
     folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = Checkpoint(folder.absolute())  # workers may have been started in another working directory
     path = folder / IDENTITY
     known = _identity(path)
     if known is None:
         if any(not entry.name.startswith(".") for entry in folder.iterdir()):  # drafts of a killed run are hidden
             raise SpecError(f"run {folder} is a folder with other files. Choose a new or an empty one.")
         write_whole(path, json.dumps(dict(identity), indent=1).encode())
-        return Checkpoint(folder)
+        return checkpoint
     changed = [name for name in sorted({*known, *identity}) if known.get(name) != identity.get(name)]
     if changed:
         raise SpecError(
             f"run {folder} was started with other settings ({', '.join(changed)}), so its pieces do not fit. Choose another "
             "folder, or delete this one."
         )
-    return Checkpoint(folder)
+    return checkpoint
 
 
 @contextmanager
