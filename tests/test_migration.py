@@ -188,6 +188,23 @@ def test_the_integer_evaluation_and_the_file_have_the_scaled_network(
     torch.testing.assert_close(q.integer()(test_inputs), q(test_inputs), rtol=0.0, atol=0.05)
 
 
+def test_behind_a_relu6_the_grid_ends_at_its_bound_and_the_weakest_channel_survives() -> None:
+    images, inputs = networks.images(64, seed=0) * 4, networks.images(64, seed=1) * 4
+    net = chain(F.relu6, nn.Conv2d(8, 8, 3, groups=8))
+    with torch.no_grad():
+        net.first.weight.mul_(torch.logspace(1, -1, 8)[:, None, None, None])
+        expected = net(inputs)
+    error = {}
+    for exponent in (0.0, 0.5):
+        recipe = replace(FAST, migration=exponent)
+        q = calque.quantize(net, images, bits="w4a4", first_last=None, recipe=recipe)
+        error[exponent] = (q(inputs) - expected).square().mean((0, 2, 3))
+        assert q.quantizers["second.input"].range[1] <= 6.0 * (1 + 1e-6)
+        torch.testing.assert_close(q.integer()(inputs), q(inputs), rtol=0.0, atol=0.1)
+
+    assert error[0.5][-1] < 0.3 * error[0.0][-1]  # the weakest channel
+
+
 def test_a_resumed_run_has_the_same_scales(calibration: Tensor, test_inputs: Tensor, tmp_path: Path) -> None:
     recipe = replace(FAST, migration=0.5)
     first = calque.quantize(unequal(), calibration, bits="w4a4", recipe=recipe, run=tmp_path / "run")

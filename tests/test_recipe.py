@@ -108,6 +108,7 @@ def test_an_unknown_recipe_is_refused_with_the_names() -> None:
         ({"solver": "closed_form", "patches": "all"}, 'needs patches = "sampled"'),
         ({"tolerance": -0.1}, "tolerance must be a number >= 0. Got -0.1"),
         ({"migration": 1.5}, "migration must be a number from 0 to 1. Got 1.5"),
+        ({"migration": 0.5, "flavour": "parallel"}, "migration needs"),
         ({"migration": 0.5, "patches": "all"}, "migration needs"),
         ({"migration": 0.5, "statistics": "trained"}, "migration needs"),
         ({"migration": 0.5, "block_steps": 8}, "migration needs"),

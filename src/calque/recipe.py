@@ -52,7 +52,7 @@ class Recipe:
         tolerance: of the range estimators "output" and "least_squares": the widest range is taken whose error is at most this
             share above the least.
         migration: exponent of the channel scales that move over a ReLU or ReLU6 into the weights on both sides; 0 for none. It
-            needs sampled patches, and statistics that are not the trained ones, and cannot be combined with block_steps.
+            needs the flavour "sequential", sampled patches, statistics that are not the trained ones, and no block_steps.
         rates: AdaQuant's step sizes.
         tuning: of the biases, end to end; 0 steps for none.
 
@@ -99,8 +99,16 @@ class Recipe:
             raise SpecError('the solver "closed_form" needs patches = "sampled".')
         if type(self.migration) not in (int, float) or not 0 <= self.migration <= 1:
             raise SpecError(f"migration must be a number from 0 to 1. Got {self.migration!r}.")
-        if self.migration and (self.patches != "sampled" or self.statistics == "trained" or self.block_steps):
-            raise SpecError('migration needs patches = "sampled", statistics "none" or "float", and block_steps = 0.')
+        others = (
+            self.flavour != "sequential"
+            or self.patches != "sampled"
+            or self.statistics == "trained"
+            or self.block_steps
+        )
+        if self.migration and others:
+            raise SpecError(
+                'migration needs flavour = "sequential", patches = "sampled", statistics "none" or "float", and block_steps = 0.'
+            )
         _check_rates(self.rates)
 
     def settings(self, steps: int) -> Settings:

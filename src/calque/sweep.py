@@ -79,8 +79,7 @@ class Sweep:
         self.reference = Execution(self.network.module, job.batches, store)
         self.shadow = Execution(self.network.module, job.batches, store)
         self.by_node = {layer.node: layer for layer in self.network.layers.values()}
-        exponent = 0.0 if self.fits else self.recipe.migration
-        self.migration = Migration.over(self.network, bits, edges, exponent)
+        self.migration = Migration.over(self.network, bits, edges, self.recipe.migration)
         self.input_edges = {reader: edge for edge in edges for reader in edge.readers}
         self.tensor_edges = {edge.source: edge for edge in edges if edge.kind == "tensor"}
         self.swept = Swept()
