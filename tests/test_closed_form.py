@@ -1,17 +1,20 @@
 """The closed-form solver against NumPy, and what it must gain."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 import calque
+import calque.sweep
 import networks
 from calque.arithmetic import affine_grid
+from calque.recipe import FAST, Recipe
 from calque.solvers.closed_form import Moments, fit_closed_form
 from calque.solvers.problem import Grid, LayerProblem
 from calque.solvers.rounding import FRACTIONS, Metric, descend, gptq, initial_scale, refitted_scale
@@ -256,3 +259,24 @@ def test_fast_is_better_than_light_on_new_inputs(
         error[recipe] = (q(test_inputs) - expected).square().mean().item()
 
     assert error["fast"] < 0.7 * error["light"]
+
+
+def test_a_layer_in_front_of_an_add_makes_up_for_the_shortcut(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(net: networks.Net, x: Tensor) -> Tensor:
+        y = net.first(x)
+        return net.second(torch.relu(y)) + y  # type: ignore[no-any-return]
+
+    parts = {"first": nn.Conv2d(1, 6, 3), "second": nn.Conv2d(6, 6, 3, padding=1)}
+    net = networks.seeded(networks.Net(forward, **parts))
+    fitted, new = networks.images(128, seed=1), networks.images(128, seed=2)
+    plan = {"bits": "w8a8", "override": {"first": "w2a8"}, "first_last": None, "placement": "inputs"}
+
+    def error(recipe: Recipe) -> float:
+        q = calque.quantize(net, fitted, recipe=recipe, **plan)  # type: ignore[arg-type]
+        return float((q(new) - net(new)).square().mean())
+
+    recipe = replace(FAST, statistics="none")
+    corrected = error(recipe)
+    monkeypatch.setattr(calque.sweep, "find_shortcuts", lambda network: {})
+
+    assert corrected < 0.9 * error(recipe)

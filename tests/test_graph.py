@@ -16,6 +16,7 @@ import networks
 import oracles
 from calque.errors import CalibrationError, CaptureError
 from calque.graph import Batch, Geometry, Network, Signature, capture
+from calque.graph.network import find_shortcuts
 from calque.graph.signature import flatten, rows, select, split
 from networks import Net
 
@@ -660,3 +661,25 @@ def test_a_geometry_convolves_like_the_oracle(geometry: Geometry, shape: tuple[i
         groups=geometry.groups,
     )
     np.testing.assert_allclose(output.numpy(), expected.astype(np.float32), rtol=1e-4, atol=1e-4)
+
+
+def test_a_shortcut_is_the_operand_that_is_computed_before_the_layer() -> None:
+    def forward(net: networks.Net, x: Tensor) -> Tensor:
+        y = net.second(F.relu(net.first(x))) + x
+        return net.right(y) + net.left(y)  # type: ignore[no-any-return]
+
+    parts = {name: nn.Conv2d(2, 2, 3, padding=1) for name in ("first", "second", "left", "right")}
+    network = capture(networks.Net(forward, **parts), {"x": networks.images(2, 0, channels=2)})
+
+    found = find_shortcuts(network)
+
+    assert set(found) == {"second", "left"}
+    assert found["second"].op == "placeholder"
+    assert found["left"] is network.layers["right"].node
+
+
+@pytest.mark.parametrize("join", [lambda y, x: y + 1.0, lambda y, x: y + y, lambda y, x: y * x, lambda y, x: y + x[:1]])
+def test_what_is_no_residual_add_of_equal_shapes_has_no_shortcut(join: Callable[[Tensor, Tensor], Tensor]) -> None:
+    net = networks.Net(lambda net, x: join(net.first(x), x), first=nn.Conv2d(2, 2, 3, padding=1))
+
+    assert find_shortcuts(capture(net, {"x": networks.images(3, 0, channels=2)})) == {}

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 import calque
 import networks
 from calque.errors import SpecError
-from calque.losses import find_loss, kl, mse
+from calque.losses import Loss, closeness, find_loss, kl, mse
 
 
 def random(shape: tuple[int, ...], seed: int, spread: float = 1.0) -> Tensor:
@@ -241,3 +241,17 @@ def test_a_loss_that_writes_into_what_it_gets_changes_nothing_else() -> None:
     first, second = (loss([reference], [output]).item() for _ in range(2))
 
     assert first == second == (random((5, 3), 1) - random((5, 3), 2)).square().mean().item()
+
+
+@pytest.mark.parametrize(
+    ("leaves", "judge"),
+    [
+        ([torch.zeros(3, 4)], kl),
+        ([torch.zeros(3, 1)], mse),
+        ([torch.zeros(3, 4, 2)], mse),
+        ([torch.zeros(3, 4), torch.zeros(3, 4, 2)], mse),
+        ([torch.zeros(3, 4, dtype=torch.int64)], mse),
+    ],
+)
+def test_only_scores_of_classes_are_judged_by_kl(leaves: list[Tensor], judge: Loss) -> None:
+    assert closeness(leaves) is judge

@@ -97,7 +97,7 @@ def test_an_unknown_recipe_is_refused_with_the_names() -> None:
         ({"rates": replace(SEQUENTIAL.rates, weight=True)}, "rates must be positive"),
         ({"name": ""}, "a recipe has a name. Got ''"),
         ({"name": 3}, "a recipe has a name. Got 3"),
-        ({"statistics": "no"}, "statistics is one of none, float, trained. Got 'no'"),
+        ({"statistics": "no"}, "statistics is one of none, float, trained, guarded. Got 'no'"),
         ({"flavour": "both"}, "flavour is one of sequential, parallel"),
         ({"patches": "some"}, "patches is one of sampled, all"),
         ({"finalists": 0}, "finalists must be an int >= 1. Got 0"),

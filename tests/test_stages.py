@@ -8,13 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import calque
+import calque.stages
 import networks
 from calque.calibration import Execution
 from calque.errors import CalibrationError
 from calque.graph import Network, WeightedLayer, capture
 from calque.job import Job
+from calque.losses import kl
 from calque.quantizers import QuantizedLayer
-from calque.recipe import NEAREST
+from calque.recipe import FAST, NEAREST
 from calque.stages import float_outputs
 from calque.statistics import ChannelStatistics, trained_statistics
 from calque.store import Store
@@ -152,3 +154,33 @@ def test_a_batch_that_the_network_fails_on_is_named(network: Network) -> None:
 
     with pytest.raises(CalibrationError, match="the network fails on calibration batch 1"):
         float_outputs(job)
+
+
+def test_guarded_statistics_end_where_the_outputs_are_closest(
+    trained: networks.Residual, calibration: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipes = {name: replace(FAST, statistics=name) for name in ("none", "guarded")}
+    reference = [trained(calibration).detach()]
+    monkeypatch.setattr(calque.stages, "JUDGED_INPUTS", len(calibration))
+
+    for bits in ("w2a2", "w3a2", "w4a4", "w2a8"):
+        models = {name: calque.quantize(trained, calibration, bits=bits, recipe=recipes[name]) for name in recipes}
+        losses = {name: kl(reference, [model(calibration)]).item() for name, model in models.items()}
+
+        same = all(
+            torch.equal(layer.scale, models["none"].layers[n].scale) for n, layer in models["guarded"].layers.items()
+        )
+        assert losses["guarded"] == pytest.approx(losses["none"]) if same else losses["guarded"] < losses["none"]
+
+
+def test_guarded_statistics_are_undone_where_the_outputs_are_no_closer(
+    trained: networks.Residual, calibration: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = iter([1.0, 0.5, 1.0, 1.0])
+    monkeypatch.setattr(calque.stages, "measured_loss", lambda *_: next(values))
+
+    kept, undone = (calque.quantize(trained, calibration, bits="w3a3", recipe=FAST) for _ in range(2))
+    plain = calque.quantize(trained, calibration, bits="w3a3", recipe=replace(FAST, statistics="none"))
+
+    assert torch.equal(undone(calibration), plain(calibration))
+    assert not torch.equal(kept(calibration), plain(calibration))

@@ -71,6 +71,13 @@ def test_a_correction_is_worked_by_hand_and_its_gain_bounded(
     assert received[1].item() == pytest.approx(offset)
 
 
+def test_a_strength_of_one_half_takes_the_square_root_of_the_gain() -> None:
+    gain, offset = correction(statistics(1.0, 4.0), statistics(3.0, 9.0), 0.5)
+
+    assert gain.item() == pytest.approx(1.5**0.5)
+    assert offset.item() == pytest.approx(3.0 - 1.5**0.5)  # the mean goes all the way
+
+
 def quantized_layer(bias_scale: Tensor | None) -> QuantizedLayer:
     codes = torch.tensor([[1, -2, 3], [-8, 7, 0]], dtype=torch.int8)
     bias = torch.tensor([400, -100], dtype=torch.int32) if bias_scale is not None else torch.tensor([0.3, -0.1])

@@ -54,7 +54,7 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int)
     >>> quantize(torch.tensor([-9.0, 0.0, 0.5, 1.5]), torch.tensor(1.0), torch.tensor(1), 0, 3)
     tensor([0., 1., 1., 3.])
     """
-    return x.div(scale).round_().add_(zero_point).clamp_(qmin, qmax)
+    return x.div(scale).round_().add_(zero_point).clamp_min_(qmin).clamp_max_(qmax)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax:
     tensor([-1.,  0.,  0.,  2.])
     """
     low, high = (qmin - zero_point).to(x.dtype), (qmax - zero_point).to(x.dtype)
-    return x.div(scale).round_().clamp_(low, high).mul_(scale)
+    return x.div(scale).round_().clamp_min_(low).clamp_max_(high).mul_(scale)
 
 
 def round_through(x: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ def requantize(accumulator: Tensor, multiplier: Tensor, zero_point: Tensor, qmin
     >>> requantize(torch.tensor([5, -7, 99]), 0.5 * one, one, 0 * one, 15 * one)
     tensor([ 3.,  0., 15.])
     """
-    return (accumulator.float() * multiplier).round_().add_(zero_point).clamp_(qmin, qmax)
+    return (accumulator.float() * multiplier).round_().add_(zero_point).clamp_min_(qmin).clamp_max_(qmax)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

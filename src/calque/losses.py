@@ -45,6 +45,16 @@ def mse(reference: Sequence[Tensor], output: Sequence[Tensor]) -> Tensor:
     return total
 
 
+def closeness(leaves: Sequence[object]) -> Loss:
+    """KL where the outputs are scores of classes, float tensors (N, C), else the squared error.
+
+    Args:
+        leaves: the float network's outputs on one batch.
+    """
+    floats = _floats(leaves)
+    return kl if floats and all(leaf.dim() == 2 and leaf.shape[1] > 1 for leaf in floats) else mse
+
+
 def _floats(leaves: Sequence[object]) -> list[Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 

@@ -17,7 +17,7 @@ from calque.spec import read_text, toml_string
 TensorRange = Literal["minmax", "mean_minmax", "percentile", "least_squares"]
 Flavour = Literal["sequential", "parallel"]
 Patches = Literal["sampled", "all"]
-Statistics = Literal["none", "float", "trained"]
+Statistics = Literal["none", "float", "trained", "guarded"]
 
 # Chosen on calibration images of resnet20 and mobilenet_v1: docs/experiments.md.
 STEP_SIZES = StepSizes(weight=0.01, weight_scale=3e-3, bias=1e-3, activation_scale=3e-3, zero_point=1e-2)
@@ -46,7 +46,9 @@ class Recipe:
         finalists: allocations that are built and measured as whole networks; the best is the result.
         block_steps: of AdaQuant on whole blocks, after their layers; 0 for none.
         statistics: target of the re-estimated channel statistics (para-normalization): the float network's on the same
-            inputs, or the trained batch norm's as in the paper; "none" leaves them.
+            inputs, or the trained batch norm's as in the paper; "guarded": the float network's with the square roots of the
+            gains, kept where the outputs on calibration inputs are closer for it (KL of classes, else squared error);
+            "none" leaves them.
         solver: of the layers; "closed_form" (second moments, GPTQ, coordinate descent) needs sampled patches, and its steps are
             rounds of coordinate descent; it searches its own weight scales and has no rates.
         tolerance: of the range estimators "output" and "least_squares": the widest range is taken whose error is at most this
@@ -107,7 +109,7 @@ class Recipe:
         )
         if self.migration and others:
             raise SpecError(
-                'migration needs flavour = "sequential", patches = "sampled", statistics "none" or "float", and block_steps = 0.'
+                'migration needs flavour = "sequential", patches = "sampled", statistics not "trained", and block_steps = 0.'
             )
         _check_rates(self.rates)
 
@@ -179,7 +181,9 @@ NEAREST = Recipe(
     priced_inputs=128, finalists=3, block_steps=0, statistics="none",
 )  # fmt: skip
 LIGHT = replace(NEAREST, name="light", weight_range="output", statistics="float")
-FAST = replace(LIGHT, name="fast", solver="closed_form", steps=3, search_steps=1, tolerance=0.05, migration=0.5)
+FAST = replace(
+    LIGHT, name="fast", solver="closed_form", steps=3, search_steps=1, tolerance=0.05, migration=0.5, statistics="guarded",
+)  # fmt: skip
 SEQUENTIAL = replace(LIGHT, name="sequential", steps=250)
 ADVANCED = replace(SEQUENTIAL, name="advanced", search_steps=100, tuning=replace(NO_TUNING, steps=50))
 PAPER = replace(

@@ -1,5 +1,7 @@
 """A network at given bits, stage by stage: layers fitted in one sweep, blocks, channel statistics, biases."""
 
+import logging
+import math
 import time
 import zlib
 from collections.abc import Mapping
@@ -12,15 +14,20 @@ from calque.biases import Tuned, tune_biases
 from calque.errors import CalibrationError
 from calque.graph.signature import flatten, rows
 from calque.job import Job
-from calque.losses import Loss, kl, mse
-from calque.model import QuantizedModel, assemble
+from calque.losses import Loss, closeness, kl, mse
+from calque.model import QuantizedModel, assemble, link_requantization
 from calque.parallel import fit_choices
 from calque.placement import Edge, place
 from calque.reconstruction import fit_blocks
 from calque.solvers.problem import Fit
 from calque.spec import FLOAT, Bits, Plan
-from calque.statistics import para_normalize, trained_statistics
+from calque.statistics import ChannelStatistics, para_normalize, trained_statistics
 from calque.sweep import Sweep, Swept
+
+log = logging.getLogger(__name__)
+
+GUARDED_STRENGTH = 0.5  # power of the gains: docs/experiments.md
+JUDGED_INPUTS = 512  # calibration inputs that decide whether statistics stay re-estimated
 
 
 @dataclass(frozen=True)
@@ -59,8 +66,7 @@ def build(job: Job, entries: Mapping[str, Bits], loss: Loss, references: list[li
     targets = trained_statistics(network) if recipe.statistics == "trained" else swept.statistics
     targets = {name: target for name, target in targets.items() if name in model.layers}
     if recipe.statistics != "none":
-        with job.store() as store:
-            para_normalize(model.graph_module, targets, job.batches, store, job.counter("statistics", len(targets)))
+        _normalize(job, model, targets, references)
         clock.lap("statistics")
     tuned = None
     if recipe.tuning.steps:
@@ -68,6 +74,30 @@ def build(job: Job, entries: Mapping[str, Bits], loss: Loss, references: list[li
         clock.lap("biases")
     assert all(torch.equal(layer.codes, codes[name]) for name, layer in model.layers.items())
     return Built(model, swept, tuned, clock.phases)
+
+
+def _normalize(
+    job: Job, model: QuantizedModel, targets: Mapping[str, ChannelStatistics], references: list[list[Tensor]]
+) -> None:
+    """Para-normalizes in place; guarded, it is undone where the outputs are no closer for it."""
+    guarded = job.recipe.statistics == "guarded"
+    before, layers = math.inf, model.layers
+    if guarded:
+        judge, judged = closeness(references[0]), JUDGED_INPUTS
+        before = measured_loss(job, model, judge, references, judged)
+    with job.store() as store:
+        para_normalize(
+            model.graph_module, targets, job.batches, store, job.counter("statistics", len(targets)),
+            strength=GUARDED_STRENGTH if guarded else 1.0,
+        )  # fmt: skip
+    if not guarded:
+        return
+    after = measured_loss(job, model, judge, references, judged)
+    log.info("statistics: loss %.4g -> %.4g on calibration inputs", before, after)
+    if not after < before:
+        for name, layer in layers.items():
+            model.graph_module.set_submodule(name, layer)
+        link_requantization(model.graph_module)
 
 
 def tune(job: Job, model: QuantizedModel, loss: Loss, references: list[list[Tensor]]) -> Tuned:
@@ -114,12 +144,22 @@ def float_outputs(job: Job) -> list[list[Tensor]]:
 
 
 @torch.no_grad()
-def measured_loss(job: Job, model: QuantizedModel, loss: Loss, references: list[list[Tensor]]) -> float:
-    """The loss of the whole network on the calibration inputs, without labels."""
-    total = 0.0
-    for batch, reference in zip(job.batches, references, strict=True):
-        total += rows(batch) * loss(reference, model.graph_module(*flatten(batch)[0])).item()
-    return total / job.inputs
+def measured_loss(
+    job: Job, model: QuantizedModel, loss: Loss, references: list[list[Tensor]], inputs: int | None = None
+) -> float:
+    """The loss of the whole network on the calibration inputs, without labels.
+
+    Args:
+        inputs: about so many, in whole batches evenly spread; None for all.
+    """
+    share = 1.0 if inputs is None else min(1.0, inputs / job.inputs)
+    count = max(1, round(share * len(job.batches)))
+    total, seen = 0.0, 0
+    for index in torch.linspace(0, len(job.batches) - 1, count).long().tolist():
+        batch = job.batches[index]
+        total += rows(batch) * loss(references[index], model.graph_module(*flatten(batch)[0])).item()
+        seen += rows(batch)
+    return total / seen
 
 
 class _Clock:

@@ -92,6 +92,8 @@ def para_normalize(
     batches: list[Batch],
     store: Store,
     on_layer: Callable[[str], None] = lambda name: None,
+    *,
+    strength: float = 1.0,
 ) -> None:
     """Puts, in place, the channel statistics of every layer in `targets` back to their target.
 
@@ -101,6 +103,7 @@ def para_normalize(
         module: a captured network or a quantized one's operators.
         targets: the float network's statistics by layer name.
         batches: the inputs that the targets were measured on.
+        strength: power of the gains; below 1 variances go a part of the way.
     """
     names = {node: str(node.target) for node in module.graph.nodes if str(node.target) in targets}
     execution = Execution(module, batches, store)
@@ -115,7 +118,7 @@ def para_normalize(
             raw = layer.alone() if isinstance(layer, QuantizedLayer) else layer
             execution.put(node, execution.compute(node, raw))
             now = ChannelStatistics.of(execution.values(node), layer.geometry)
-            gain, offset = correction(now, targets[names[node]])
+            gain, offset = correction(now, targets[names[node]], strength)
             source = node.args[0]
             assert isinstance(source, fx.Node)
             grid = grid_of(module, source)
@@ -139,8 +142,12 @@ def _real_bias(layer: Rescalable) -> Tensor:
     return layer.real_bias if isinstance(layer, QuantizedLayer) else layer.bias
 
 
-def correction(now: ChannelStatistics, target: ChannelStatistics) -> tuple[Tensor, Tensor]:
-    """(gain, offset) per channel that moves the statistics from `now` to `target`; the gain is bounded to GAIN_LIMITS."""
-    gain = (target.variance / now.variance.clamp(min=1e-30)).sqrt().clamp(*GAIN_LIMITS)
+def correction(now: ChannelStatistics, target: ChannelStatistics, strength: float = 1.0) -> tuple[Tensor, Tensor]:
+    """(gain, offset) per channel that moves the statistics from `now` to `target`; the gain is bounded to GAIN_LIMITS.
+
+    Args:
+        strength: power of the gain.
+    """
+    gain = (target.variance / now.variance.clamp(min=1e-30)).sqrt().clamp(*GAIN_LIMITS) ** strength
     gain = torch.where(target.variance > 0, gain, torch.ones_like(gain))
     return gain, target.mean - gain * now.mean

@@ -16,6 +16,7 @@ from calque.calibration import Execution, largest_output
 from calque.checkpoint import Checkpoint
 from calque.costs import FLOAT_BITS, layer_size
 from calque.graph import Layer
+from calque.graph.network import find_shortcuts
 from calque.graph.signature import rows
 from calque.job import Job
 from calque.migration import Migration
@@ -82,6 +83,7 @@ class Sweep:
         self.migration = Migration.over(self.network, bits, edges, self.recipe.migration)
         self.input_edges = {reader: edge for edge in edges for reader in edge.readers}
         self.tensor_edges = {edge.source: edge for edge in edges if edge.kind == "tensor"}
+        self.shortcuts = find_shortcuts(self.network) if self.recipe.solver == "closed_form" else {}
         self.swept = Swept()
 
     def run(self, on_layer: Callable[[str], None]) -> Swept:
@@ -157,8 +159,8 @@ class Sweep:
         else:
             stand_in = module
         self.shadow.put(layer.node, self.shadow.compute(layer.node, stand_in))
-        if self.recipe.statistics == "float":
-            outputs = self.migration.outputs(layer.name, self.reference.values(layer.node))
+        if self.recipe.statistics in ("float", "guarded"):
+            outputs = self.migration.outputs(layer.name, self._targets(layer))
             self.swept.statistics[layer.name] = ChannelStatistics.of(outputs, weighted.geometry)
         codes = module.codes.numel() if self._tied(layer.name, bits.weight) is None else 0
         low, high = quantizer.range if quantizer is not None else (None, None)
@@ -170,6 +172,15 @@ class Sweep:
             )
         )  # fmt: skip
         log.info("%s %s error %.2e -> %.2e", layer.name, bits, fit.before, fit.after)
+
+    def _targets(self, layer: Layer) -> Iterator[Tensor]:
+        """The float layer's outputs; in front of a residual add with what the shortcut has lost: their sum is fitted."""
+        outputs = self.reference.values(layer.node)
+        shortcut = self.shortcuts.get(layer.name)
+        if shortcut is None:
+            return outputs
+        pairs = zip(self.reference.values(shortcut), self.shadow.values(shortcut), strict=True)
+        return (output + (exact - quantized) for output, (exact, quantized) in zip(outputs, pairs, strict=True))
 
     def _problem(self, layer: Layer, targets: Iterator[Tensor] | None) -> LayerProblem:
         """The layer's problem; without targets (a layer further on) its own outputs on the quantized prefix serve."""
@@ -188,7 +199,7 @@ class Sweep:
         if kept is not None:
             self.migration.restore(layer.name, self.checkpoint)
             return fit_from_piece(kept, self.network.weighted(layer.name).weight.device)
-        problem = self.migration.chosen(layer, self._problem(layer, self.reference.values(layer.node)))
+        problem = self.migration.chosen(layer, self._problem(layer, self._targets(layer)))
         grid, learn_grid = self._grid(layer, problem)
         tied = self._tied(layer.name, bits.weight)
         ready = self.fits.get(layer.name)

@@ -207,6 +207,23 @@ def find_layers(module: fx.GraphModule) -> dict[str, Layer]:
     return layers
 
 
+def find_shortcuts(network: Network) -> dict[str, fx.Node]:
+    """By layer whose output goes to a residual add alone, the add's other operand, where that is computed before."""
+    order = {node: index for index, node in enumerate(network.nodes())}
+    found = {}
+    for name, layer in network.layers.items():
+        readers = list(layer.node.users)
+        if len(readers) != 1 or readers[0].target not in ADDITIONS or readers[0].kwargs or len(readers[0].args) != 2:
+            continue
+        others = [operand for operand in readers[0].args if operand is not layer.node]
+        if len(others) != 1 or not isinstance(others[0], fx.Node) or order[others[0]] > order[layer.node]:
+            continue
+        mine, other = value_of(layer.node), value_of(others[0])
+        if mine is not None and other is not None and mine.shape == other.shape and mine.dtype == other.dtype:
+            found[name] = others[0]
+    return found
+
+
 def is_symbolic(size: object) -> bool:
     """Whether tracing left the size open."""
     return not isinstance(size, int)
