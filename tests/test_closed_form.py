@@ -15,6 +15,7 @@ import calque.sweep
 import networks
 from calque.arithmetic import affine_grid
 from calque.recipe import FAST, Recipe
+from calque.solvers import closed_form
 from calque.solvers.closed_form import Moments, fit_closed_form
 from calque.solvers.problem import Grid, LayerProblem
 from calque.solvers.rounding import FRACTIONS, Metric, descend, gptq, initial_scale, refitted_scale
@@ -273,10 +274,32 @@ def test_a_layer_in_front_of_an_add_makes_up_for_the_shortcut(monkeypatch: pytes
 
     def error(recipe: Recipe) -> float:
         q = calque.quantize(net, fitted, recipe=recipe, **plan)  # type: ignore[arg-type]
-        return float((q(new) - net(new)).square().mean())
+        return float((q(new) - net(new)).detach().square().mean())
 
     recipe = replace(FAST, statistics="none")
     corrected = error(recipe)
     monkeypatch.setattr(calque.sweep, "find_shortcuts", lambda network: {})
 
     assert corrected < 0.9 * error(recipe)
+
+
+def test_ridges_that_are_tried_one_after_the_other_end_where_all_at_once_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = random(1, 200, 12, seed=4)
+    weight = random(1, 5, 12, seed=5)
+    case = problem(x + 0.4 * random(1, 200, 12, seed=6), x @ weight.mT, weight)
+    together = fit_closed_form(case, None, BITS, rounds=1)
+    tried: list[int] = []
+    trials = closed_form._ClosedForm._trials
+
+    def counted(solver: closed_form._ClosedForm, moments: Moments, ridges: tuple[float, ...]) -> list[float]:
+        tried.append(len(ridges))
+        return trials(solver, moments, ridges)
+
+    monkeypatch.setattr(closed_form._ClosedForm, "_trials", counted)
+    monkeypatch.setattr(closed_form, "TOGETHER", 1)
+    alone = fit_closed_form(case, None, BITS, rounds=1)
+
+    assert torch.equal(alone.codes, together.codes)
+    assert torch.equal(alone.scale, together.scale)
+    assert set(tried) == {1}
+    assert len(tried) < len(closed_form.RIDGES)

@@ -12,7 +12,6 @@ Sources: GPTQ (2210.17323), Qronos (2505.11695), GPTAQ (2504.02692) for the corr
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -129,14 +128,13 @@ class _ClosedForm:
         self.moments = moments.ordered(self.order)
         self.weight = problem.weight.gather(2, index.expand_as(problem.weight)).mT.contiguous()
         self.unit = power.mean().clamp(min=SMALLEST_SCALE)
+        self.metrics: dict[tuple[float, ...], tuple[Tensor, Metric]] = {}  # the last one, with its H
 
     def fit(self) -> Fit:
         problem = self.problem
         scale = initial_scale(self.weight, self.moments.power.diagonal(dim1=1, dim2=2), self.bits)
         start = round_to_nearest(problem, scale, self.grid, self.bits)
-        errors = self._trials(self.moments, RIDGES)
-        error = min(errors)
-        ridge = RIDGES[errors.index(error)]
+        ridge, error = self._best_ridge()
         held_out = problem.targets[:, problem.held_out]
         everything = self.moments.merged(Moments.of(self.held_out, held_out))
         if problem.clipped:
@@ -153,11 +151,15 @@ class _ClosedForm:
         real = torch.empty_like(codes).scatter_(1, self.order[:, :, None].expand_as(codes), codes)
         return Fit(real.mT.to(torch.int8).contiguous(), scale, bias, self.grid, start.before, error)
 
-    def _solved(self, moments: Moments, ridges: Sequence[float]) -> tuple[Metric, Tensor]:
+    def _solved(self, moments: Moments, ridges: tuple[float, ...]) -> tuple[Metric, Tensor]:
         """M and W* (ridges * groups, K, O)."""
         strength = torch.tensor(ridges, device=self.unit.device)[:, None, None, None] * self.unit
-        eye = torch.eye(moments.power.shape[-1], device=moments.power.device)
-        metric = Metric.of((moments.power + strength * eye).flatten(0, 1))
+        kept = self.metrics.get(ridges)
+        if kept is None or kept[0] is not moments.power:  # clipped targets that move leave H as it was
+            eye = torch.eye(moments.power.shape[-1], device=moments.power.device)
+            kept = moments.power, Metric.of((moments.power + strength * eye).flatten(0, 1))
+            self.metrics = {ridges: kept}
+        metric = kept[1]
         return metric, metric.solve((moments.cross + strength * self.weight).flatten(0, 1))
 
     def _followed(self, moments: Moments, ridge: float, clips: _Clips) -> tuple[Moments, Tensor]:
@@ -168,7 +170,24 @@ class _ClosedForm:
             best = metric.solve(moments.cross + ridge * self.unit * self.weight)
         return moments, best
 
-    def _trials(self, moments: Moments, ridges: Sequence[float]) -> list[float]:
+    def _best_ridge(self) -> tuple[float, float]:
+        """The ridge with the least held-out error, and that error.
+
+        All of them where they are factorized at once; one after the other, downhill from the middle, where each takes long.
+        """
+        groups, size = self.moments.power.shape[:2]
+        if len(RIDGES) * groups * size * size <= TOGETHER:
+            known = dict(enumerate(self._trials(self.moments, RIDGES)))
+            best = min(known, key=known.__getitem__)
+            return RIDGES[best], known[best]
+        known, best, before = {}, len(RIDGES) // 2, None
+        while best != before:
+            near = [index for index in (best - 1, best, best + 1) if 0 <= index < len(RIDGES)]
+            known |= {index: self._trials(self.moments, (RIDGES[index],))[0] for index in near if index not in known}
+            best, before = min(near, key=known.__getitem__), best
+        return RIDGES[best], known[best]
+
+    def _trials(self, moments: Moments, ridges: tuple[float, ...]) -> list[float]:
         """The held-out errors after GPTQ alone."""
         groups, size = moments.power.shape[:2]
         together = max(1, TOGETHER // (groups * size * size))
