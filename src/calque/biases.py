@@ -7,7 +7,7 @@ output with a cosine decay, where the released code ("sgd") takes constant steps
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -18,24 +18,15 @@ from calque.calibration import ROWS
 from calque.errors import SpecError
 from calque.graph import Batch
 from calque.losses import Loss
-from calque.model import grid_of, link_requantization
-from calque.quantizers import QuantizedLayer, Quantizer
+from calque.quantizers import QuantizedLayer
 from calque.solvers.adaquant import CHECKS
+from calque.solvers.executable import Executable, largest_part
 from calque.solvers.gradients import loss_gradients
-from calque.solvers.learnable import (
-    FixedQuantizer,
-    LearnableBias,
-    LearnableLayer,
-    LearnableScale,
-    StandIn,
-    execute,
-    output_unit,
-)
+from calque.solvers.learnable import FixedQuantizer, LearnableBias, LearnableLayer, LearnableScale, StandIn
 from calque.solvers.rows import Rows, alike, draw, hold_out
 
 log = logging.getLogger(__name__)
 
-KEPT_FOR_BACKWARD = 4  # tensors per value of the network that a backward pass may need, estimated
 EPSILON = 1e-15  # of Adam, beside gradients of a KL that may be 1e-6
 
 Optimizer = Literal["adam", "sgd"]
@@ -114,7 +105,7 @@ def tune_biases(
         SpecError: a loss without a gradient, or one that is not finite at the start.
     """
     fitted, held_out = hold_out(batches, references)
-    network = _Executable(module)
+    network = Executable(module)
     before = network.loss(held_out or fitted, loss)
     if not held_out or not network.layers or not tuning.steps:
         return Tuned(before, before, 0)
@@ -139,95 +130,18 @@ def tune_biases(
     return best
 
 
-class _Executable:
-    """A quantized graph module with the nodes that call its layers; stand-ins may take the place of its modules."""
-
-    def __init__(self, module: fx.GraphModule):
-        self.module = module
-        self.placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-        self.nodes = [node for node in module.graph.nodes if node.op != "placeholder"]
-        called = {node: module.get_submodule(str(node.target)) for node in self.nodes if node.op == "call_module"}
-        self.layers = [node for node, part in called.items() if isinstance(part, QuantizedLayer)]
-        self.quantizers = {str(node.target): part for node, part in called.items() if isinstance(part, Quantizer)}
-
-    def modules(self) -> dict[str, QuantizedLayer]:
-        """The layers by name as they are now."""
-        found = {}
-        for node in self.layers:
-            layer = self.module.get_submodule(str(node.target))
-            assert isinstance(layer, QuantizedLayer)
-            found[str(node.target)] = layer
-        return found
-
-    def install(self, layers: Mapping[str, QuantizedLayer]) -> None:
-        """Puts the layers, in place, into the network."""
-        for name, layer in layers.items():
-            self.module.set_submodule(name, layer)
-        link_requantization(self.module)
-
-    def outputs(
-        self,
-        inputs: Sequence[Any],
-        stand_ins: Mapping[str, StandIn],
-        on_value: Callable[[fx.Node, Any], None] = lambda node, value: None,
-    ) -> list[Any]:
-        """The network's output leaves."""
-        values = dict(zip(self.placeholders, inputs, strict=True))
-        return list(execute(self.module, self.nodes, values, stand_ins, on_value))
-
-    @torch.no_grad()
-    def loss(self, parts: Sequence[Rows], loss: Loss) -> float:
-        """The loss of the network as it is shipped, mean over the rows."""
-        total = sum(part.count * loss(part.references, self.outputs(part.inputs, {})).item() for part in parts)
-        return total / sum(part.count for part in parts)
-
-    @torch.no_grad()
-    def bytes_per_row(self, part: Rows) -> int:
-        """Of the values of all operators together, measured on one row."""
-        found = 0
-
-        def count(node: fx.Node, value: Any) -> None:
-            nonlocal found
-            found += sum(leaf.nbytes for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor))
-
-        self.outputs(part.pick(torch.zeros(1, dtype=torch.int64)).inputs, {}, count)
-        return found
-
-    @torch.no_grad()
-    def output_units(self, part: Rows) -> dict[str, Tensor]:
-        """The standard deviations (C_out,) of each layer's real outputs."""
-        layers, units = self.modules(), {}
-
-        def measure(node: fx.Node, value: Any) -> None:
-            if str(node.target) in layers:
-                units[str(node.target)] = output_unit(layers[str(node.target)], value)
-
-        # a layer that feeds a grid returns clipped values: measured alone
-        self.outputs(part.inputs, {name: layer.alone() for name, layer in layers.items()}, measure)
-        return units
-
-    def learnable(self, tuning: Tuning, part: Rows) -> dict[str, LearnableLayer]:
-        """A differentiable stand-in for each layer."""
-        kind = LearnableBias if tuning.parameters == "biases" else LearnableScale
-        if tuning.optimizer == "adam":
-            units = self.output_units(part)
-        else:
-            units = {name: torch.ones_like(layer.scale) for name, layer in self.modules().items()}
-        return {name: kind(layer, units[name]) for name, layer in self.modules().items()}
-
-    def restored(self, layers: Mapping[str, LearnableLayer]) -> dict[str, QuantizedLayer]:
-        """The layers that the stand-ins stand for."""
-        found = {}
-        for node in self.layers:
-            source = node.args[0]
-            assert isinstance(source, fx.Node)
-            grid = grid_of(self.module, source)
-            found[str(node.target)] = layers[str(node.target)].restored(None if grid is None else grid.scale)
-        return found
+def _learnable(network: Executable, tuning: Tuning, part: Rows) -> dict[str, LearnableLayer]:
+    """A differentiable stand-in for each layer."""
+    kind = LearnableBias if tuning.parameters == "biases" else LearnableScale
+    if tuning.optimizer == "adam":
+        units = network.output_units(part)
+    else:
+        units = {name: torch.ones_like(layer.scale) for name, layer in network.modules().items()}
+    return {name: kind(layer, units[name]) for name, layer in network.modules().items()}
 
 
 def _descend(
-    network: _Executable,
+    network: Executable,
     groups: list[list[Rows]],
     loss: Loss,
     tuning: Tuning,
@@ -237,9 +151,9 @@ def _descend(
     on_step: Callable[[int, float], None],
 ) -> Iterator[tuple[int, dict[str, QuantizedLayer]]]:
     """The number of steps and the layers at CHECKS moments of the descent, which ends where the loss is not finite."""
-    largest = max((part for group in groups for part in group), key=_values_per_row)
-    size = max(1, memory // (KEPT_FOR_BACKWARD * max(1, network.bytes_per_row(largest))))
-    layers = network.learnable(tuning, largest.pick(torch.arange(min(ROWS, largest.count))))
+    largest = largest_part([part for group in groups for part in group])
+    size = network.rows_at_a_time(largest, memory)
+    layers = _learnable(network, tuning, largest.pick(torch.arange(min(ROWS, largest.count))))
     stand_ins: dict[str, StandIn] = {name: FixedQuantizer(part) for name, part in network.quantizers.items()}
     stand_ins |= layers
 
@@ -267,7 +181,3 @@ def _descend(
         optimizer.step()
         if step + 1 in checks:
             yield step + 1, network.restored(layers)
-
-
-def _values_per_row(part: Rows) -> int:
-    return sum(leaf.numel() for leaf in part.inputs if isinstance(leaf, Tensor)) // part.count

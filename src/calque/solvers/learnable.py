@@ -16,36 +16,20 @@ from calque.arithmetic import (
     BIAS_LIMIT,
     SMALLEST_SCALE,
     bias_codes,
-    learned_fake_quantize,
     per_channel,
-    round_through,
     weight_codes,
     weight_limits,
 )
 from calque.calibration import call_node
 from calque.graph import Geometry
 from calque.quantizers import QuantizedLayer, Quantizer
+from calque.solvers.through import learn_through, quantize_through, weights_through
 
 SMALLEST_UNIT = 0.1  # of the layer's mean deviation: the bias of a constant channel must be able to move, too
 
 Kind = Literal["weight", "weight_scale", "bias", "activation_scale", "zero_point"]
 """What a leaf is; the names are those of the rates in `StepSizes`."""
 StandIn = Callable[..., Any]
-
-
-class _StraightThrough(torch.autograd.Function):
-    """`fake_quantize` with the gradient of `learned_fake_quantize` for x; it keeps one byte per value, not twelve."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        levels = x.div(scale).round_()
-        ctx.save_for_backward((levels >= low) & (levels <= high))
-        return levels.clamp_(low, high).mul_(scale)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None, None]:
-        (inside,) = ctx.saved_tensors
-        return gradients[0] * inside, None, None, None
 
 
 class FixedQuantizer:
@@ -55,13 +39,10 @@ class FixedQuantizer:
     """
 
     def __init__(self, quantizer: Quantizer):
-        self._scale = quantizer.scale
-        self._low = (quantizer.qmin - quantizer.zero_point).to(torch.float32)
-        self._high = (quantizer.qmax - quantizer.zero_point).to(torch.float32)
+        self._grid = (quantizer.scale, quantizer.zero_point, quantizer.qmin, quantizer.qmax)
 
     def __call__(self, x: Tensor) -> Tensor:
-        y: Tensor = _StraightThrough.apply(x, self._scale, self._low, self._high)  # type: ignore[no-untyped-call]
-        return y
+        return quantize_through(x, *self._grid)
 
 
 class LearnableQuantizer:
@@ -84,7 +65,7 @@ class LearnableQuantizer:
         return (self._start.scale * self._log_scale.exp()).clamp(min=SMALLEST_SCALE)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return learned_fake_quantize(x, self._scale(), self._zero_point, self._start.qmin, self._start.qmax)
+        return learn_through(x, self._scale(), self._zero_point, self._start.qmin, self._start.qmax)
 
     @torch.no_grad()
     def restored(self) -> Quantizer:
@@ -187,7 +168,7 @@ class LearnableCodes(LearnableScale):
         return {**super().leaves(), "weight": self._levels}
 
     def weight(self) -> Tensor:
-        return torch.clamp(round_through(self._levels), *self._limits) * per_channel(self._scale(), self._levels)
+        return weights_through(self._levels, per_channel(self._scale(), self._levels), self._limits)
 
     @torch.no_grad()
     def restored(self, input_scale: Tensor | None) -> QuantizedLayer:

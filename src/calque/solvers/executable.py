@@ -1,0 +1,118 @@
+"""A quantized network whose modules can be replaced by stand-ins: what is tuned end to end is executed by it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from calque.losses import Loss
+from calque.model import grid_of, link_requantization
+from calque.quantizers import QuantizedLayer, Quantizer
+from calque.solvers.learnable import LearnableLayer, StandIn, execute, output_unit
+from calque.solvers.rows import Rows
+
+KEPT_FOR_BACKWARD = 4  # tensors per value of the network that a backward pass may need, estimated
+
+
+def _nothing(node: fx.Node, value: Any) -> None:
+    """Looks at no value."""
+
+
+class Executable:
+    """A quantized graph module with the nodes that call its layers; stand-ins may take the place of its modules."""
+
+    def __init__(self, module: fx.GraphModule):
+        self.module = module
+        self.placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+        self.nodes = [node for node in module.graph.nodes if node.op != "placeholder"]
+        called = {node: module.get_submodule(str(node.target)) for node in self.nodes if node.op == "call_module"}
+        self.layers = [node for node, part in called.items() if isinstance(part, QuantizedLayer)]
+        self.quantizers = {str(node.target): part for node, part in called.items() if isinstance(part, Quantizer)}
+
+    def modules(self) -> dict[str, QuantizedLayer]:
+        """The layers by name as they are now."""
+        found = {}
+        for node in self.layers:
+            layer = self.module.get_submodule(str(node.target))
+            assert isinstance(layer, QuantizedLayer)
+            found[str(node.target)] = layer
+        return found
+
+    def install(self, parts: Mapping[str, QuantizedLayer | Quantizer]) -> None:
+        """Puts layers and quantizers, in place, into the network."""
+        for name, part in parts.items():
+            self.module.set_submodule(name, part)
+        link_requantization(self.module)
+
+    def outputs(
+        self,
+        inputs: Sequence[Any],
+        stand_ins: Mapping[str, StandIn],
+        on_value: Callable[[fx.Node, Any], None] = _nothing,
+    ) -> list[Any]:
+        """The network's output leaves."""
+        values = dict(zip(self.placeholders, inputs, strict=True))
+        return list(execute(self.module, self.nodes, values, stand_ins, on_value))
+
+    @torch.no_grad()
+    def loss(self, parts: Sequence[Rows], loss: Loss) -> float:
+        """The loss of the network as it is shipped, mean over the rows."""
+        total = sum(part.count * loss(part.references, self.outputs(part.inputs, {})).item() for part in parts)
+        return total / sum(part.count for part in parts)
+
+    def rows_at_a_time(self, part: Rows, memory: int) -> int:
+        """How many rows like these can be executed with gradients in so many bytes; at least one."""
+        return max(1, memory // (KEPT_FOR_BACKWARD * max(1, self._bytes_per_row(part))))
+
+    @torch.no_grad()
+    def _bytes_per_row(self, part: Rows) -> int:
+        """Of the values of all operators together, measured on one row."""
+        found = 0
+
+        def count(node: fx.Node, value: Any) -> None:
+            nonlocal found
+            found += sum(leaf.nbytes for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor))
+
+        self.outputs(part.pick(torch.zeros(1, dtype=torch.int64)).inputs, {}, count)
+        return found
+
+    @torch.no_grad()
+    def output_units(self, part: Rows) -> dict[str, Tensor]:
+        """The standard deviations (C_out,) of each layer's real outputs."""
+        layers, units = self.modules(), {}
+
+        def measure(node: fx.Node, value: Any) -> None:
+            if str(node.target) in layers:
+                units[str(node.target)] = output_unit(layers[str(node.target)], value)
+
+        # a layer that feeds a grid returns clipped values: measured alone
+        self.outputs(part.inputs, {name: layer.alone() for name, layer in layers.items()}, measure)
+        return units
+
+    def restored(
+        self, layers: Mapping[str, LearnableLayer], quantizers: Mapping[str, Quantizer] | None = None
+    ) -> dict[str, QuantizedLayer]:
+        """The layers that the stand-ins stand for.
+
+        Args:
+            quantizers: by target, those that have moved.
+        """
+        moved = {self.quantizers[name]: quantizer for name, quantizer in (quantizers or {}).items()}
+        found = {}
+        for node in self.layers:
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            grid = grid_of(self.module, source)
+            scale = None if grid is None else moved.get(grid, grid).scale
+            found[str(node.target)] = layers[str(node.target)].restored(scale)
+        return found
+
+
+def largest_part(parts: Sequence[Rows]) -> Rows:
+    """The part with the most input values per row."""
+    return max(parts, key=_values_per_row)
+
+
+def _values_per_row(part: Rows) -> int:
+    return sum(leaf.numel() for leaf in part.inputs if isinstance(leaf, Tensor)) // part.count
