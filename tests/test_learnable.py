@@ -43,8 +43,8 @@ KINDS = [LearnableBias, LearnableScale, LearnableCodes]
 
 def test_a_fixed_quantizer_gives_the_quantizers_values_and_the_learned_ones_gradient() -> None:
     q = quantizer()
-    x, again = (torch.linspace(-3, 3, 401).requires_grad_() for _ in range(2))
-    pull = values((401,))
+    x, again = (torch.linspace(-3, 3, 402).requires_grad_() for _ in range(2))
+    pull = values((402,))
 
     y = FixedQuantizer(q)(x)
     expected = learned_fake_quantize(again, q.scale, q.zero_point.float(), q.qmin, q.qmax)

@@ -10,6 +10,7 @@ from torch import Tensor
 import calque
 import networks
 from calque.biases import Tuning
+from calque.distillation import Distillation
 from calque.errors import SpecError
 from calque.model import QuantizedModel
 from calque.recipe import ADVANCED, FAST, NEAREST, NO_TUNING, RECIPES, SEQUENTIAL, Recipe, find_recipe
@@ -24,6 +25,14 @@ TUNING = st.builds(
     rate=RATES,
     parameters=st.sampled_from(["biases", "scales"]),
     loss=st.sampled_from(["run", "kl", "mse"]),
+)
+DISTILLATION = st.builds(
+    Distillation,
+    minutes=st.floats(0, 100),
+    steps=st.integers(0, 1000),
+    rows=st.integers(1, 100),
+    mixup=st.floats(0, 1),
+    loss=st.sampled_from(["outputs", "run", "kl", "mse"]),
 )
 RECIPE = st.builds(
     Recipe,
@@ -42,9 +51,12 @@ RECIPE = st.builds(
     rates=st.builds(StepSizes, RATES, RATES, RATES, RATES, RATES, st.sampled_from(["relative", "absolute"])),
     tuning=TUNING,
 )
+DISTILLED = st.builds(
+    replace, RECIPE, distillation=DISTILLATION, rates=st.builds(StepSizes, RATES, RATES, RATES, RATES, RATES)
+)
 
 
-@given(RECIPE)
+@given(st.one_of(RECIPE, DISTILLED))
 @settings(deadline=None, max_examples=50)
 def test_a_recipe_comes_back_from_its_toml(recipe: Recipe) -> None:
     assert Recipe.parse(recipe.to_toml()) == recipe
@@ -112,6 +124,10 @@ def test_an_unknown_recipe_is_refused_with_the_names() -> None:
         ({"migration": 0.5, "patches": "all"}, "migration needs"),
         ({"migration": 0.5, "statistics": "trained"}, "migration needs"),
         ({"migration": 0.5, "block_steps": 8}, "migration needs"),
+        (
+            {"distillation": Distillation(0, 1, 1, 0), "rates": replace(SEQUENTIAL.rates, unit="absolute")},
+            "distillation needs rates whose unit",
+        ),
         ({"tolerance": "x"}, "tolerance must be a number >= 0. Got 'x'"),
         ({"rates": replace(SEQUENTIAL.rates, unit="metres")}, "the unit of rates is"),  # type: ignore[arg-type]
     ],
@@ -173,6 +189,7 @@ CHANGES: dict[str, Recipe] = {
     **{f"rates.{name}": with_rate(name, 0.05) for name in ("weight", "weight_scale", "bias", "activation_scale")},
     "rates.zero_point": with_rate("zero_point", 1.0),
     "rates.unit": replace(BASE, rates=replace(BASE.rates, unit="absolute")),
+    "distillation": replace(BASE, distillation=Distillation(minutes=0, steps=4, rows=16, mixup=0)),
     "tuning.optimizer": replace(TUNED, tuning=replace(TUNED.tuning, optimizer="sgd", rate=1.0)),
     "tuning.steps": replace(TUNED, tuning=replace(TUNED.tuning, steps=0)),
     "tuning.rows": replace(TUNED, tuning=replace(TUNED.tuning, rows=8)),

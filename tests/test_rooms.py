@@ -27,6 +27,7 @@ ROOMS = (
     "solvers",
     "statistics",
     "biases",
+    "distillation",
     "recipe",
     "job",
     "report",

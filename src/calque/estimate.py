@@ -29,13 +29,16 @@ def estimate(job: Job, choices: Choices, float_pass: float, *, search: bool) -> 
     """
     recipe = job.recipe
     seconds = _fits(job, dict.fromkeys(choices, 1), recipe.steps, float_pass) + SWEEP * float_pass
-    seconds += recipe.tuning.steps * recipe.tuning.rows / job.inputs * BACKWARD * float_pass
     if search:
         counts = {name: len(options) for name, options in choices.items()}
         candidates = sum(counts.values())
         priced = min(1.0, recipe.priced_inputs / job.inputs)
         seconds = (recipe.finalists + 1) * seconds + SWEEP * float_pass + SUFFIX * candidates * priced * float_pass
         seconds += _fits(job, counts, recipe.search_steps, float_pass) / (job.workers or 1)
+    stepped = recipe.tuning.steps * recipe.tuning.rows + recipe.distillation.steps * recipe.distillation.rows
+    seconds += stepped / job.inputs * BACKWARD * float_pass
+    if not recipe.distillation.steps:
+        seconds += 60 * recipe.distillation.minutes
     shapes = value_shapes(job.network, job.batches[0])
     alive = max(fixed for fixed, _ in activation_steps(job.network, {}, job.placement, shapes))
     disk = max(0, 2 * alive * job.inputs - job.memory)

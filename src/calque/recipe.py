@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from calque.biases import Tuning
+from calque.distillation import Distillation
 from calque.errors import SpecError
 from calque.ranges import ActivationRange, WeightRange
 from calque.solvers.layer import Settings, Solver
@@ -21,8 +22,10 @@ Statistics = Literal["none", "float", "trained", "guarded"]
 
 # Chosen on calibration images of resnet20 and mobilenet_v1: docs/experiments.md.
 STEP_SIZES = StepSizes(weight=0.01, weight_scale=3e-3, bias=1e-3, activation_scale=3e-3, zero_point=1e-2)
+DISTILLATION_STEP_SIZES = StepSizes(3e-3, weight_scale=1e-3, bias=3e-4, activation_scale=1e-3, zero_point=3e-3)
 # The released code of Hubara et al. 2021 (docs/method.md); its input range and zero point share a rate.
 PAPER_STEP_SIZES = StepSizes(1e-5, 1e-3, 1e-3, activation_scale=1e-1, zero_point=1e-1, unit="absolute")
+NO_DISTILLATION = Distillation(minutes=0, steps=0, rows=32, mixup=0.5)
 NO_TUNING = Tuning("adam", steps=0, rows=32, rate=3e-3, parameters="scales", loss="run")
 PAPER_TUNING = Tuning("sgd", steps=800, rows=50, rate=0.1, parameters="biases", loss="kl")
 
@@ -55,7 +58,8 @@ class Recipe:
             share above the least.
         migration: exponent of the channel scales that move over a ReLU or ReLU6 into the weights on both sides; 0 for none. It
             needs the flavour "sequential", sampled patches, statistics that are not the trained ones, and no block_steps.
-        rates: AdaQuant's step sizes.
+        rates: step sizes of AdaQuant and of distillation.
+        distillation: of the float network's outputs into all parameters, end to end; 0 minutes and 0 steps for none.
         tuning: of the biases, end to end; 0 steps for none.
 
     >>> SEQUENTIAL == Recipe.parse(SEQUENTIAL.to_toml())
@@ -78,6 +82,7 @@ class Recipe:
     tolerance: float = 0.3
     migration: float = 0.0
     rates: StepSizes = STEP_SIZES
+    distillation: Distillation = NO_DISTILLATION
     tuning: Tuning = NO_TUNING
 
     def __post_init__(self) -> None:
@@ -112,6 +117,8 @@ class Recipe:
                 'migration needs flavour = "sequential", patches = "sampled", statistics not "trained", and block_steps = 0.'
             )
         _check_rates(self.rates)
+        if self.distillation and self.rates.unit != "relative":
+            raise SpecError('distillation needs rates whose unit is "relative".')
 
     def settings(self, steps: int) -> Settings:
         """What a fit of so many steps reads."""
@@ -147,7 +154,7 @@ class Recipe:
         return cls(**table, **parts)
 
 
-TABLES: dict[str, Any] = {"rates": StepSizes, "tuning": Tuning}
+TABLES: dict[str, Any] = {"rates": StepSizes, "distillation": Distillation, "tuning": Tuning}
 
 
 def _check_rates(rates: StepSizes) -> None:
@@ -184,13 +191,16 @@ LIGHT = replace(NEAREST, name="light", weight_range="output", statistics="float"
 FAST = replace(
     LIGHT, name="fast", solver="closed_form", steps=3, search_steps=1, tolerance=0.05, migration=0.5, statistics="guarded",
 )  # fmt: skip
+ACCURATE = replace(
+    FAST, name="accurate", rates=DISTILLATION_STEP_SIZES, distillation=replace(NO_DISTILLATION, minutes=4)
+)
 SEQUENTIAL = replace(LIGHT, name="sequential", steps=250)
 ADVANCED = replace(SEQUENTIAL, name="advanced", search_steps=100, tuning=replace(NO_TUNING, steps=50))
 PAPER = replace(
     SEQUENTIAL, name="paper-2021", activation_range="mean_minmax", tensor_range="mean_minmax", weight_range="minmax",
     patches="all", steps=1000, search_steps=1000, statistics="trained", rates=PAPER_STEP_SIZES, tuning=PAPER_TUNING,
 )  # fmt: skip
-RECIPES = {recipe.name: recipe for recipe in (NEAREST, LIGHT, FAST, SEQUENTIAL, ADVANCED, PAPER)}
+RECIPES = {recipe.name: recipe for recipe in (NEAREST, LIGHT, FAST, ACCURATE, SEQUENTIAL, ADVANCED, PAPER)}
 
 
 def find_recipe(recipe: "str | Recipe | None", *, search: bool = False) -> Recipe:

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from calque.distillation import Distilled
+
 HEADINGS = (
     "layer",
     "bits",
@@ -76,6 +78,7 @@ class Report:
         phases: name -> seconds.
         loss: by which prices and bias tuning are judged.
         finalists: under a budget, what was measured as whole networks.
+        distilled: the loss on held-out inputs before and after distillation, and the steps that reproduce it.
         tuned: the loss on held-out inputs before and after bias tuning.
         notes: what stays float, what was changed or deserves attention, one sentence each.
     """
@@ -94,6 +97,7 @@ class Report:
     loss: str = ""
     finalists: tuple[Finalist, ...] = ()
     tuned: tuple[float, float] | None = None
+    distilled: Distilled | None = None
 
     @property
     def size(self) -> int:
@@ -122,6 +126,7 @@ class Report:
         table["notes"] = tuple(table["notes"])
         table["finalists"] = tuple(Finalist(**finalist) for finalist in table.get("finalists", ()))
         table["tuned"] = None if table.get("tuned") is None else tuple(table["tuned"])
+        table["distilled"] = None if table.get("distilled") is None else Distilled(**table["distilled"])
         return cls(**table)
 
     def __str__(self) -> str:
@@ -140,6 +145,8 @@ class Report:
                 f"{'chosen' if finalist.chosen else 'tried '} {count_bits(finalist.plan.values())}: {finalist.size:,} bytes, "
                 f"{self.loss} +{finalist.predicted:.4g} predicted, {finalist.measured:+.4g} measured"
             )
+        if self.distilled is not None:
+            lines.append(str(self.distilled))
         if self.tuned is not None:
             lines.append(f"bias tuning: {self.loss} {self.tuned[0]:.4g} -> {self.tuned[1]:.4g} on held-out inputs")
         share = self.size / self.float_size

@@ -18,12 +18,13 @@ from calque.model import QuantizedModel
 from calque.parallel import Choices, fit_choices
 from calque.prices import Prices, Solution, solve
 from calque.quantizers import Quantizer
+from calque.recipe import NO_DISTILLATION, NO_TUNING
 from calque.report import Finalist
 from calque.sensitivity import measure_prices, thin
 from calque.solvers.layer import integer_layer
 from calque.solvers.problem import Fit
 from calque.spec import FLOAT, Bits
-from calque.stages import Built, build, measured_loss, retuned
+from calque.stages import Built, build, measured_loss, trained_end_to_end
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +89,9 @@ def _base_bits(choices: Choices) -> Bits:
 
 def _base(job: Job, bits: Bits, choices: Choices, loss: Loss) -> QuantizedModel:
     """The network with every layer at the base precision, rounded to nearest; layers that must stay float do."""
-    plain = replace(job.recipe, steps=0, block_steps=0, statistics="none", tuning=replace(job.recipe.tuning, steps=0))
+    plain = replace(
+        job.recipe, steps=0, block_steps=0, statistics="none", distillation=NO_DISTILLATION, tuning=NO_TUNING
+    )
     entries = {name: FLOAT if set(options) == {FLOAT} else bits for name, options in choices.items()}
     return build(replace(job, recipe=plain), entries, loss, []).model
 
@@ -252,7 +255,7 @@ def search(
     prices = measure(job, choices, loss, tensors)
     log.info("prices measured: %s of the base network %s is %.3e", prices.loss, prices.base, prices.base_loss)
     priced = time.perf_counter()
-    untuned = replace(job, recipe=replace(job.recipe, tuning=replace(job.recipe.tuning, steps=0)))
+    untuned = replace(job, recipe=replace(job.recipe, distillation=NO_DISTILLATION, tuning=NO_TUNING))
     cases: list[tuple[Built, Finalist]] = []
     for solution in finalists(prices, budget, job.recipe.finalists):
         entries = {name: Bits.parse(text) for name, text in solution.plan.items()} | dict(tensors)
@@ -273,8 +276,7 @@ def search(
     if budget.loss is not None and best.measured > budget.loss:
         notes += (f"no finalist keeps the loss budget of {budget.loss:g}: the best rises by {best.measured:.3g}.",)
     spent = sum(sum(case.phases.values()) for case, _ in cases) - sum(built.phases.values())
-    if job.recipe.tuning.steps:
-        built = retuned(job, built, loss[1], references)
+    built = trained_end_to_end(job, built, loss[1], references)
     return Found(built, marked, prices, {"prices": priced - started, "other finalists": spent}, notes)
 
 

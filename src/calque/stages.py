@@ -5,12 +5,14 @@ import math
 import time
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from calque.biases import Tuned, tune_biases
+from calque.checkpoint import Checkpoint, Piece
+from calque.distillation import Distilled, distill
 from calque.errors import CalibrationError
 from calque.graph.signature import flatten, rows
 from calque.job import Job
@@ -18,6 +20,7 @@ from calque.losses import Loss, closeness, kl, mse
 from calque.model import QuantizedModel, assemble, link_requantization
 from calque.parallel import fit_choices
 from calque.placement import Edge, place
+from calque.quantizers import QuantizedLayer, Quantizer
 from calque.reconstruction import fit_blocks
 from calque.solvers.problem import Fit
 from calque.spec import FLOAT, Bits, Plan
@@ -32,11 +35,12 @@ JUDGED_INPUTS = 512  # calibration inputs that decide whether statistics stay re
 
 @dataclass(frozen=True)
 class Built:
-    """A quantized network, what its sweep left, what the bias tuning gained, and the seconds of each stage."""
+    """A quantized network, what its sweep left, what distillation and bias tuning gained, and the seconds of each stage."""
 
     model: QuantizedModel
     swept: Swept
-    tuned: Tuned | None
+    distilled: Distilled | None = None
+    tuned: Tuned | None = None
     phases: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -50,7 +54,7 @@ def build(job: Job, entries: Mapping[str, Bits], loss: Loss, references: list[li
     recipe, network, clock = job.recipe, job.network, _Clock()
     edges = place(network, entries, job.placement)
     plan = Plan(final_entries(job, entries, edges))
-    kept = job.checkpoint.within(f"network-{zlib.crc32(plan.to_toml().encode() + recipe.to_toml().encode()):08x}")
+    kept = _pieces(job, plan)
     fits: dict[str, Fit] = {}
     if recipe.flavour == "parallel":
         chosen = {name: (entries[name],) for name in network.layers}
@@ -68,12 +72,48 @@ def build(job: Job, entries: Mapping[str, Bits], loss: Loss, references: list[li
     if recipe.statistics != "none":
         _normalize(job, model, targets, references)
         clock.lap("statistics")
-    tuned = None
-    if recipe.tuning.steps:
-        tuned = tune(job, model, loss, references)
-        clock.lap("biases")
     assert all(torch.equal(layer.codes, codes[name]) for name, layer in model.layers.items())
-    return Built(model, swept, tuned, clock.phases)
+    return trained_end_to_end(job, Built(model, swept, phases=clock.phases), loss, references)
+
+
+def trained_end_to_end(job: Job, built: Built, loss: Loss, references: list[list[Tensor]]) -> Built:
+    """A built network distilled and its biases tuned, in place, as far as the job's recipe asks for it."""
+    clock, recipe, model = _Clock(), job.recipe, built.model
+    if recipe.distillation:
+        built = replace(built, distilled=distill_network(job, model, loss, references))
+        clock.lap("distillation")
+    if recipe.tuning.steps:
+        codes = {name: layer.codes.clone() for name, layer in model.layers.items()}
+        built = replace(built, tuned=tune(job, model, loss, references))
+        assert all(torch.equal(layer.codes, codes[name]) for name, layer in model.layers.items())
+        clock.lap("biases")
+    return replace(built, phases={**built.phases, **clock.phases})
+
+
+def _pieces(job: Job, plan: Plan) -> Checkpoint:
+    """Where the pieces of a network at these bits are kept."""
+    identity = plan.to_toml().encode() + job.recipe.to_toml().encode()
+    return job.checkpoint.within(f"network-{zlib.crc32(identity):08x}")
+
+
+def distill_network(job: Job, model: QuantizedModel, loss: Loss, references: list[list[Tensor]]) -> Distilled:
+    """Distills the float network in place, by the job's recipe; what was finished before is not done again."""
+    how, module, checkpoint = job.recipe.distillation, model.graph_module, _pieces(job, model.plan)
+    ready = checkpoint.get("distillation")
+    if ready is not None:
+        module.load_state_dict(dict(ready.tensors), strict=False)
+        return Distilled(**ready.facts)
+    judge = {"outputs": closeness(references[0]), "run": loss, "kl": kl, "mse": mse}[how.loss]
+    shared = job.network.shared
+    found = distill(
+        module, lambda inputs: list(job.network.module(*inputs)), job.batches, references, judge, how, rates=job.recipe.rates,
+        fixed_codes={*shared, *shared.values()}, memory=job.memory, generator=job.generator("distillation"),
+        on_step=lambda step, steps: job.progress("distillation", step, steps),
+    )  # fmt: skip
+    moved = {name: part for name, part in module.named_modules() if isinstance(part, (QuantizedLayer, Quantizer))}
+    state = {f"{name}.{key}": value for name, part in moved.items() for key, value in part.state_dict().items()}
+    checkpoint.put("distillation", Piece(state, asdict(found)))
+    return found
 
 
 def _normalize(
@@ -108,13 +148,6 @@ def tune(job: Job, model: QuantizedModel, loss: Loss, references: list[list[Tens
         model.graph_module, job.batches, references, judge, job.recipe.tuning, memory=job.memory,
         generator=job.generator("biases"), on_step=lambda step, _: job.progress("biases", step, steps),
     )  # fmt: skip
-
-
-def retuned(job: Job, built: Built, loss: Loss, references: list[list[Tensor]]) -> Built:
-    """A built network with its biases tuned, in place."""
-    started = time.perf_counter()
-    tuned = tune(job, built.model, loss, references)
-    return replace(built, tuned=tuned, phases={**built.phases, "biases": time.perf_counter() - started})
 
 
 def final_entries(job: Job, entries: Mapping[str, Bits], edges: list[Edge]) -> dict[str, Bits]:

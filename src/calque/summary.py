@@ -42,7 +42,8 @@ def summarize(
         recipe.name, job.placement, job.seed, job.inputs, _layers(built, found), tensors, float_size(network) + other, other,
         {**phases, **searched, **built.phases}, tuple(_notes(model, network, built.swept, found)),
         {"calque": version("calque"), "torch": torch.__version__}, loss=loss,
-        finalists=() if found is None else found.finalists, tuned=None if tuned is None else (tuned.before, tuned.after),
+        finalists=() if found is None else found.finalists, distilled=built.distilled,
+        tuned=None if tuned is None else (tuned.before, tuned.after),
     )  # fmt: skip
 
 

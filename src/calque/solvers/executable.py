@@ -29,6 +29,9 @@ class Executable:
         called = {node: module.get_submodule(str(node.target)) for node in self.nodes if node.op == "call_module"}
         self.layers = [node for node, part in called.items() if isinstance(part, QuantizedLayer)]
         self.quantizers = {str(node.target): part for node, part in called.items() if isinstance(part, Quantizer)}
+        names = {part: name for name, part in self.quantizers.items()}
+        grids = {str(node.target): grid_of(module, node.all_input_nodes[0]) for node in self.layers}
+        self._grids = {layer: None if grid is None else names[grid] for layer, grid in grids.items()}
 
     def modules(self) -> dict[str, QuantizedLayer]:
         """The layers by name as they are now."""
@@ -98,15 +101,9 @@ class Executable:
         Args:
             quantizers: by target, those that have moved.
         """
-        moved = {self.quantizers[name]: quantizer for name, quantizer in (quantizers or {}).items()}
-        found = {}
-        for node in self.layers:
-            source = node.args[0]
-            assert isinstance(source, fx.Node)
-            grid = grid_of(self.module, source)
-            scale = None if grid is None else moved.get(grid, grid).scale
-            found[str(node.target)] = layers[str(node.target)].restored(scale)
-        return found
+        grids = {**self.quantizers, **(quantizers or {})}
+        scales = {layer: None if name is None else grids[name].scale for layer, name in self._grids.items()}
+        return {name: layers[name].restored(scale) for name, scale in scales.items()}
 
 
 def largest_part(parts: Sequence[Rows]) -> Rows:

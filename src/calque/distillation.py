@@ -1,0 +1,261 @@
+"""Distillation: every parameter of the quantized network learns the float network's outputs, end to end.
+
+Sources: the straight-through estimator with learned scales of Hubara et al. 2021, section 3, and LSQ (1902.08153), through the
+whole network; mixup (1710.09412) of the calibration inputs with the float network as teacher. No labels. The best iterate on
+held-out inputs is kept, the start included.
+"""
+
+import logging
+import math
+import statistics
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, fx
+
+from calque.biases import EPSILON
+from calque.calibration import ROWS
+from calque.errors import SpecError
+from calque.graph import Batch
+from calque.losses import Loss
+from calque.quantizers import QuantizedLayer, Quantizer
+from calque.solvers.executable import Executable, largest_part
+from calque.solvers.gradients import loss_gradients
+from calque.solvers.learnable import (
+    Kind,
+    LearnableCodes,
+    LearnableLayer,
+    LearnableQuantizer,
+    LearnableScale,
+    StandIn,
+)
+from calque.solvers.mixture import Teacher, mixed
+from calque.solvers.parameters import StepSizes
+from calque.solvers.rows import Rows, alike, draw, hold_out
+
+log = logging.getLogger(__name__)
+
+CHECKS = 5  # times that the iterate is judged on held-out inputs
+TIMED = 3  # steps that tell how long one takes
+MIXTURES = 2  # of the held-out inputs, beside the inputs themselves: a few images that the float network is sure of decide little
+
+Objective = Literal["outputs", "run", "kl", "mse"]
+Parts = dict[str, QuantizedLayer | Quantizer]
+
+
+@dataclass(frozen=True, slots=True)
+class Distillation:
+    """Settings of distillation.
+
+    Attributes:
+        minutes: that it may take, where `steps` is 0; its first steps are timed, and the report has the number of steps that
+            came of it. 0 for no distillation.
+        steps: of Adam, whatever time they take: the number that a report has reproduces its run.
+        rows: inputs per step.
+        mixup: probability with which an input is mixed with another one; inputs that are no float tensors are not.
+        loss: "kl" or "mse" of the outputs, "run", the run's own, or "outputs": kl where the only output is a float tensor (N, C),
+            else mse.
+
+    Raises:
+        SpecError: a value out of its range.
+    """
+
+    minutes: float
+    steps: int
+    rows: int
+    mixup: float
+    loss: Objective = "outputs"
+
+    def __post_init__(self) -> None:
+        if self.loss not in get_args(Objective):
+            raise SpecError(f"loss is one of {', '.join(get_args(Objective))}. Got {self.loss!r}.")
+        for field, smallest in {"steps": 0, "rows": 1}.items():
+            value = getattr(self, field)
+            if type(value) is not int or value < smallest:
+                raise SpecError(f"{field} must be an int >= {smallest}. Got {value!r}.")
+        if type(self.minutes) not in (int, float) or not 0 <= self.minutes < math.inf:
+            raise SpecError(f"minutes must be a number >= 0. Got {self.minutes!r}.")
+        if type(self.mixup) not in (int, float) or not 0 <= self.mixup <= 1:
+            raise SpecError(f"mixup must be a number from 0 to 1. Got {self.mixup!r}.")
+
+    def __bool__(self) -> bool:
+        """Whether anything is distilled."""
+        return self.steps > 0 or self.minutes > 0
+
+
+@dataclass(frozen=True, slots=True)
+class Distilled:
+    """What a distillation gained.
+
+    Attributes:
+        before, after: its loss on held-out inputs, the start's and of what was kept.
+        steps: that were taken; as `steps` of the recipe they reproduce the run.
+        kept: the steps that led to what was kept; 0 is the start.
+        seconds: in all.
+    """
+
+    before: float
+    after: float
+    steps: int
+    kept: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"distillation: loss {self.before:.4g} -> {self.after:.4g} on held-out inputs, "
+            f"{self.steps} steps in {self.seconds:.1f} s, step {self.kept} kept"
+        )
+
+
+def distill(
+    module: fx.GraphModule,
+    teacher: Teacher,
+    batches: list[Batch],
+    references: Sequence[Sequence[Tensor]],
+    loss: Loss,
+    how: Distillation,
+    *,
+    rates: StepSizes,
+    fixed_codes: Collection[str],
+    memory: int,
+    generator: torch.Generator,
+    on_step: Callable[[int, int], None],
+) -> Distilled:
+    """Moves, in place, everything in a quantized network; on held-out inputs its loss is never larger than before.
+
+    The last fifth of the inputs is held out; with fewer than five inputs nothing is distilled. Only rows of one shape are in
+    a step.
+
+    Args:
+        module: a quantized model's operators, flat inputs in and a flat tuple out.
+        teacher: the float network's, alike.
+        references: the float network's output leaves on each batch.
+        loss: of reference and output leaves, the mean over rows, differentiable in the outputs.
+        rates: relative ones.
+        fixed_codes: layers that share their weights with another one; their codes stay.
+        memory: bytes for a backward pass, by an estimate; one row is always executed.
+        on_step: called with the steps done and the steps in all.
+
+    Raises:
+        SpecError: absolute rates; a loss without a gradient, or one that is not finite at the start.
+    """
+    if rates.unit != "relative":
+        raise SpecError(f'distillation needs relative rates: set their unit to "relative". Got {rates.unit!r}.')
+    started = time.perf_counter()
+    fitted, held_out = hold_out(batches, references)
+    network = Executable(module)
+    judged = [*held_out, *(mixed(part, how.mixup, teacher, generator) for part in held_out * MIXTURES)]
+    checking = time.perf_counter()
+    before = network.loss(judged or fitted, loss)
+    checking = time.perf_counter() - checking
+    if not held_out or not network.layers or not how:
+        return Distilled(before, before, 0, 0, time.perf_counter() - started)
+    if not math.isfinite(before):
+        raise SpecError(
+            f"the loss is {before} on the held-out inputs before distillation. Pass one that is finite, or another recipe."
+        )
+    student = _Student(network, alike(fitted), teacher, loss, how, rates=rates, fixed_codes=fixed_codes, memory=memory)
+    steps = how.steps or student.steps_in(60 * how.minutes - checking * CHECKS - (time.perf_counter() - started))
+    kept, best = student.start(), Distilled(before, before, steps, 0, 0.0)
+    try:
+        for step in student.descend(steps, generator):
+            on_step(step, steps)
+            if step not in {round(steps * (k + 1) / CHECKS) for k in range(CHECKS)}:
+                continue
+            parts = student.restored()
+            network.install(parts)
+            after = network.loss(judged, loss)
+            log.info("distillation: loss %.4g -> %.4g on held-out inputs (step %d of %d)", before, after, step, steps)
+            if after < best.after:
+                kept, best = parts, replace(best, after=after, kept=step)
+    finally:
+        network.install(kept)
+    return replace(best, seconds=time.perf_counter() - started)
+
+
+class _Student:
+    """A quantized network all of whose parameters may move."""
+
+    def __init__(
+        self,
+        network: Executable,
+        groups: list[list[Rows]],
+        teacher: Teacher,
+        loss: Loss,
+        how: Distillation,
+        *,
+        rates: StepSizes,
+        fixed_codes: Collection[str],
+        memory: int,
+    ):
+        self.network, self.groups, self.teacher, self.loss, self.how = network, groups, teacher, loss, how
+        largest = largest_part([part for group in groups for part in group])
+        self.size = network.rows_at_a_time(largest, memory)
+        units = network.output_units(largest.pick(torch.arange(min(ROWS, largest.count))))
+        self.layers: dict[str, LearnableLayer] = {
+            name: (LearnableScale if name in fixed_codes else LearnableCodes)(layer, units[name])
+            for name, layer in network.modules().items()
+        }
+        self.grids = {name: LearnableQuantizer(grid) for name, grid in network.quantizers.items()}
+        self.stand_ins: dict[str, StandIn] = {**self.layers, **self.grids}
+        leaves: dict[Kind, list[Tensor]] = {}
+        for found in [part.leaves() for part in self.layers.values()] + [part.leaves() for part in self.grids.values()]:
+            for kind, leaf in found.items():
+                leaves.setdefault(kind, []).append(leaf)
+        self.leaves = [leaf for group in leaves.values() for leaf in group]
+        self.rates: list[float] = [getattr(rates, kind) for kind in leaves]
+        self.optimizer = torch.optim.Adam([{"params": group} for group in leaves.values()], eps=EPSILON, fused=True)
+
+    def start(self) -> Parts:
+        """The network's parts as they are before any step."""
+        return {**self.network.modules(), **self.network.quantizers}
+
+    @torch.no_grad()
+    def restored(self) -> Parts:
+        """The parts that the stand-ins stand for."""
+        grids = {name: grid.restored() for name, grid in self.grids.items()}
+        return {**grids, **self.network.restored(self.layers, grids)}
+
+    def descend(self, steps: int, generator: torch.Generator) -> Iterator[int]:
+        """The number of steps after each; ends where the loss is not finite."""
+        for step in range(steps):
+            for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+                group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+            value = self._gradients(generator)
+            if not math.isfinite(value):
+                log.info("distillation: the loss is %s at step %d, where it ends", value, step + 1)
+                return
+            self.optimizer.step()
+            yield step + 1
+
+    def steps_in(self, seconds: float) -> int:
+        """How many steps the seconds hold, at least one, by the time of the first ones, which are not taken."""
+        generator = torch.Generator().manual_seed(0)
+        times = []
+        for _ in range(TIMED + 1):
+            started = time.perf_counter()
+            self._gradients(generator)
+            times.append(time.perf_counter() - started)
+        return max(1, int((seconds - sum(times)) / statistics.median(times[1:])))
+
+    def _gradients(self, generator: torch.Generator) -> float:
+        """The loss of random rows, whose gradients are left in the leaves."""
+        rows = draw(self.groups, self.how.rows, generator)
+        total = 0.0
+        for leaf in self.leaves:
+            leaf.grad = torch.zeros_like(leaf)
+        # the loss is a mean over rows: pieces need no second pass
+        for part in mixed(rows, self.how.mixup, self.teacher, generator).split(self.size):
+            share = part.count / rows.count
+            value, gradients = loss_gradients(self._outputs, part, self.loss, self.leaves, size=part.count)
+            total += share * value
+            for leaf, gradient in zip(self.leaves, gradients, strict=True):
+                assert leaf.grad is not None
+                leaf.grad.add_(gradient, alpha=share)
+        return total
+
+    def _outputs(self, inputs: Sequence[Any]) -> list[Any]:
+        return self.network.outputs(inputs, self.stand_ins)
