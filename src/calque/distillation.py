@@ -56,8 +56,8 @@ class Distillation:
         steps: of Adam, whatever time they take: the number that a report has reproduces its run.
         rows: inputs per step.
         mixup: probability with which an input is mixed with another one; inputs that are no float tensors are not.
-        loss: "kl" or "mse" of the outputs, "run", the run's own, or "outputs": kl where the only output is a float tensor (N, C),
-            else mse.
+        loss: "kl" or "mse" of the outputs, "run", the run's own, or "outputs": the sum of both where the outputs are scores
+            of classes (N, C), else mse.
 
     Raises:
         SpecError: a value out of its range.

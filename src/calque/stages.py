@@ -16,7 +16,7 @@ from calque.distillation import Distilled, distill
 from calque.errors import CalibrationError
 from calque.graph.signature import flatten, rows
 from calque.job import Job
-from calque.losses import Loss, closeness, kl, mse
+from calque.losses import Loss, closeness, kl, kl_and_mse, mse
 from calque.model import QuantizedModel, assemble, link_requantization
 from calque.parallel import fit_choices
 from calque.placement import Edge, place
@@ -103,7 +103,8 @@ def distill_network(job: Job, model: QuantizedModel, loss: Loss, references: lis
     if ready is not None:
         module.load_state_dict(dict(ready.tensors), strict=False)
         return Distilled(**ready.facts)
-    judge = {"outputs": closeness(references[0]), "run": loss, "kl": kl, "mse": mse}[how.loss]
+    outputs = kl_and_mse if closeness(references[0]) is kl else mse
+    judge = {"outputs": outputs, "run": loss, "kl": kl, "mse": mse}[how.loss]
     shared = job.network.shared
     found = distill(
         module, lambda inputs: list(job.network.module(*inputs)), job.batches, references, judge, how, rates=job.recipe.rates,
