@@ -378,7 +378,7 @@ def test_the_report_has_what_distillation_gained(base: QuantizedModel) -> None:
 
 
 def test_accurate_starts_from_fast_and_only_adds_distillation() -> None:
-    assert replace(ACCURATE, name="fast", distillation=FAST.distillation, rates=FAST.rates) == FAST
+    assert replace(ACCURATE, name="fast", distillation=FAST.distillation) == FAST
     assert ACCURATE.distillation
 
 

@@ -22,7 +22,6 @@ Statistics = Literal["none", "float", "trained", "guarded"]
 
 # Chosen on calibration images of resnet20 and mobilenet_v1: docs/experiments.md.
 STEP_SIZES = StepSizes(weight=0.01, weight_scale=3e-3, bias=1e-3, activation_scale=3e-3, zero_point=1e-2)
-DISTILLATION_STEP_SIZES = StepSizes(3e-3, weight_scale=1e-3, bias=3e-4, activation_scale=1e-3, zero_point=3e-3)
 # The released code of Hubara et al. 2021 (docs/method.md); its input range and zero point share a rate.
 PAPER_STEP_SIZES = StepSizes(1e-5, 1e-3, 1e-3, activation_scale=1e-1, zero_point=1e-1, unit="absolute")
 NO_DISTILLATION = Distillation(minutes=0, steps=0, rows=32, mixup=0.5)
@@ -191,9 +190,7 @@ LIGHT = replace(NEAREST, name="light", weight_range="output", statistics="float"
 FAST = replace(
     LIGHT, name="fast", solver="closed_form", steps=3, search_steps=1, tolerance=0.05, migration=0.5, statistics="guarded",
 )  # fmt: skip
-ACCURATE = replace(
-    FAST, name="accurate", rates=DISTILLATION_STEP_SIZES, distillation=replace(NO_DISTILLATION, minutes=4)
-)
+ACCURATE = replace(FAST, name="accurate", distillation=replace(NO_DISTILLATION, minutes=4))
 SEQUENTIAL = replace(LIGHT, name="sequential", steps=250)
 ADVANCED = replace(SEQUENTIAL, name="advanced", search_steps=100, tuning=replace(NO_TUNING, steps=50))
 PAPER = replace(
