@@ -58,7 +58,11 @@ def cases() -> list[Key]:
         (name, bits, recipe, 0) for name in others for bits in ("w8a8", "w4a8") for recipe in ("nearest", "sequential")
     ]
     found += [(main, bits, "fast", seed) for seed in (0, 1, 2) for bits in (*first, *rest)]
-    return found + [(name, "w4a4", "fast", 0) for name in others]
+    found += [(name, "w4a4", "fast", 0) for name in others]
+    found += [(main, bits, "accurate", 0) for bits in first] + [(name, "w4a4", "accurate", 0) for name in others]
+    found += [(main, bits, "accurate", seed) for seed in (1, 2) for bits in first]
+    shares = ((main, "13%"), ("squeezenet1_1_imagenet", "18%"), (slowest, "18%"))
+    return found + [(name, share, "fast", 0) for name, share in shares]
 
 
 def main() -> None:
@@ -279,7 +283,7 @@ def table(rows: list[Row]) -> str:
 
 def order(row: Row) -> tuple[object, ...]:
     bits = ("w8a8", "w4a8", "w4a4", UNIFORM, "w3a3", "w2a4", "18%", "13%")
-    recipes = ("nearest", "light", "fast", "sequential", "advanced", "paper-2021")
+    recipes = ("nearest", "light", "fast", "accurate", "sequential", "advanced", "paper-2021")
     return bits.index(row["bits"]), recipes.index(row["recipe"]), row["seed"]
 
 

@@ -189,7 +189,7 @@ CHANGES: dict[str, Recipe] = {
     **{f"rates.{name}": with_rate(name, 0.05) for name in ("weight", "weight_scale", "bias", "activation_scale")},
     "rates.zero_point": with_rate("zero_point", 1.0),
     "rates.unit": replace(BASE, rates=replace(BASE.rates, unit="absolute")),
-    "distillation": replace(BASE, distillation=Distillation(minutes=0, steps=4, rows=16, mixup=0)),
+    "distillation": replace(BASE, distillation=Distillation(minutes=0, steps=40, rows=32, mixup=0)),
     "tuning.optimizer": replace(TUNED, tuning=replace(TUNED.tuning, optimizer="sgd", rate=1.0)),
     "tuning.steps": replace(TUNED, tuning=replace(TUNED.tuning, steps=0)),
     "tuning.rows": replace(TUNED, tuning=replace(TUNED.tuning, rows=8)),

@@ -189,6 +189,7 @@ NEAREST = Recipe(
 LIGHT = replace(NEAREST, name="light", weight_range="output", statistics="float")
 FAST = replace(
     LIGHT, name="fast", solver="closed_form", steps=3, search_steps=1, tolerance=0.05, migration=0.5, statistics="guarded",
+    finalists=2,
 )  # fmt: skip
 ACCURATE = replace(FAST, name="accurate", distillation=replace(NO_DISTILLATION, minutes=4))
 SEQUENTIAL = replace(LIGHT, name="sequential", steps=250)
