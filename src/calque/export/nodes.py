@@ -101,9 +101,10 @@ class Expander:
         if layer.bits < 8:
             yield helper.make_node("Cast", [codes], [f"{name}/int8"], f"{name}/unpack", to=TensorProto.INT8)
             codes = f"{name}/int8"
-        operands = [codes, self._constant(f"{name}/scale", layer.scale.cpu().numpy())]
-        if layer.geometry.kind == "linear":  # ONNX Runtime fuses Gemm only where the zero points are written out
-            operands.append(self._constant(f"zeros/{len(values)}", np.zeros(len(values), dtype=np.int8)))
+        # ONNX Runtime fuses Gemm only where the zero points are written out, and turns int8 weights into uint8 ones only
+        # where they are and no other layer reads them
+        zeros = self._constant(f"{name}/zero_point", np.zeros(len(values), dtype=np.int8))
+        operands = [codes, self._constant(f"{name}/scale", layer.scale.cpu().numpy()), zeros]
         yield helper.make_node("DequantizeLinear", operands, [output], f"{name}/weight/dequantize", axis=0)
 
     def _codes(self, values: Array, bits: int, name: str) -> str:
