@@ -78,7 +78,7 @@ def prepare(
     graph = _flat(fx.symbolic_trace(model))
     _fold(graph)
     for node in list(graph.graph.nodes):
-        if node.target is F.relu:
+        if node.target in (F.relu, torch.relu):
             _replace(graph, node, nn.ReLU(), node.args[:1])
         elif node.target in (operator.add, torch.add):
             _replace(graph, node, add(), node.args)

@@ -1,7 +1,10 @@
 """NNCF, in its own environment: its post-training quantization at 8 bits, with fast and with accurate bias correction."""
 
 import copy
+import os
 from functools import partial
+
+os.environ.setdefault("NNCF_EXTENSION_LOAD_TIMEOUT", "0")  # its kernels are compiled at the first use: wait for them
 
 import nncf
 import torch
