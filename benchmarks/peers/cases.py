@@ -38,7 +38,8 @@ MAIN = (
 )  # fmt: skip
 EFFORTS = (
     ("calque", "nearest"), ("calque", "sequential"), ("calque", "accurate"), ("aimet", "nearest"),
-    ("brevitas", "nearest"), ("brevitas", "learned-round-1000"), ("aimet", "adaround-1000"), ("brevitas", "qronos"),
+    ("mct", "gptq-5-mse"), ("brevitas", "learned-round-1000"), ("brevitas", "qronos"), ("aimet", "adaround-1000"),
+    ("brevitas", "nearest"),
 )  # fmt: skip
 LONG = (("aimet", "adaround-10000"), ("mct", "gptq-5"))  # the first at its published number of iterations
 QUICK = tuple(method for method in EFFORTS if method[1] in ("nearest", "accurate"))

@@ -38,13 +38,23 @@ def post_training(problem: Problem) -> Result:
     return Result(model.eval(), COMMON, "ranges by squared error, bias correction, its defaults")
 
 
-def gradient(problem: Problem, epochs: int) -> Result:
-    """Soft rounding of weights with biases, all layers at once, towards the float network's layer outputs."""
+def gradient(problem: Problem, epochs: int, weighted: bool = True) -> Result:
+    """Soft rounding of weights with biases, all layers at once, towards the float network's layer outputs.
+
+    Args:
+        weighted: whether images and layers are weighted by their Hessian scores, its default.
+    """
     model, _ = mct.gptq.pytorch_gradient_post_training_quantization(
-        _prepare(problem), partial(_images, problem), core_config=_config(),
-        gptq_config=mct.gptq.get_pytorch_gptq_config(n_epochs=epochs), target_platform_capabilities=_target(problem),
-    )  # fmt: skip
-    return Result(model.eval(), COMMON, f"gradient PTQ, {epochs} epochs in batches of {BATCH}, its defaults")
+        _prepare(problem),
+        partial(_images, problem),
+        core_config=_config(),
+        gptq_config=mct.gptq.get_pytorch_gptq_config(
+            n_epochs=epochs, use_hessian_based_weights=weighted, use_hessian_sample_attention=weighted
+        ),
+        target_platform_capabilities=_target(problem),
+    )
+    kind = "its defaults" if weighted else "without Hessian scores"
+    return Result(model.eval(), COMMON, f"gradient PTQ, {epochs} epochs in batches of {BATCH}, {kind}")
 
 
 def _images(problem: Problem) -> Iterator[list[Tensor]]:
@@ -124,8 +134,8 @@ def _target(problem: Problem) -> Any:
 METHODS: dict[str, Method] = {
     "ptq": post_training,
     "gptq-5": partial(gradient, epochs=5),
-    "gptq-20": partial(gradient, epochs=20),
-    "gptq-50": partial(gradient, epochs=50),
+    "gptq-5-mse": partial(gradient, epochs=5, weighted=False),
+    "gptq-20-mse": partial(gradient, epochs=20, weighted=False),
 }
 
 if __name__ == "__main__":
