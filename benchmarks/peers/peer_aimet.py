@@ -28,7 +28,7 @@ BATCH = 32  # what AdaRound fits to in a step
 
 def nearest(problem: Problem) -> Result:
     model = _prepare(problem)
-    return _calibrated(problem, _simulation(problem, model), "")
+    return _calibrated(problem, _simulation(problem, model), "weights by tf_enhanced")
 
 
 def seq_mse(problem: Problem) -> Result:
