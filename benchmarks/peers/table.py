@@ -31,8 +31,7 @@ quantized networks; they are no published benchmark's.
 Settings are each tool's own where the last column names none, with two exceptions in the tools' favour: activation grids by
 squared error in AIMET (its default weighs clipped values three times) and below 8 bits in Brevitas. Reduced for time: AIMET's
 AdaRound (its default is 15,000 iterations below 8 bits) where the method's name says so, Model Compression Toolkit's epochs, and
-its Hessian scores in *-mse*: its gradient flow leaves out the bias correction of its plain one and learns biases slowly instead,
-so that a few epochs can end behind the plain flow (W4A8, 128 images: .083 before, .053 after 20 epochs, .045 plain). AIMET 2.42 and PT2E have no bias correction, which depthwise networks feel at every width. Not
+its Hessian scores in *-mse*. AIMET 2.42 and PT2E have no bias correction, which depthwise networks feel at every width. Not
 covered: Model Compression Toolkit's mixed precision; PT2E has no method that fits weights; NNCF quantizes activations to 8 bits.
 """
 
