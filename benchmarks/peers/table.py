@@ -1,0 +1,123 @@
+"""The rows as Markdown and as a plot."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib
+
+from benchmarks.peers.cases import SETTINGS, TOOLS, Row, cases
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+HEADINGS = ("tool", "method", "placement", "seeds", "KL", "score", "agreement", "seconds", "float passes", "peak +MB",
+            "settings")  # fmt: skip
+COLOURS = dict(zip(TOOLS, ("tab:red", "tab:blue", "tab:green", "tab:orange", "tab:purple", "tab:brown"), strict=True))
+MARKS = "osD^vP*X<>h"
+INTRODUCTION = """# calque beside its peers
+
+Written by `python -m benchmarks.peers`: each tool in its own environment, every row a process of its own on one thread, all on
+the same float network, images and bits. KL(float || quantized) in nats, top-1 score and agreement with the float network on test
+inputs, computed by one program from the logits that each tool's simulation gave. *Seconds* are the processor's in the call that
+quantizes, loading excluded (on an idle machine the clock's; others may have shared the machine); *float passes* are seconds over
+those of one float pass over the same calibration images in the same process; *peak* is the rise of peak memory over the moment
+before. Rows of several seeds: mean, and the least and the greatest KL.
+
+Placement *common*: image input, first and last layer (weights and inputs) at 8 bits, the other layers' inputs at the bits named,
+operands and results of residual adds and what a mean reads at 8 bits, requantized in front of a layer of fewer; weights
+symmetric per channel, activations asymmetric per tensor; calque's placement `integer`. Scores on these subsets compare float and
+quantized networks; they are no published benchmark's.
+
+Settings are each tool's own where the last column names none, with two exceptions in the tools' favour: activation grids by
+squared error in AIMET (its default weighs clipped values three times) and below 8 bits in Brevitas. Reduced for time: AIMET's
+AdaRound (its default is 15,000 iterations below 8 bits) where the method's name says so, Model Compression Toolkit's epochs, and
+its Hessian scores in *-mse*. AIMET 2.42 and PT2E have no bias correction, which depthwise networks feel at every width. Not
+covered: Model Compression Toolkit's mixed precision; PT2E has no method that fits weights; NNCF quantizes activations to 8 bits.
+"""
+
+
+def groups(rows: list[Row]) -> Iterator[tuple[str, str, list[Row]]]:
+    """Network, bits and rows, in the order of the cases."""
+    order = list(dict.fromkeys((key[0], key[1]) for key in cases()))
+    for network, bits in sorted(order, key=lambda pair: list(SETTINGS).index(pair[0])):
+        found = [row for row in rows if (row["network"], row["bits"]) == (network, bits)]
+        if found:
+            yield network, bits, found
+
+
+def by_method(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
+    """The rows of each tool and method, tools in their order."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in sorted(rows, key=lambda row: (TOOLS.index(row["tool"]), row["method"], row["seed"])):
+        found.setdefault((row["tool"], row["method"]), []).append(row)
+    return found
+
+
+def mean(rows: list[Row], field: str) -> float:
+    return float(sum(row[field] for row in rows) / len(rows))
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as Markdown, a section for each network and bits."""
+    lines = [INTRODUCTION]
+    versions = sorted({f"{name} {number}" for row in rows for name, number in row.get("versions", {}).items()})
+    commits = sorted({row["commit"] for row in rows})
+    lines += [f"Versions: {', '.join(versions)}; commit {', '.join(commits)}.", "", "![KL against seconds](peers.svg)"]
+    for network, bits, found in groups(rows):
+        good = [row for row in found if "kl" in row]
+        lines += ["", f"## {network}, {bits}", ""]
+        if good:
+            first = good[0]
+            lines += [
+                f"{first['calibration']} calibration images, {first['test']} test images; float score "
+                f"{first['score_float']:.2f}; one float pass {mean(good, 'float_pass'):.2f} s.",
+                "",
+                "| " + " | ".join(HEADINGS) + " |",
+                "|" + "---|" * len(HEADINGS),
+            ]
+        lines += ["| " + " | ".join(cells(some)) + " |" for some in by_method(good).values()]
+        failed = [row for row in found if "failed" in row]
+        lines += ["", *(f"- {row['tool']} {row['method']}, seed {row['seed']}: {row['failed']}" for row in failed)]
+        done = {(row["tool"], row["method"], row["seed"]) for row in found}
+        left = [key[2:] for key in cases() if key[:2] == (network, bits) and key[2:] not in done]
+        if left:
+            lines += ["", f"Not measured: {', '.join(' '.join(map(str, rest)) for rest in left)}."]
+    return "\n".join(lines).replace("\n\n\n", "\n\n") + "\n"
+
+
+def cells(rows: list[Row]) -> list[str]:
+    first = rows[0]
+    values = [row["kl"] for row in rows]
+    spread = f" ({min(values):.3f} to {max(values):.3f})" if len(rows) > 1 else ""
+    settings = first["settings"]
+    if first.get("bytes"):
+        settings += f"; {first['bytes']:,} bytes"
+    return [
+        first["tool"], first["method"], first["placement"], " ".join(str(row["seed"]) for row in rows),
+        f"{mean(rows, 'kl'):.4f}{spread}", f"{mean(rows, 'score'):.2f}", f"{mean(rows, 'agreement'):.1%}",
+        f"{mean(rows, 'seconds'):.1f}", f"{mean(rows, 'passes'):.0f}", f"{max(row['peak'] for row in rows) / 1e6:.0f}",
+        settings,
+    ]  # fmt: skip
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """KL against seconds, a panel for each network and bits, a point for each tool and method."""
+    panels = list(groups([row for row in rows if "kl" in row]))
+    if not panels:
+        return
+    columns = min(3, len(panels))
+    height = -(-len(panels) // columns)
+    figure, axes = plt.subplots(height, columns, figsize=(5 * columns, 4 * height), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (network, bits, found) in zip(axes.flat, panels, strict=False):
+        for (tool, method), some in by_method(found).items():
+            x, y = mean(some, "seconds"), max(mean(some, "kl"), 1e-4)
+            axis.plot(x, y, "o", color=COLOURS[tool], markersize=6)
+            axis.annotate(f"{tool} {method}", (x, y), fontsize=6, xytext=(4, 2), textcoords="offset points")
+        axis.set(xscale="log", yscale="log", title=f"{network}, {bits}", xlabel="seconds", ylabel="KL (nats)")
+        axis.grid(alpha=0.3, which="both")
+    figure.tight_layout()
+    with plt.rc_context({"svg.hashsalt": "peers"}):
+        figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
