@@ -446,3 +446,13 @@ def test_two_heads_of_other_bits_leave_their_trunk_float_and_the_memory_budget_k
             budget=Budget(activation_memory=4 * 256),
             recipe=QUICK,
         )
+
+
+def test_prices_do_not_depend_on_the_migration_of_channel_scales(model: nn.Module, inputs: Tensor) -> None:
+    """The candidates are fitted to unscaled channels, so the network that they are priced in has none that are scaled."""
+    moved, plain = (
+        calque.quantize(model, inputs, bits=LADDER, budget=Budget(size=0.2), recipe=replace(QUICK, migration=exponent))
+        for exponent in (1.0, 0.0)
+    )
+
+    assert prices_of(moved).increases == prices_of(plain).increases

@@ -90,8 +90,9 @@ def _base_bits(choices: Choices) -> Bits:
 def _base(job: Job, bits: Bits, choices: Choices, loss: Loss) -> QuantizedModel:
     """The network with every layer at the base precision, rounded to nearest; layers that must stay float do."""
     plain = replace(
-        job.recipe, steps=0, block_steps=0, statistics="none", distillation=NO_DISTILLATION, tuning=NO_TUNING
-    )
+        job.recipe, steps=0, block_steps=0, statistics="none", distillation=NO_DISTILLATION, tuning=NO_TUNING,
+        migration=0.0,  # the candidates are fitted to the float network's own channels
+    )  # fmt: skip
     entries = {name: FLOAT if set(options) == {FLOAT} else bits for name, options in choices.items()}
     return build(replace(job, recipe=plain), entries, loss, []).model
 
