@@ -61,8 +61,8 @@ def cases() -> list[Key]:
     found += [(name, "w4a4", "fast", 0) for name in others]
     found += [(main, bits, "accurate", 0) for bits in first] + [(name, "w4a4", "accurate", 0) for name in others]
     found += [(main, bits, "accurate", seed) for seed in (1, 2) for bits in first]
-    shares = ((main, "13%"), ("squeezenet1_1_imagenet", "18%"), (slowest, "18%"))
-    return found + [(name, share, "fast", 0) for name, share in shares]
+    found += [(main, share, "fast", seed) for seed in (0, 1, 2) for share in ("13%", "18%")]
+    return found + [(name, "18%", "fast", 0) for name in others]
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ import networks
 from calque.arithmetic import affine_grid
 from calque.recipe import FAST, Recipe
 from calque.solvers import closed_form
-from calque.solvers.closed_form import Moments, fit_closed_form
+from calque.solvers.closed_form import ClosedForm, Moments
 from calque.solvers.problem import Grid, LayerProblem
 from calque.solvers.rounding import FRACTIONS, Metric, descend, gptq, initial_scale, refitted_scale
 
@@ -170,7 +170,7 @@ def test_weights_on_a_grid_are_found() -> None:
     codes[..., 0] = QMIN
     weight, x = codes * 0.3, random(1, 400, 20)
 
-    fit = fit_closed_form(problem(x, x @ weight.mT, weight), None, BITS, rounds=3)
+    fit = ClosedForm(problem(x, x @ weight.mT, weight), None, rounds=3).fit(BITS)
 
     torch.testing.assert_close(fit.codes, codes.to(torch.int8))
     torch.testing.assert_close(fit.scale, torch.full((1, 6), 0.3), rtol=1e-3, atol=0.0)
@@ -183,7 +183,7 @@ def test_what_the_quantized_prefix_got_wrong_is_undone() -> None:
     received = 0.8 * x
     received[..., 1] += 0.5 * received[..., 0]
 
-    fit = fit_closed_form(problem(received, x @ weight.mT, weight), None, 8, rounds=3)
+    fit = ClosedForm(problem(received, x @ weight.mT, weight), None, rounds=3).fit(8)
 
     assert fit.before > 0.03
     assert fit.after < 1e-3
@@ -196,7 +196,7 @@ def test_the_fit_is_much_better_than_rounding_to_nearest(groups: int, outputs: i
     weight = random(groups, outputs, 18, seed=1)
     grid = Grid(*affine_grid(torch.tensor(0.0), x.max() * 0.7, 4), 15)
 
-    fit = fit_closed_form(problem(x, x @ weight.mT, weight), grid, BITS, rounds=3)
+    fit = ClosedForm(problem(x, x @ weight.mT, weight), grid, rounds=3).fit(BITS)
 
     assert fit.after < 0.7 * fit.before
     assert fit.codes.dtype == torch.int8
@@ -216,8 +216,8 @@ def test_outputs_beyond_a_clip_are_free(side: int) -> None:
     def activation(value: Tensor) -> Tensor:
         return value.clamp(min=0) if side > 0 else value.clamp(max=0)
 
-    through = fit_closed_form(problem(x, targets, weight, activation), None, 2, rounds=3)
-    plain = fit_closed_form(problem(x, targets, weight), None, 2, rounds=3)
+    through = ClosedForm(problem(x, targets, weight, activation), None, rounds=3).fit(2)
+    plain = ClosedForm(problem(x, targets, weight), None, rounds=3).fit(2)
 
     rows = torch.arange(3200, 4000)
     judge = problem(x, targets, weight, activation)
@@ -242,7 +242,7 @@ def test_only_clips_are_clips() -> None:
 def test_inputs_without_information_leave_a_finite_layer(x: Tensor) -> None:
     weight = random(x.shape[0], 4, 5, seed=1)
 
-    fit = fit_closed_form(problem(x, x @ weight.mT, weight), None, BITS, rounds=3)
+    fit = ClosedForm(problem(x, x @ weight.mT, weight), None, rounds=3).fit(BITS)
 
     assert torch.isfinite(fit.scale).all()
     assert torch.isfinite(fit.bias).all()
@@ -283,21 +283,43 @@ def test_a_layer_in_front_of_an_add_makes_up_for_the_shortcut(monkeypatch: pytes
     assert corrected < 0.9 * error(recipe)
 
 
+def test_bits_that_share_their_moments_are_fitted_as_each_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = random(1, 200, 12, seed=4)
+    weight = random(1, 5, 12, seed=5)
+    case = problem(x + 0.4 * random(1, 200, 12, seed=6), x @ weight.mT, weight, torch.relu)
+    alone = {bits: ClosedForm(case, None, rounds=2).fit(bits) for bits in (2, 3, 8)}
+    counted: list[torch.Size] = []
+    factorized = Metric.of
+
+    def count(matrix: Tensor) -> Metric:
+        counted.append(matrix.shape)
+        return factorized(matrix)
+
+    monkeypatch.setattr(Metric, "of", count)
+    shared = ClosedForm(case, None, rounds=2)
+    for bits, fit in alone.items():
+        again = shared.fit(bits)
+        assert torch.equal(again.codes, fit.codes)
+        assert torch.equal(again.scale, fit.scale)
+        assert torch.equal(again.bias, fit.bias)
+    assert counted.count(torch.Size([len(closed_form.RIDGES), 12, 12])) == 1
+
+
 def test_ridges_that_are_tried_one_after_the_other_end_where_all_at_once_do(monkeypatch: pytest.MonkeyPatch) -> None:
     x = random(1, 200, 12, seed=4)
     weight = random(1, 5, 12, seed=5)
     case = problem(x + 0.4 * random(1, 200, 12, seed=6), x @ weight.mT, weight)
-    together = fit_closed_form(case, None, BITS, rounds=1)
+    together = ClosedForm(case, None, rounds=1).fit(BITS)
     tried: list[int] = []
-    trials = closed_form._ClosedForm._trials
+    trials = ClosedForm._trials
 
-    def counted(solver: closed_form._ClosedForm, moments: Moments, ridges: tuple[float, ...]) -> list[float]:
+    def counted(solver: ClosedForm, moments: Moments, ridges: tuple[float, ...], bits: int) -> list[float]:
         tried.append(len(ridges))
-        return trials(solver, moments, ridges)
+        return trials(solver, moments, ridges, bits)
 
-    monkeypatch.setattr(closed_form._ClosedForm, "_trials", counted)
+    monkeypatch.setattr(ClosedForm, "_trials", counted)
     monkeypatch.setattr(closed_form, "TOGETHER", 1)
-    alone = fit_closed_form(case, None, BITS, rounds=1)
+    alone = ClosedForm(case, None, rounds=1).fit(BITS)
 
     assert torch.equal(alone.codes, together.codes)
     assert torch.equal(alone.scale, together.scale)

@@ -230,7 +230,7 @@ def test_an_interrupted_distillation_leaves_the_best_network_so_far(
             fixed_codes=(), memory=PLENTY, generator=generator(), on_step=stop,
         )  # fmt: skip
 
-    assert 40 // CHECKS < 35
+    assert 40 * CHECKS[0] < 35
     inputs = batches[-1]["image"]
     assert isinstance(inputs, Tensor)
     with torch.no_grad():
@@ -242,12 +242,12 @@ def test_a_loss_that_becomes_infinite_ends_the_descent(student: Student, coarse:
 
     def breaks(reference: Sequence[Tensor], output: Sequence[Tensor]) -> Tensor:
         calls.append(int(output[0].requires_grad))
-        return mse(reference, output) * (math.inf if output[0].requires_grad and sum(calls) > 20 else 1.0)
+        return mse(reference, output) * (math.inf if output[0].requires_grad and sum(calls) > 30 else 1.0)
 
     _, found = student.distilled(coarse, loss=breaks)
 
-    assert 0 < found.kept < 20
-    assert max(step for step, _ in student.told) == 20
+    assert 0 < found.kept < 30
+    assert max(step for step, _ in student.told) == 30
 
 
 def test_a_loss_that_is_not_finite_at_the_start_is_an_error(student: Student, coarse: QuantizedModel) -> None:
@@ -439,6 +439,7 @@ def test_tokens_are_distilled_without_being_mixed() -> None:
     words = torch.randint(11, (60, 5), generator=generator())
     mask = torch.rand(60, 5, generator=generator(1)) < 0.7
 
-    q = calque.quantize(net, {"words": words, "mask": mask}, bits="w2a4", first_last=None, recipe=QUICK)
+    gentle = replace(QUICK, rates=replace(RATES, weight=0.01))
+    q = calque.quantize(net, {"words": words, "mask": mask}, bits="w2a4", first_last=None, recipe=gentle)
 
     assert q.report.distilled.after < q.report.distilled.before

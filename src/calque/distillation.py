@@ -32,15 +32,15 @@ from calque.solvers.learnable import (
     LearnableScale,
     StandIn,
 )
-from calque.solvers.mixture import Teacher, mixed
+from calque.solvers.mixture import Teacher, can_mix, mixed
 from calque.solvers.parameters import StepSizes
 from calque.solvers.rows import Rows, alike, draw, hold_out
 
 log = logging.getLogger(__name__)
 
-CHECKS = 5  # times that the iterate is judged on held-out inputs
+CHECKS = (0.3, 0.6, 0.8, 1.0)  # shares of the steps after which the iterate is judged; early ones are noisy
 TIMED = 3  # steps that tell how long one takes
-MIXTURES = 2  # of the held-out inputs, beside the inputs themselves: a few images that the float network is sure of decide little
+MIXTURES = 3  # of all held-out inputs, beside the inputs themselves: what the float network is sure of decides little
 
 Objective = Literal["outputs", "run", "kl", "mse"]
 Parts = dict[str, QuantizedLayer | Quantizer]
@@ -147,7 +147,8 @@ def distill(
     started = time.perf_counter()
     fitted, held_out = hold_out(batches, references)
     network = Executable(module)
-    judged = [*held_out, *(mixed(part, how.mixup, teacher, generator) for part in held_out * MIXTURES)]
+    mixtures = MIXTURES if how.mixup else 0
+    judged = [*held_out, *(mixed(part, 1.0, teacher, generator) for part in held_out * mixtures if can_mix(part))]
     checking = time.perf_counter()
     before = network.loss(judged or fitted, loss)
     checking = time.perf_counter() - checking
@@ -158,12 +159,12 @@ def distill(
             f"the loss is {before} on the held-out inputs before distillation. Pass one that is finite, or another recipe."
         )
     student = _Student(network, alike(fitted), teacher, loss, how, rates=rates, fixed_codes=fixed_codes, memory=memory)
-    steps = how.steps or student.steps_in(60 * how.minutes - checking * CHECKS - (time.perf_counter() - started))
+    steps = how.steps or student.steps_in(60 * how.minutes - checking * len(CHECKS) - (time.perf_counter() - started))
     kept, best = student.start(), Distilled(before, before, steps, 0, 0.0)
     try:
         for step in student.descend(steps, generator):
             on_step(step, steps)
-            if step not in {round(steps * (k + 1) / CHECKS) for k in range(CHECKS)}:
+            if step not in {round(share * steps) for share in CHECKS}:
                 continue
             parts = student.restored()
             network.install(parts)

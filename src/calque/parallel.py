@@ -22,7 +22,7 @@ from calque.graph.layers import Activation
 from calque.job import Job
 from calque.ranges import TensorSample, activation_range, search_range
 from calque.solvers.adaquant import Draw, Linear
-from calque.solvers.layer import Settings, fit_from_piece, fit_to_piece, solve
+from calque.solvers.layer import Settings, fit_from_piece, fit_to_piece, solve_each
 from calque.solvers.problem import Fit, Grid, LayerProblem, layer_problem, output_error
 from calque.solvers.whole import whole_inputs
 from calque.spec import Bits
@@ -34,14 +34,12 @@ Fits = dict[tuple[str, Bits], Fit]
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One layer at one choice of bits: everything that a worker needs, its tensors by path."""
+    """One layer on one grid of its input: everything that a worker needs, its tensors by path."""
 
     problem: Path
-    result: Path
-    bits: int
+    choices: tuple[tuple[int, Path, int], ...]  # weight bits, where the result goes, seed
     grid: tuple[float, int, int] | None  # scale, zero point, largest code
     settings: Settings
-    seed: int
     activation: Activation
     geometry: Geometry
     shape: torch.Size  # of the layer's weight
@@ -126,7 +124,7 @@ def _run(job: Job, waiting: list[list[Task]]) -> None:
 def _tasks(
     job: Job, layer: Layer, options: list[Bits], steps: int, execution: Execution, results: Checkpoint
 ) -> list[Task]:
-    """The layer's tasks; its problem is written beside their results."""
+    """The layer's tasks, one for each width of its input; its problem is written beside their results."""
     weighted = job.network.weighted(layer.name)
     source = layer.node.args[0]
     assert isinstance(source, fx.Node)
@@ -144,16 +142,18 @@ def _tasks(
         inputs=job.inputs,
         generator=job.generator(f"{layer.name}.input"),
     )
-    grids = {bits.activation: _grid(job, problem, sample, bits.activation) for bits in options}
     settings = job.recipe.settings(steps)
-    return [
-        Task(
-            path, results.path(_key(layer.name, bits)), bits.weight, grids[bits.activation], settings,
-            job.generator(_key(layer.name, bits)).initial_seed(), layer.activate, weighted.geometry, weighted.weight.shape,
+    tasks = []
+    for width in dict.fromkeys(bits.activation for bits in options):
+        keys = {bits.weight: _key(layer.name, bits) for bits in options if bits.activation == width}
+        choices = tuple(
+            (bits, results.path(key), job.generator(key).initial_seed())
+            for bits, key in keys.items()
+            if bits is not None
         )
-        for bits in options
-        if bits.weight is not None
-    ]  # fmt: skip
+        grid = _grid(job, problem, sample, width)
+        tasks.append(Task(path, choices, grid, settings, layer.activate, weighted.geometry, weighted.weight.shape))
+    return tasks
 
 
 def _grid(job: Job, problem: LayerProblem, sample: TensorSample, bits: int | None) -> tuple[float, int, int] | None:
@@ -187,7 +187,7 @@ def _problem_to_piece(problem: LayerProblem, whole: list[tuple[Tensor, Tensor]])
 
 
 def fit_task(task: Task) -> None:
-    """Fits one task and writes its result."""
+    """Fits one task and writes its results."""
     piece = read_piece(task.problem)
     assert piece is not None
     device = torch.device(piece.facts["device"])
@@ -200,9 +200,11 @@ def fit_task(task: Task) -> None:
         grid = Grid(
             torch.tensor(scale, device=device), torch.tensor(zero_point, dtype=torch.int32, device=device), qmax
         )
-    generator = torch.Generator().manual_seed(task.seed)
-    fit = solve(problem, grid, task.bits, task.settings, generator, rows=_rows(task, tensors, piece.facts["batches"]))
-    write_piece(task.result, fit_to_piece(fit))
+    generators = {bits: torch.Generator().manual_seed(seed) for bits, _, seed in task.choices}
+    rows = _rows(task, tensors, piece.facts["batches"])
+    fits = solve_each(problem, grid, generators, task.settings, rows=rows)
+    for bits, result, _ in task.choices:
+        write_piece(result, fit_to_piece(fits[bits]))
 
 
 def _rows(task: Task, tensors: Mapping[str, Tensor], batches: int) -> tuple[Draw, Linear] | None:

@@ -71,19 +71,6 @@ class Moments:
         return replace(self, power=power, cross=cross, inputs=self.inputs.gather(1, order[:, :, None]))
 
 
-@torch.no_grad()
-def fit_closed_form(problem: LayerProblem, grid: Grid | None, bits: int, *, rounds: int) -> Fit:
-    """The layer fitted to its float output, or rounded to nearest where that is better on the held-out rows.
-
-    What was chosen on them is then fitted to all rows; the error `after` is that of the choice, before it.
-
-    Args:
-        grid: of the input, which stays.
-        rounds: of coordinate descent and refitted scales after GPTQ.
-    """
-    return _ClosedForm(problem, grid, bits, rounds).fit()
-
-
 @dataclass(frozen=True)
 class _Clips:
     """Targets that the activation clips: every output beyond the bound is as good as the target.
@@ -111,11 +98,19 @@ class _Clips:
         return replace(moments, cross=cross, outputs=mean)
 
 
-class _ClosedForm:
-    """One layer; weights and codes are (groups, K, O) with the strongest inputs first."""
+class ClosedForm:
+    """One layer's fits to its float output, at any number of weight bits: its moments and the factorizations of M serve all.
 
-    def __init__(self, problem: LayerProblem, grid: Grid | None, bits: int, rounds: int):
-        self.problem, self.grid, self.bits, self.rounds = problem, grid, bits, rounds
+    Weights and codes are (groups, K, O) with the strongest inputs first.
+
+    Args:
+        grid: of the input, which stays.
+        rounds: of coordinate descent and refitted scales after GPTQ.
+    """
+
+    @torch.no_grad()
+    def __init__(self, problem: LayerProblem, grid: Grid | None, rounds: int):
+        self.problem, self.grid, self.rounds = problem, grid, rounds
         x = problem.patches if grid is None else grid.quantize(problem.patches)
         fitted, held_out = x[:, problem.fitted], x[:, problem.held_out]
         self.targets = problem.targets[:, problem.fitted]
@@ -128,26 +123,32 @@ class _ClosedForm:
         self.moments = moments.ordered(self.order)
         self.weight = problem.weight.gather(2, index.expand_as(problem.weight)).mT.contiguous()
         self.unit = power.mean().clamp(min=SMALLEST_SCALE)
-        self.metrics: dict[tuple[float, ...], tuple[Tensor, Metric]] = {}  # the last one, with its H
+        # of all ridges together, and of the last one; each with its H
+        self.metrics: dict[tuple[float, ...], tuple[Tensor, Metric]] = {}
 
-    def fit(self) -> Fit:
+    @torch.no_grad()
+    def fit(self, bits: int) -> Fit:
+        """The layer with weights of so many bits, or rounded to nearest where that is better on the held-out rows.
+
+        What was chosen on them is then fitted to all rows; the error `after` is that of the choice, before it.
+        """
         problem = self.problem
-        scale = initial_scale(self.weight, self.moments.power.diagonal(dim1=1, dim2=2), self.bits)
-        start = round_to_nearest(problem, scale, self.grid, self.bits)
-        ridge, error = self._best_ridge()
+        scale = initial_scale(self.weight, self.moments.power.diagonal(dim1=1, dim2=2), bits)
+        start = round_to_nearest(problem, scale, self.grid, bits)
+        ridge, error = self._best_ridge(bits)
         held_out = problem.targets[:, problem.held_out]
         everything = self.moments.merged(Moments.of(self.held_out, held_out))
         if problem.clipped:
             clips = _Clips(self.x, self.targets, problem.activation(self.targets))
             moved, best = self._followed(self.moments, ridge, clips)
-            clipped = self._trials(moved, (ridge,))[0]
+            clipped = self._trials(moved, (ridge,), bits)[0]
             if clipped < error:
                 error = clipped
                 x, targets = torch.cat([self.x, self.held_out], 1), torch.cat([self.targets, held_out], 1)
                 everything = _Clips(x, targets, problem.activation(targets)).followed(everything, best)
         if not error < start.after:
             return start
-        codes, scale, bias = self._rounded(everything, ridge)
+        codes, scale, bias = self._rounded(everything, ridge, bits)
         real = torch.empty_like(codes).scatter_(1, self.order[:, :, None].expand_as(codes), codes)
         return Fit(real.mT.to(torch.int8).contiguous(), scale, bias, self.grid, start.before, error)
 
@@ -158,7 +159,7 @@ class _ClosedForm:
         if kept is None or kept[0] is not moments.power:  # clipped targets that move leave H as it was
             eye = torch.eye(moments.power.shape[-1], device=moments.power.device)
             kept = moments.power, Metric.of((moments.power + strength * eye).flatten(0, 1))
-            self.metrics = {ridges: kept}
+            self.metrics = {key: self.metrics[key] for key in self.metrics if key == RIDGES} | {ridges: kept}
         metric = kept[1]
         return metric, metric.solve((moments.cross + strength * self.weight).flatten(0, 1))
 
@@ -170,24 +171,25 @@ class _ClosedForm:
             best = metric.solve(moments.cross + ridge * self.unit * self.weight)
         return moments, best
 
-    def _best_ridge(self) -> tuple[float, float]:
+    def _best_ridge(self, bits: int) -> tuple[float, float]:
         """The ridge with the least held-out error, and that error.
 
         All of them where they are factorized at once; one after the other, downhill from the middle, where each takes long.
         """
         groups, size = self.moments.power.shape[:2]
         if len(RIDGES) * groups * size * size <= TOGETHER:
-            known = dict(enumerate(self._trials(self.moments, RIDGES)))
+            known = dict(enumerate(self._trials(self.moments, RIDGES, bits)))
             best = min(known, key=known.__getitem__)
             return RIDGES[best], known[best]
         known, best, before = {}, len(RIDGES) // 2, None
         while best != before:
             near = [index for index in (best - 1, best, best + 1) if 0 <= index < len(RIDGES)]
-            known |= {index: self._trials(self.moments, (RIDGES[index],))[0] for index in near if index not in known}
+            new = [index for index in near if index not in known]
+            known |= {index: self._trials(self.moments, (RIDGES[index],), bits)[0] for index in new}
             best, before = min(near, key=known.__getitem__), best
         return RIDGES[best], known[best]
 
-    def _trials(self, moments: Moments, ridges: tuple[float, ...]) -> list[float]:
+    def _trials(self, moments: Moments, ridges: tuple[float, ...], bits: int) -> list[float]:
         """The held-out errors after GPTQ alone."""
         groups, size = moments.power.shape[:2]
         together = max(1, TOGETHER // (groups * size * size))
@@ -195,21 +197,21 @@ class _ClosedForm:
         for start in range(0, len(ridges), together):
             part = ridges[start : start + together]
             metric, target = self._solved(moments, part)
-            scales = initial_scale(target, metric.matrix.diagonal(dim1=1, dim2=2), self.bits)
-            found = gptq(metric, target, scales, self.bits)
+            scales = initial_scale(target, metric.matrix.diagonal(dim1=1, dim2=2), bits)
+            found = gptq(metric, target, scales, bits)
             for codes, scale in zip(torch.split(found, groups), torch.split(scales, groups), strict=True):
                 error = self._error(codes, scale, _bias(moments, codes, scale))
                 errors.append(math.inf if math.isnan(error) else error)
         return errors
 
-    def _rounded(self, moments: Moments, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
+    def _rounded(self, moments: Moments, ridge: float, bits: int) -> tuple[Tensor, Tensor, Tensor]:
         """Codes, scales and bias: each row's scale from a grid by its error after GPTQ, then rounds of descent and refit."""
         metric, target = self._solved(moments, (ridge,))
-        initial = initial_scale(target, metric.matrix.diagonal(dim1=1, dim2=2), self.bits)
+        initial = initial_scale(target, metric.matrix.diagonal(dim1=1, dim2=2), bits)
         groups, size, rows = target.shape
         trial_scales = torch.cat([factor * initial for factor in FACTORS], 1)
         repeated = target.repeat(1, 1, len(FACTORS))
-        trials = gptq(metric, repeated, trial_scales, self.bits)
+        trials = gptq(metric, repeated, trial_scales, bits)
         errors = metric.error(trials * trial_scales[:, None] - repeated)
         best = errors.reshape(groups, -1, rows).argmin(1, keepdim=True)
         scale = trial_scales.reshape(groups, -1, rows).gather(1, best)[:, 0]
@@ -217,7 +219,7 @@ class _ClosedForm:
         codes = trials.reshape(groups, size, -1, rows).gather(2, index)[:, :, 0]
         for _ in range(self.rounds):
             scale = refitted_scale(metric, target, codes, scale)
-            codes = descend(metric, target, codes, scale, self.bits)
+            codes = descend(metric, target, codes, scale, bits)
         scale = refitted_scale(metric, target, codes, scale)
         return codes, scale, _bias(moments, codes, scale)
 

@@ -1,5 +1,6 @@
 """One layer from its problem to its fit: scales, rounding, then AdaQuant, the closed forms or the bias correction alone."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +13,7 @@ from calque.graph import Geometry
 from calque.quantizers import QuantizedLayer
 from calque.ranges import WeightRange, weight_scale
 from calque.solvers.adaquant import Draw, Linear, fit_layer
-from calque.solvers.closed_form import fit_closed_form
+from calque.solvers.closed_form import ClosedForm
 from calque.solvers.parameters import StepSizes
 from calque.solvers.problem import Fit, Grid, LayerProblem, correct_bias, covariance, round_to_nearest
 
@@ -49,7 +50,7 @@ def solve(
         rows: what each step of AdaQuant sees; see `fit_layer`.
     """
     if settings.solver == "closed_form" and tied is None and settings.steps:
-        return fit_closed_form(problem, grid, bits, rounds=settings.steps)
+        return ClosedForm(problem, grid, rounds=settings.steps).fit(bits)
     if tied is None:
         moments = covariance(problem) if settings.weight_range == "output" else None
         codes, scale = None, weight_scale(problem.weight, bits, settings.weight_range, moments)
@@ -63,6 +64,21 @@ def solve(
         problem, start, bits, steps=settings.steps, rates=settings.rates, generator=generator, codes=codes,
         learn_grid=learn_grid, rows=rows,
     )  # fmt: skip
+
+
+def solve_each(
+    problem: LayerProblem,
+    grid: Grid | None,
+    generators: Mapping[int, torch.Generator],
+    settings: Settings,
+    *,
+    rows: tuple[Draw, Linear] | None = None,
+) -> dict[int, Fit]:
+    """The layer at each of the bits that `generators` names, as `solve` fits it; the closed forms share their moments."""
+    if settings.solver == "closed_form" and settings.steps:
+        shared = ClosedForm(problem, grid, rounds=settings.steps)
+        return {bits: shared.fit(bits) for bits in generators}
+    return {bits: solve(problem, grid, bits, settings, generator, rows=rows) for bits, generator in generators.items()}
 
 
 def fit_to_piece(fit: Fit) -> Piece:
