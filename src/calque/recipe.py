@@ -24,7 +24,7 @@ Statistics = Literal["none", "float", "trained", "guarded"]
 STEP_SIZES = StepSizes(weight=0.01, weight_scale=3e-3, bias=1e-3, activation_scale=3e-3, zero_point=1e-2)
 # The released code of Hubara et al. 2021 (docs/method.md); its input range and zero point share a rate.
 PAPER_STEP_SIZES = StepSizes(1e-5, 1e-3, 1e-3, activation_scale=1e-1, zero_point=1e-1, unit="absolute")
-NO_DISTILLATION = Distillation(minutes=0, steps=0, rows=32, mixup=0.5)
+NO_DISTILLATION = Distillation(minutes=0, steps=0, rows=16, mixup=0.5)
 NO_TUNING = Tuning("adam", steps=0, rows=32, rate=3e-3, parameters="scales", loss="run")
 PAPER_TUNING = Tuning("sgd", steps=800, rows=50, rate=0.1, parameters="biases", loss="kl")
 
