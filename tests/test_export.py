@@ -14,10 +14,10 @@ import calque
 import networks
 from calque.errors import ExportError, VerificationError
 from calque.export import count_kernels, run_onnx
-from calque.export.nodes import _pack_int4
+from calque.export.nodes import _pack
 from networks import Net
 
-BITS = ["w8a8", "w4a8", "w4a4", "w4a2"]
+BITS = ["w8a8", "w7a8", "w6a6", "w5a8", "w4a8", "w4a4", "w4a2", "w3a4", "w2a8"]
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -154,7 +154,7 @@ def test_four_bit_weights_are_packed_and_the_file_is_near_the_packed_ideal(
 
 
 def test_odd_counts_of_four_bit_codes_are_padded() -> None:
-    assert _pack_int4(np.array([1, -1, 7], dtype=np.int8)).tolist() == [0xF1, 0x07]
+    assert _pack(np.array([1, -1, 7], dtype=np.int8), 4).tolist() == [0xF1, 0x07]
 
 
 def test_the_metadata_has_plan_and_versions(tmp_path: Path, trained: nn.Module, calibration: Tensor) -> None:
@@ -167,15 +167,18 @@ def test_the_metadata_has_plan_and_versions(tmp_path: Path, trained: nn.Module, 
     assert '"recipe": "nearest"' in facts["calque.run"]
 
 
-@pytest.mark.parametrize("bits", ["w3a4", "w2a8"])
-def test_other_weight_bits_are_refused_with_the_layer_and_nothing_is_written(
-    tmp_path: Path, trained: nn.Module, calibration: Tensor, bits: str
+@pytest.mark.parametrize("bits", [2, 3, 5, 6, 7])
+def test_fields_of_codes_hold_every_code_in_its_bits(
+    tmp_path: Path, trained: nn.Module, calibration: Tensor, bits: int
 ) -> None:
-    q = calque.quantize(trained, calibration, bits=bits, recipe="nearest")
+    q = calque.quantize(trained, calibration, bits=f"w{bits}a8", recipe="nearest")
+    path = calque.export_onnx(q, tmp_path / "model.onnx")
 
-    with pytest.raises(ExportError, match=r"layer conv1: ONNX files carry weights of 4 and 8 bits\. Got"):
-        calque.export_onnx(q, tmp_path / "model.onnx")
-    assert list(tmp_path.iterdir()) == []
+    layer = q.layers["conv1"]
+    parts = {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer if "conv1/packed" in t.name}
+    stored = 8 * sum(part.nbytes for part in parts.values())
+    assert layer.codes.numel() * bits <= stored < (layer.codes.numel() + 8) * bits
+    assert path.stat().st_size <= 1.05 * q.report.size + 1500 * len(q.layers) + 20_000
 
 
 def test_a_missing_folder_and_a_missing_file_are_named(tmp_path: Path, trained: nn.Module, calibration: Tensor) -> None:

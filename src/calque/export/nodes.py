@@ -1,7 +1,8 @@
 """ONNX nodes of quantizers and layers, by the rules that runtimes' fusions need (measured; see docs/howto/deploy.md).
 
-uint8 activations with an integer Min below 8 bits, symmetric int8 weights per channel (4 bits packed as INT4 behind a Cast
-that folds at load), int32 biases, linear layers as Reshape, Gemm, Reshape.
+uint8 activations with an integer Min below 8 bits, symmetric int8 weights per channel (4 bits packed as INT4 behind a Cast,
+other widths as packed fields of 4, 2 and 1 bits behind Div and Mod, all of which fold at load), int32 biases, linear layers as
+Reshape, Gemm, Reshape.
 """
 
 from collections.abc import Iterator
@@ -11,7 +12,6 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from calque.errors import ExportError
 from calque.export.lowering import DOMAIN, LAYER, QUANTIZE
 from calque.graph import Geometry
 from calque.model import QuantizedModel
@@ -20,7 +20,7 @@ from calque.quantizers import QuantizedLayer, Quantizer
 Array = np.ndarray[Any, Any]
 
 CONTAINER_MAX = 255  # of uint8, where runtimes saturate
-WEIGHT_BITS = (4, 8)
+FIELDS = (4, 2, 1)  # widths of the packed parts of a code, the highest bits first
 
 
 class Expander:
@@ -91,31 +91,69 @@ class Expander:
             yield from self._folded_linear(layer, x, [weight, bias], y, name)
 
     def _weight(self, layer: QuantizedLayer, name: str, output: str) -> Iterator[onnx.NodeProto]:
-        if layer.bits not in WEIGHT_BITS:
-            raise ExportError(
-                f"layer {name}: ONNX files carry weights of {WEIGHT_BITS[0]} and {WEIGHT_BITS[1]} bits. Got {layer.bits}. "
-                "Give the layer one of these, with override or a plan."
-            )
         values = layer.codes.cpu().numpy()
-        codes = self._codes(values, layer.bits, f"{name}/codes")
-        if layer.bits < 8:
-            yield helper.make_node("Cast", [codes], [f"{name}/int8"], f"{name}/unpack", to=TensorProto.INT8)
-            codes = f"{name}/int8"
+        codes = yield from self._codes(values, layer.bits, name)
         # ONNX Runtime fuses Gemm only where the zero points are written out, and turns int8 weights into uint8 ones only
         # where they are and no other layer reads them
         zeros = self._constant(f"{name}/zero_point", np.zeros(len(values), dtype=np.int8))
         operands = [codes, self._constant(f"{name}/scale", layer.scale.cpu().numpy()), zeros]
         yield helper.make_node("DequantizeLinear", operands, [output], f"{name}/weight/dequantize", axis=0)
 
-    def _codes(self, values: Array, bits: int, name: str) -> str:
-        """The initializer of these codes; layers that share codes share it."""
+    def _codes(self, values: Array, bits: int, name: str) -> Iterator[onnx.NodeProto]:
+        """The nodes that decode these codes to int8; returns the value's name. Layers that share codes share their tensors."""
         key = repr((bits, values.shape)).encode() + values.tobytes()
-        if key not in self._by_content:
-            self._by_content[key] = name
-            kind = TensorProto.INT8 if bits == 8 else TensorProto.INT4
-            packed = values.reshape(-1).view(np.uint8) if bits == 8 else _pack_int4(values)
-            self.initializers[name] = helper.make_tensor(name, kind, values.shape, packed.tobytes(), raw=True)
-        return self._by_content[key]
+        owner = self._by_content.setdefault(key, name)
+        if bits == 8:
+            return self._packed(f"{owner}/codes", TensorProto.INT8, values.shape, values)
+        output = f"{name}/int8"
+        if bits == 4:
+            codes = self._packed(f"{owner}/codes", TensorProto.INT4, values.shape, _pack(values, 4))
+            yield helper.make_node("Cast", [codes], [output], f"{name}/unpack", to=TensorProto.INT8)
+            return output
+        yield from self._fields(values, bits, owner, name, output)
+        return output
+
+    def _fields(self, values: Array, bits: int, owner: str, name: str, output: str) -> Iterator[onnx.NodeProto]:
+        """codes + 2^(bits - 1) as a sum of fields, each unpacked by Div and Mod on int32: runtimes agree on these."""
+        whole = np.pad(values.astype(np.int32).reshape(-1) + (1 << (bits - 1)), (0, -values.size % 8))
+        total, rest = "", bits
+        for width in FIELDS:
+            if width > rest:
+                continue
+            rest -= width
+            part, value = f"{name}/bit{rest}", f"{name}/bit{rest}/value"
+            packed = _pack((whole >> rest) & ((1 << width) - 1), width)
+            stored = self._packed(f"{owner}/packed{rest}", TensorProto.UINT8, (len(packed), 1), packed)
+            divisors = self._constant(f"divisors/{width}", (1 << np.arange(0, 8, width, dtype=np.int32))[None])
+            yield helper.make_node("Cast", [stored], [f"{part}/int32"], f"{part}/widen", to=TensorProto.INT32)
+            yield helper.make_node("Div", [f"{part}/int32", divisors], [f"{part}/shifted"], f"{part}/shift")
+            yield helper.make_node(
+                "Mod", [f"{part}/shifted", self._number(1 << width)], [f"{part}/codes"], f"{part}/mask"
+            )
+            yield helper.make_node(
+                "Reshape", [f"{part}/codes", self._constant("flat", np.array([-1]))], [value], f"{part}/flatten"
+            )
+            if rest:
+                yield helper.make_node("Mul", [value, self._number(1 << rest)], [f"{value}/scaled"], f"{part}/scale")
+                value = f"{value}/scaled"
+            if total:
+                yield helper.make_node("Add", [total, value], [f"{part}/sum"], f"{part}/add")
+                value = f"{part}/sum"
+            total = value
+        ends = [self._constant(f"end/{end}", np.array([end])) for end in (0, values.size)]
+        shape = self._constant(f"shape/{values.shape}", np.array(values.shape))
+        yield helper.make_node("Sub", [total, self._number(1 << (bits - 1))], [f"{name}/signed"], f"{name}/centre")
+        yield helper.make_node("Slice", [f"{name}/signed", *ends], [f"{name}/cut"], f"{name}/cut")
+        yield helper.make_node("Reshape", [f"{name}/cut", shape], [f"{name}/shaped"], f"{name}/shape_codes")
+        yield helper.make_node("Cast", [f"{name}/shaped"], [output], f"{name}/unpack", to=TensorProto.INT8)
+
+    def _number(self, value: int) -> str:
+        return self._constant(f"int32/{value}", np.array(value, dtype=np.int32))
+
+    def _packed(self, name: str, kind: int, shape: tuple[int, ...], values: Array) -> str:
+        if name not in self.initializers:
+            self.initializers[name] = helper.make_tensor(name, kind, shape, values.tobytes(), raw=True)
+        return name
 
     def _folded_linear(
         self, layer: QuantizedLayer, x: str, weight_and_bias: list[str], y: str, name: str
@@ -152,8 +190,10 @@ def _convolution(geometry: Geometry, inputs: list[str], y: str, name: str) -> on
     )
 
 
-def _pack_int4(values: Array) -> Array:
-    """Two codes a byte, the first in the low half, as ONNX stores INT4."""
-    nibbles = (values.reshape(-1) & 0xF).astype(np.uint8)
-    nibbles = np.pad(nibbles, (0, nibbles.size % 2))
-    return nibbles[0::2] | (nibbles[1::2] << 4)
+def _pack(values: Array, width: int) -> Array:
+    """Codes of 1, 2 or 4 bits in bytes, the first in the lowest bits, as ONNX stores INT4."""
+    per = 8 // width
+    low = (values.reshape(-1) & ((1 << width) - 1)).astype(np.uint8)
+    low = np.pad(low, (0, -low.size % per)).reshape(-1, per)
+    packed: Array = (low << np.arange(0, 8, width, dtype=np.uint8)).sum(1).astype(np.uint8)
+    return packed
