@@ -30,7 +30,7 @@ def export_onnx(model: QuantizedModel, path: str | os.PathLike[str]) -> Path:
     nothing half-written is ever left at `path`.
 
     Raises:
-        ExportError: weights of other than 4 or 8 bits, or an operator without a translation; both are named.
+        ExportError: an operator without a translation, which is named.
         OSError: the path cannot be written.
     """
     path = Path(path)
