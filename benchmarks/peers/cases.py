@@ -47,6 +47,11 @@ EIGHT_BITS = (
     ("calque", "nearest"), ("calque", "fast"), ("nncf", "ptq"), ("brevitas", "nearest"), ("aimet", "nearest"),
     ("mct", "ptq"), ("torchao", "histogram"),
 )  # fmt: skip
+# mixed: bits of each layer's weights chosen, in no more bytes than the bits named take everywhere.
+MIXED = (
+    ("mct", "mixed"), ("calque", "mixed-fast"), ("calque", "mixed-light"), ("mct", "ptq"), ("calque", "fast"),
+    ("brevitas", "gptq"),
+)  # fmt: skip
 
 
 def cases() -> list[Key]:
@@ -56,6 +61,7 @@ def cases() -> list[Key]:
     found += [
         (RESNET, bits, *method, 0) for bits, methods in (("w8a8", EIGHT_BITS), ("w2a4", MAIN)) for method in methods
     ]
+    found += [(RESNET, "w3a4", *method, 0) for method in MIXED]
     found += [(MOBILENET, "w4a4", *method, 0) for method in EFFORTS]
     found += [(LITE, "w4a4", *method, 0) for method in MAIN]
     found += [(MOBILENET, "w4a8", *method, 0) for method in (*MAIN, *QUICK)]
