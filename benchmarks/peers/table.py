@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
@@ -21,7 +22,7 @@ COLOURS = dict(zip(TOOLS, ("tab:red", "tab:blue", "tab:green", "tab:orange", "ta
 MARKS = dict(zip(TOOLS, "*osD^v", strict=True))
 PLACES = tuple(
     (side * x, y)
-    for x, y in ((8, 0), (12, 12), (12, -12), (16, 24), (16, -24), (20, 36), (20, -36))
+    for x, y in ((8, 0), (12, 12), (12, -12), (16, 24), (16, -24), (20, 36), (20, -36), (24, 48), (24, -48))
     for side in (1, -1)
 )
 Point = tuple[str, str, float, float]
@@ -138,7 +139,7 @@ def draw(rows: list[Row], path: Path) -> None:
     figure.legend(handles=tools, loc="upper center", ncols=len(tools), frameon=False)
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 / (4.2 * height)))  # 0.3 inches for the legend
     for axis, points in zip(axes.flat, drawn, strict=False):
-        _label(axis, points)
+        label_points(axis, points)
     with plt.rc_context({"svg.hashsalt": "peers"}):
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(figure)
@@ -169,7 +170,7 @@ def _points(axis: Axes, network: str, bits: str, rows: list[Row]) -> list[Point]
     return points
 
 
-def _label(axis: Axes, points: list[Point]) -> None:
+def label_points(axis: Axes, points: list[Point]) -> None:
     """Writes the methods beside their points, each at the nearest place that covers no point and no other label."""
     renderer = axis.figure.canvas.get_renderer()  # type: ignore[attr-defined] # Agg's canvas has one
     marks = axis.transData.transform([point[2:] for point in points])
@@ -182,8 +183,9 @@ def _label(axis: Axes, points: list[Point]) -> None:
                 weight="bold" if tool == "calque" else "normal", color=COLOURS[tool],
                 arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": COLOURS[tool]} if place > 1 else None,
             )  # fmt: skip
-            box = label.get_window_extent(renderer)
-            if not box.count_overlaps(taken) and axis.bbox.containsx(box.x0) and axis.bbox.containsx(box.x1):
+            label.update_positions(renderer)
+            box = Text.get_window_extent(label, renderer)  # an annotation's own extent contains its line
+            if not box.count_overlaps(taken) and all(axis.bbox.contains(*corner) for corner in (box.min, box.max)):
                 break
             if place < len(PLACES) - 1:
                 label.remove()
