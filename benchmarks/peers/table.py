@@ -46,8 +46,8 @@ of four of its criteria on resnet20 W4A4, judged on calibration images alone: ra
 (.072; its default .077, percentile 99.9 .083, extremes .167; standard errors .015 to .025). Reduced for time: AIMET's
 AdaRound (its default is 15,000 iterations below 8 bits) where the method's name says so, Model Compression Toolkit's epochs,
 and its Hessian scores in *-mse*. AIMET 2.42 and PT2E have no bias correction, which depthwise networks feel at every width;
-cross-layer equalization, which AIMET and Brevitas advise for them, passes no ReLU6, of which the two here are made. PT2E has
-no method that fits weights; NNCF quantizes activations to 8 bits.
+cross-layer equalization, which AIMET and Brevitas advise for them, passes no ReLU6, which the two here have. PT2E has no
+method that fits weights; NNCF quantizes activations to 8 bits.
 
 Methods named *mixed* choose 8, 4, 3 or 2 bits for the weights of each layer between the first and the last, in no more bytes
 than the bits that head the section take everywhere (packed weights; scales and biases not counted), activations at the bits
