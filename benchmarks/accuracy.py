@@ -1,7 +1,7 @@
 """Measures recipes on real networks: python -m benchmarks.accuracy
 
 Rows go to benchmarks/accuracy.jsonl as they are measured, so that a run can be stopped and goes on where it was; the table
-benchmarks/accuracy.md is written from them. Rows of another version of the package are measured again with --fresh.
+benchmarks/accuracy.md is written from them. Rows of another version of the package are measured again with --again.
 """
 
 import argparse
@@ -73,16 +73,14 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+")
     parser.add_argument("--seeds", nargs="+", type=int)
     parser.add_argument("--rows", type=Path, default=FOLDER / "accuracy.jsonl")
-    parser.add_argument("--fresh", action="store_true", help="forget the rows that were measured before")
+    parser.add_argument("--again", action="store_true", help="measure again the rows asked for")
     arguments = parser.parse_args()
-    if arguments.fresh:
-        arguments.rows.unlink(missing_ok=True)
     asked = (arguments.networks, arguments.bits, arguments.recipes, arguments.seeds)
     bench: Bench | None = None
     for key in cases():
-        if key in read_rows(arguments.rows) or any(
-            chosen and part not in chosen for part, chosen in zip(key, asked, strict=True)
-        ):
+        if any(chosen and part not in chosen for part, chosen in zip(key, asked, strict=True)):
+            continue
+        if key in read_rows(arguments.rows) and not arguments.again:
             continue
         if bench is None or bench.setting.name != key[0]:
             bench = Bench(next(setting for setting in SETTINGS if setting.name == key[0]))

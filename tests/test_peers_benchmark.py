@@ -8,8 +8,10 @@ import pytest
 import torch
 from benchmarks.peers.__main__ import is_asked, read_rows
 from benchmarks.peers.cases import PACKAGES, SETTINGS, TOOLS, cases
-from benchmarks.peers.network import Bits, Marker, marked, plan, prepare
-from benchmarks.peers.table import draw, table
+from benchmarks.peers.network import Bits, Marker, marked, plan, prepare, weight_bytes
+from benchmarks.peers.table import draw, label_points, table
+from matplotlib import pyplot as plt
+from matplotlib.text import Text
 from torch import Tensor, nn
 
 
@@ -77,6 +79,17 @@ def test_the_plot_is_drawn_from_the_rows(tmp_path: Path) -> None:
     assert (tmp_path / "plot.svg").read_text(encoding="utf-8").startswith("<?xml")
 
 
+def test_labels_of_points_at_one_place_do_not_overlap() -> None:
+    figure, axis = plt.subplots()
+    label_points(
+        axis, [("aimet", method, 0.5, 0.5) for method in ("seqmse", "nearest", "adaround-1000", "adaround-2500")]
+    )
+    boxes = [Text.get_window_extent(label) for label in axis.texts]
+    plt.close(figure)
+    assert len(boxes) == 4
+    assert not any(box.count_overlaps(boxes[:i]) for i, box in enumerate(boxes))
+
+
 def test_the_prepared_network_computes_the_same(model: nn.Module) -> None:
     x = torch.randn(2, 3, 6, 6)
     torch.testing.assert_close(prepare(model)(x), model(x))
@@ -90,3 +103,8 @@ def test_markers_stand_at_operands_and_results_of_adds(model: nn.Module) -> None
 
 def test_the_ends_have_eight_bits(model: nn.Module) -> None:
     assert plan(prepare(model), "w4a8") == {"stem": Bits(8, 8), "middle": Bits(4, 8), "head": Bits(8, 8)}
+
+
+def test_bytes_of_weights_are_packed_codes_alone(model: nn.Module) -> None:
+    # stem 4 x 3 x 9 and head 5 x 4 at 8 bits, middle 4 x 4 x 9 at 3 bits
+    assert weight_bytes(prepare(model), "w3a4") == 108 + 20 + 144 * 3 // 8

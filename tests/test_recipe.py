@@ -77,7 +77,6 @@ def test_shipped_recipes_are_found_by_name(name: str) -> None:
 def test_a_recipe_stands_for_itself_and_nothing_for_fast() -> None:
     assert find_recipe(NEAREST) is NEAREST
     assert find_recipe(None) is FAST
-    assert find_recipe(None, search=True) is ADVANCED
 
 
 def test_a_recipe_is_found_in_its_file(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def main() -> None:
     for key in wanted:
         if key in read_rows(arguments.rows) and not arguments.again:
             continue
-        row = measure(key, arguments.folder.resolve())
+        row = measure(key, arguments.folder.resolve(), again=arguments.again)
         with arguments.rows.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         print(json.dumps(row), flush=True)
@@ -70,8 +70,12 @@ def read_rows(path: Path) -> dict[Key, Row]:
     return {(row["network"], row["bits"], row["tool"], row["method"], row["seed"]): row for row in rows}
 
 
-def measure(key: Key, folder: Path) -> Row:
-    """One row; where the tool fails, a row with the reason."""
+def measure(key: Key, folder: Path, *, again: bool = False) -> Row:
+    """One row; where the tool fails, a row with the reason.
+
+    Args:
+        again: whether the tool runs even where an earlier run left its logits.
+    """
     network, bits, tool, method, seed = key
     row: Row = {"network": network, "bits": bits, "tool": tool, "method": method, "seed": seed}
     row |= {"machine": platform.machine(), "commit": commit()}
@@ -80,7 +84,7 @@ def measure(key: Key, folder: Path) -> Row:
     logits.parent.mkdir(parents=True, exist_ok=True)
     try:
         report = logits.with_suffix(".json")
-        if not (logits.is_file() and report.is_file()):
+        if again or not (logits.is_file() and report.is_file()):
             report.write_text(run(key, folder, logits), encoding="utf-8")
         row |= json.loads(report.read_text(encoding="utf-8"))
         return row | judge(folder / "data" / network, logits)

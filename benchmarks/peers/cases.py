@@ -42,10 +42,16 @@ EFFORTS = (
     ("brevitas", "nearest"),
 )  # fmt: skip
 LONG = (("aimet", "adaround-10000"), ("mct", "gptq-5"))  # the first at its published number of iterations
+ROUNDING = ("brevitas", "learned-round-1000")  # the best of the peers on resnet20
 QUICK = tuple(method for method in EFFORTS if method[1] in ("nearest", "accurate"))
 EIGHT_BITS = (
     ("calque", "nearest"), ("calque", "fast"), ("nncf", "ptq"), ("brevitas", "nearest"), ("aimet", "nearest"),
     ("mct", "ptq"), ("torchao", "histogram"),
+)  # fmt: skip
+# mixed: bits of each layer's weights chosen, in no more bytes than the bits named take everywhere.
+MIXED = (
+    ("mct", "mixed"), ("calque", "mixed-fast"), ("calque", "mixed-light"), ("mct", "ptq"), ("calque", "fast"),
+    ("brevitas", "gptq"),
 )  # fmt: skip
 
 
@@ -56,12 +62,13 @@ def cases() -> list[Key]:
     found += [
         (RESNET, bits, *method, 0) for bits, methods in (("w8a8", EIGHT_BITS), ("w2a4", MAIN)) for method in methods
     ]
+    found += [(RESNET, "w3a4", *method, 0) for method in MIXED]
     found += [(MOBILENET, "w4a4", *method, 0) for method in EFFORTS]
     found += [(LITE, "w4a4", *method, 0) for method in MAIN]
-    found += [(MOBILENET, "w4a8", *method, 0) for method in (*MAIN, *QUICK)]
+    found += [(MOBILENET, "w4a8", *method, 0) for method in (*MAIN, *QUICK, ROUNDING)]
     found += [(RESNET, "w2a4", *method, 0) for method in EFFORTS]
     for seed in (1, 2):
-        found += [(RESNET, bits, *method, seed) for bits in ("w4a4", "w2a4") for method in MAIN]
+        found += [(RESNET, bits, *method, seed) for bits in ("w4a4", "w2a4") for method in (*MAIN, ROUNDING)]
         found += [(MOBILENET, bits, *method, seed) for bits in ("w4a4", "w4a8") for method in MAIN]
     found += [(LITE, "w4a8", *method, 0) for method in MAIN] + [(LITE, "w4a4", *method, 0) for method in QUICK]
     return found + [(RESNET, "w4a4", *method, 0) for method in LONG]

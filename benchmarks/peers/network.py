@@ -16,6 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 WEIGHTED = (nn.Conv2d, nn.Linear)
 ACTIVATIONS = (nn.ReLU, nn.ReLU6)
 END_BITS = 8  # of the first and the last layer, and of tensors at markers
+CANDIDATES = (8, 4, 3, 2)  # bits of weights that methods of mixed bits choose from
 
 
 class Add(nn.Module):
@@ -47,7 +48,7 @@ def parse(bits: str) -> Bits:
     return Bits(int(weight), int(activation))
 
 
-def layers(model: nn.Module) -> dict[str, nn.Module]:
+def layers(model: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
     """The weighted layers by name, in the order of the graph that `prepare` made."""
     return {name: module for name, module in model.named_modules() if isinstance(module, WEIGHTED)}
 
@@ -56,6 +57,12 @@ def plan(model: nn.Module, bits: str) -> dict[str, Bits]:
     """Layer name -> bits: those asked for, and 8 in the first and the last layer."""
     names = list(layers(model))
     return {name: Bits(END_BITS, END_BITS) if name in (names[0], names[-1]) else parse(bits) for name in names}
+
+
+def weight_bytes(model: nn.Module, bits: str) -> int:
+    """Bytes of the packed weights under `plan`, scales and biases not counted: what a plan of mixed bits may take."""
+    chosen = plan(model, bits)
+    return sum(-(-module.weight.numel() * chosen[name].weight // 8) for name, module in layers(model).items())
 
 
 def marked(graph: fx.GraphModule, marker: type[nn.Module] = Marker) -> list[str]:

@@ -69,8 +69,8 @@ def quantize(
             prices, the ends included.
         plan: bits by layer and tensor name, in place of `bits`.
         override: glob pattern of names -> bits, or None for float.
-        recipe: "nearest", "light", "fast" (the default), "accurate", "sequential", "advanced" (the default under a budget),
-            "paper-2021", a TOML file or a Recipe.
+        recipe: "nearest", "light", "fast" (the default), "accurate", "sequential", "advanced", "paper-2021", a TOML
+            file or a Recipe.
         placement: "integer" (all operands of integer kernels) or "inputs" (inputs of weighted layers, as in the paper).
         first_last: bits of the first and last layer; "auto" is "w8a8" ("w8" without activations) at fixed bits and nothing
             special under a budget or a plan, None is nothing special.
@@ -107,7 +107,7 @@ def quantize(
         network, bits, plan, override=override, first_last=first_last, search=budget is not None
     )
     job = Job(
-        network, batches, find_recipe(recipe, search=budget is not None), placement, seed, parse_bytes(memory),
+        network, batches, find_recipe(recipe), placement, seed, parse_bytes(memory),
         workers=workers, progress=progress or silent,
     )  # fmt: skip
     if budget is not None:

@@ -201,17 +201,14 @@ PAPER = replace(
 RECIPES = {recipe.name: recipe for recipe in (NEAREST, LIGHT, FAST, ACCURATE, SEQUENTIAL, ADVANCED, PAPER)}
 
 
-def find_recipe(recipe: "str | Recipe | None", *, search: bool = False) -> Recipe:
-    """The recipe itself, the shipped one of that name, the one in that TOML file, or the default (None).
-
-    Args:
-        search: whether bits are chosen under a budget; the default is then "advanced", else "fast".
+def find_recipe(recipe: "str | Recipe | None") -> Recipe:
+    """The recipe itself, the shipped one of that name, the one in that TOML file, or the default (None): fast.
 
     Raises:
         SpecError: no shipped recipe and no file of that name.
     """
     if recipe is None:
-        return ADVANCED if search else FAST
+        return FAST
     if isinstance(recipe, Recipe):
         return recipe
     if recipe in RECIPES:

@@ -178,7 +178,7 @@ def quantize_command(
             model, None if weights is None else str(weights.resolve()), str(calibration.resolve()), seed,
             shlex.join([ENTRY, *arguments]), scores, versions(),
         )  # fmt: skip
-        write_run(output, q, chosen or find_recipe(None, search=budget is not None), settings)
+        write_run(output, q, find_recipe(chosen), settings)
     if evaluate is not None:
         scores = {**scores, "quantized": evaluate_model(evaluate, q)}
         write_start(output, replace(settings, scores=scores))
