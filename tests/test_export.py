@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import calque
 import networks
-from calque.errors import ExportError, VerificationError
+from calque.errors import VerificationError
 from calque.export import count_kernels, run_onnx
 from calque.export.nodes import _pack
 from networks import Net
@@ -178,6 +178,40 @@ def test_fields_of_codes_hold_every_code_in_its_bits(
     parts = {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer if "conv1/packed" in t.name}
     stored = 8 * sum(part.nbytes for part in parts.values())
     assert layer.codes.numel() * bits <= stored < (layer.codes.numel() + 8) * bits
+    assert path.stat().st_size <= 1.05 * q.report.size + 1500 * len(q.layers) + 20_000
+
+
+class Tokens(nn.Module):
+    """A convolution, then products on (N, positions, C) and on (N, C)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 16, 3, padding=1)
+        self.mix = nn.Linear(16, 32)
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.mix(torch.relu(self.stem(x)).flatten(2).transpose(1, 2)))
+        result: Tensor = self.head(y.mean(1))
+        return result
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_weights_alone_are_read_packed_by_products_and_become_float_at_load_elsewhere(
+    tmp_path: Path, bits: int
+) -> None:
+    net = networks.seeded(Tokens())
+    images = networks.images(64, seed=1)
+    q = calque.quantize(net, images, bits=f"w{bits}", recipe="nearest", first_last=None)
+    path = calque.export_onnx(q, tmp_path / "model.onnx")
+
+    result = calque.verify(path, q, images)
+
+    assert result.optimized.exact == result.plain.exact == 1
+    assert result.optimized.mean_steps < 1e-3
+    assert result.float_kernels.get("MatMulNBits", 0) == (2 if bits == 4 else 0)
+    assert "DequantizeLinear" not in result.other_kernels
+    assert ("session.qdq_matmulnbits_accuracy_level" in str(result)) == (bits == 4)
     assert path.stat().st_size <= 1.05 * q.report.size + 1500 * len(q.layers) + 20_000
 
 

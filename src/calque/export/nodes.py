@@ -5,7 +5,7 @@ other widths as packed fields of 4, 2 and 1 bits behind Div and Mod, all of whic
 Reshape, Gemm, Reshape.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -75,20 +75,47 @@ class Expander:
 
     def _layer(self, x: str, y: str, name: str) -> Iterator[onnx.NodeProto]:
         layer = self.layers[name]
+        if layer.bias_scale is None:
+            yield from self._weight_only(layer, x, y, name)
+            return
         weight, bias = f"{name}/weight", f"{name}/bias"
         yield from self._weight(layer, name, weight)
-        if layer.bias_scale is None:
-            self._constant(bias, layer.bias.cpu().numpy())
-        else:
-            codes = self._constant(f"{bias}/codes", layer.bias.cpu().numpy())
-            scale = self._constant(f"{bias}/scale", layer.bias_scale.cpu().numpy())
-            yield helper.make_node("DequantizeLinear", [codes, scale], [bias], f"{bias}/dequantize", axis=0)
+        codes = self._constant(f"{bias}/codes", layer.bias.cpu().numpy())
+        scale = self._constant(f"{bias}/scale", layer.bias_scale.cpu().numpy())
+        yield helper.make_node("DequantizeLinear", [codes, scale], [bias], f"{bias}/dequantize", axis=0)
         if layer.geometry.kind == "convolution":
             yield _convolution(layer.geometry, [x, weight, bias], y, name)
         elif self.ranks[name] == 2:
             yield helper.make_node("Gemm", [x, weight, bias], [y], name, transB=1)
         else:
             yield from self._folded_linear(layer, x, [weight, bias], y, name)
+
+    def _weight_only(self, layer: QuantizedLayer, x: str, y: str, name: str) -> Iterator[onnx.NodeProto]:
+        """A layer on float inputs; the weights of linear ones lie as (C_in, C_out).
+
+        Products with 4-bit weights are fused to MatMulNBits, which reads packed codes at run time. All other weights become
+        float32 when the file is loaded, by Cast and Mul: a DequantizeLinear would run each time.
+        """
+        linear = layer.geometry.kind == "linear"
+        values, scale = layer.codes.cpu().numpy(), layer.scale.cpu().numpy()
+        values = np.ascontiguousarray(values.T) if linear else values
+        weight = f"{name}/weight"
+        if linear and layer.bits == 4:
+            operands = [self._stored(values, 4, name), self._constant(f"{name}/scale", scale)]
+            yield helper.make_node("DequantizeLinear", operands, [weight], f"{weight}/dequantize", axis=1)
+        else:
+            codes = yield from self._codes(values, layer.bits, name)
+            factor = self._constant(f"{name}/scale", scale if linear else scale.reshape(-1, *[1] * (values.ndim - 1)))
+            yield helper.make_node("Cast", [codes], [f"{weight}/levels"], f"{weight}/levels", to=TensorProto.FLOAT)
+            yield helper.make_node("Mul", [f"{weight}/levels", factor], [weight], f"{weight}/scale")
+        bias = self._constant(f"{name}/bias", layer.bias.cpu().numpy())
+        if not linear:
+            yield _convolution(layer.geometry, [x, weight, bias], y, name)
+        elif self.ranks[name] == 2:
+            yield helper.make_node("Gemm", [x, weight, bias], [y], name)
+        else:
+            yield helper.make_node("MatMul", [x, weight], [f"{name}/product"], name)
+            yield helper.make_node("Add", [f"{name}/product", bias], [y], f"{name}/add")
 
     def _weight(self, layer: QuantizedLayer, name: str, output: str) -> Iterator[onnx.NodeProto]:
         values = layer.codes.cpu().numpy()
@@ -99,24 +126,34 @@ class Expander:
         operands = [codes, self._constant(f"{name}/scale", layer.scale.cpu().numpy()), zeros]
         yield helper.make_node("DequantizeLinear", operands, [output], f"{name}/weight/dequantize", axis=0)
 
-    def _codes(self, values: Array, bits: int, name: str) -> Iterator[onnx.NodeProto]:
-        """The nodes that decode these codes to int8; returns the value's name. Layers that share codes share their tensors."""
-        key = repr((bits, values.shape)).encode() + values.tobytes()
-        owner = self._by_content.setdefault(key, name)
+    def _codes(self, values: Array, bits: int, name: str) -> Generator[onnx.NodeProto, None, str]:
+        """The nodes that decode these codes to int8; returns the value's name."""
         if bits == 8:
-            return self._packed(f"{owner}/codes", TensorProto.INT8, values.shape, values)
+            return self._stored(values, bits, name)
         output = f"{name}/int8"
         if bits == 4:
-            codes = self._packed(f"{owner}/codes", TensorProto.INT4, values.shape, _pack(values, 4))
+            codes = self._stored(values, bits, name)
             yield helper.make_node("Cast", [codes], [output], f"{name}/unpack", to=TensorProto.INT8)
-            return output
-        yield from self._fields(values, bits, owner, name, output)
+        else:
+            yield from self._fields(values, bits, name, output)
         return output
 
-    def _fields(self, values: Array, bits: int, owner: str, name: str, output: str) -> Iterator[onnx.NodeProto]:
+    def _stored(self, values: Array, bits: int, name: str) -> str:
+        """The tensor of these codes, of 4 or 8 bits; layers that share codes share it."""
+        owner = self._owner(values, bits, name)
+        if bits == 8:
+            return self._packed(f"{owner}/codes", TensorProto.INT8, values.shape, values)
+        return self._packed(f"{owner}/codes", TensorProto.INT4, values.shape, _pack(values, 4))
+
+    def _owner(self, values: Array, bits: int, name: str) -> str:
+        """The first layer with these codes."""
+        key = repr((bits, values.shape)).encode() + values.tobytes()
+        return self._by_content.setdefault(key, name)
+
+    def _fields(self, values: Array, bits: int, name: str, output: str) -> Iterator[onnx.NodeProto]:
         """codes + 2^(bits - 1) as a sum of fields, each unpacked by Div and Mod on int32: runtimes agree on these."""
         whole = np.pad(values.astype(np.int32).reshape(-1) + (1 << (bits - 1)), (0, -values.size % 8))
-        total, rest = "", bits
+        owner, total, rest = self._owner(values, bits, name), "", bits
         for width in FIELDS:
             if width > rest:
                 continue

@@ -33,6 +33,9 @@ _NEUTRAL = frozenset(
 
 # x86 processors without VNNI saturate sums of uint8 x int8 products at 16 bits; this makes ONNX Runtime compute them exactly.
 PRECISE = "session.x64quantprecision"
+# Products with packed 4-bit weights: ONNX Runtime's default, 4, rounds their float inputs to 8 bits at run time; 1 is float32.
+LEVEL = ("session.qdq_matmulnbits_accuracy_level", "1")
+PACKED = "MatMulNBits"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +104,10 @@ class Verification:
         for title, kernels in (("integer", self.integer_kernels), ("float", self.float_kernels)):
             names = ", ".join(f"{count} {name}" for name, count in sorted(kernels.items()))
             lines.append(f"{title} kernels: {names or 'none'}")
+        if PACKED in self.float_kernels:
+            lines.append(
+                f"{PACKED} computes in float32 here ({LEVEL[0]} = {LEVEL[1]}); the runtime's default rounds its inputs to 8 bits"
+            )
         lines.append(f"{self.inputs} inputs, {self.file_bytes:,} bytes")
         return "\n".join(lines)
 
@@ -183,6 +190,7 @@ def _with_outputs(proto: onnx.ModelProto, edges: list[str]) -> onnx.ModelProto:
 def _session(proto: onnx.ModelProto, *, optimize: bool, save: str | None = None) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.add_session_config_entry(PRECISE, "1")
+    options.add_session_config_entry(*LEVEL)
     options.log_severity_level = 4
     levels = ort.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
