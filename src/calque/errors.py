@@ -30,7 +30,13 @@ class ExportError(CalqueError):
 
 
 class VerificationError(CalqueError):
-    """An exported file that does not compute what its quantized network computes."""
+    """An exported file that does not compute what its quantized network computes.
+
+    Attributes:
+        verification: the `calque.Verification`, where the file ran and its agreement is below the bound; else None.
+    """
+
+    verification: object | None = None
 
 
 class CalibrationWarning(UserWarning):

@@ -20,7 +20,8 @@ from calque.checkpoint import PROBLEMS, Checkpoint, Piece, read_piece, write_pie
 from calque.graph import Geometry, Layer
 from calque.graph.layers import Activation
 from calque.job import Job
-from calque.ranges import TensorSample, activation_range, search_range
+from calque.placement import root
+from calque.ranges import TensorSample, activation_range, off_ties, search_range
 from calque.solvers.adaquant import Draw, Linear
 from calque.solvers.layer import Settings, fit_from_piece, fit_to_piece, solve_each
 from calque.solvers.problem import Fit, Grid, LayerProblem, layer_problem, output_error
@@ -151,12 +152,15 @@ def _tasks(
             for bits, key in keys.items()
             if bits is not None
         )
-        grid = _grid(job, problem, sample, width)
+        grid = _grid(job, problem, sample, width, network_input=root(source).op == "placeholder")
         tasks.append(Task(path, choices, grid, settings, layer.activate, weighted.geometry, weighted.weight.shape))
     return tasks
 
 
-def _grid(job: Job, problem: LayerProblem, sample: TensorSample, bits: int | None) -> tuple[float, int, int] | None:
+def _grid(
+    job: Job, problem: LayerProblem, sample: TensorSample, bits: int | None, *, network_input: bool
+) -> tuple[float, int, int] | None:
+    """Scale, zero point and largest code of a layer's input."""
     if bits is None:
         return None
     _, qmax = activation_limits(bits)
@@ -166,6 +170,8 @@ def _grid(job: Job, problem: LayerProblem, sample: TensorSample, bits: int | Non
     else:
         low, high = activation_range(sample, job.recipe.activation_range, bits, job.recipe.tolerance)
     scale, zero_point = affine_grid(low, high, bits)
+    if network_input:
+        scale = off_ties(sample.values, scale)
     return scale.item(), int(zero_point), qmax
 
 

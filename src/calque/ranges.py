@@ -24,6 +24,9 @@ PERCENTILE = 0.9999
 # Fractions of the largest value, from the widest: fine near 1, where 8 bits are decided, then evenly spaced logarithms.
 CLIP_CANDIDATES = [1 - 0.04 * step for step in range(12)] + torch.logspace(-0.3, -1.5, 16).tolist()
 WEIGHT_CANDIDATES = torch.linspace(1.0, 0.2, 60).tolist()
+TIE = 1e-4  # of a step; x / scale in float32 is off by up to 2e-5 at 255 steps
+TIES = 0.01  # share of values that may lie so near to the middle between two codes; evenly spread ones: 2e-4
+TIE_STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,27 @@ def search_range(
     enough = min(case[0] for case in tried) * (1 + tolerance)
     _, low, high = max((case for case in tried if case[0] <= enough), key=lambda case: (case[2] - case[1]).item())
     return low, high
+
+
+def off_ties(values: Tensor, scale: Tensor) -> Tensor:
+    """The scale, widened by up to 8 / 4096 where many values lie exactly between two codes.
+
+    Runtimes that multiply by the reciprocal of a scale round these to the other side than those that divide. Images of 8 bits
+    are such values: normalized to (-1, 1), all 256 levels lie between two of the codes of that range.
+
+    >>> image = torch.arange(256) / 127.5 - 1
+    >>> off_ties(image, torch.tensor(1 / 127.5)) * 127.5
+    tensor(1.0002)
+    >>> off_ties(image / 2, torch.tensor(1 / 127.5)) * 127.5
+    tensor(1.)
+    """
+
+    def ties(candidate: Tensor) -> float:
+        steps = values / candidate
+        return ((steps - steps.floor() - 0.5).abs() < TIE).double().mean().item()
+
+    candidates = [scale * (1 + step / 4096) for step in range(TIE_STEPS + 1)]
+    return next((candidate for candidate in candidates if ties(candidate) <= TIES), min(candidates, key=ties))
 
 
 def weight_scale(weight: Tensor, bits: int, kind: WeightRange, covariance: Tensor | None = None) -> Tensor:

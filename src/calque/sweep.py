@@ -20,9 +20,9 @@ from calque.graph.network import find_shortcuts
 from calque.graph.signature import rows
 from calque.job import Job
 from calque.migration import Migration
-from calque.placement import Edge
+from calque.placement import Edge, root
 from calque.quantizers import QuantizedLayer, Quantizer
-from calque.ranges import TensorSample, activation_range, extremes, search_range
+from calque.ranges import TensorSample, activation_range, extremes, off_ties, search_range
 from calque.report import LayerReport
 from calque.solvers.adaquant import Draw, Linear
 from calque.solvers.layer import fit_from_piece, fit_to_piece, integer_layer, solve
@@ -117,7 +117,10 @@ class Sweep:
         low, high = activation_range(sample, recipe.tensor_range, edge.bits, recipe.tolerance)
         if low == high:
             self.swept.notes.append(f"tensor {edge.name} is zero on all calibration inputs; its grid is a guess.")
-        self.swept.quantizers[edge.name] = quantizer = Quantizer(*affine_grid(low, high, edge.bits), bits=edge.bits)
+        scale, zero_point = affine_grid(low, high, edge.bits)
+        if root(edge.source).op == "placeholder":
+            scale = off_ties(sample.values, scale)
+        self.swept.quantizers[edge.name] = quantizer = Quantizer(scale, zero_point, bits=edge.bits)
         self.shadow.put(edge.source, (quantizer(value) for value in self.shadow.values(edge.source)))
 
     def _sample(self, edge: Edge, source: fx.Node) -> TensorSample:
@@ -282,6 +285,8 @@ class Sweep:
         if least == largest:
             self.swept.notes.append(f"layer {layer.name}: its input is the same value everywhere; its grid is a guess.")
         scale, zero_point = affine_grid(low, high, edge.bits)
+        if root(source).op == "placeholder":
+            scale = off_ties(self._sample(edge, source).values, scale)
         return Grid(scale, zero_point, qmax), len(edge.readers) == 1
 
     def _modules(self, layer: Layer, fit: Fit, bits: int) -> tuple[Quantizer | None, QuantizedLayer]:

@@ -1,6 +1,7 @@
-"""Files that standard runtimes execute, and their verification."""
+"""Exported files, and what runtimes do with them."""
 
-from calque.export.onnx import export_onnx
+from calque.export.latency import Latency
+from calque.export.onnx import Target, export_onnx
 from calque.export.verify import Agreement, Verification, count_kernels, run_onnx, verify
 
-__all__ = ["Agreement", "Verification", "count_kernels", "export_onnx", "run_onnx", "verify"]
+__all__ = ["Agreement", "Latency", "Target", "Verification", "count_kernels", "export_onnx", "run_onnx", "verify"]

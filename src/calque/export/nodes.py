@@ -84,7 +84,7 @@ class Expander:
         scale = self._constant(f"{bias}/scale", layer.bias_scale.cpu().numpy())
         yield helper.make_node("DequantizeLinear", [codes, scale], [bias], f"{bias}/dequantize", axis=0)
         if layer.geometry.kind == "convolution":
-            yield _convolution(layer.geometry, [x, weight, bias], y, name)
+            yield convolution(layer.geometry, [x, weight, bias], y, name)
         elif self.ranks[name] == 2:
             yield helper.make_node("Gemm", [x, weight, bias], [y], name, transB=1)
         else:
@@ -110,7 +110,7 @@ class Expander:
             yield helper.make_node("Mul", [f"{weight}/levels", factor], [weight], f"{weight}/scale")
         bias = self._constant(f"{name}/bias", layer.bias.cpu().numpy())
         if not linear:
-            yield _convolution(layer.geometry, [x, weight, bias], y, name)
+            yield convolution(layer.geometry, [x, weight, bias], y, name)
         elif self.ranks[name] == 2:
             yield helper.make_node("Gemm", [x, weight, bias], [y], name)
         else:
@@ -214,7 +214,7 @@ class Expander:
         yield helper.make_node("Reshape", [product, leading[2]], [y], f"{name}/restore")
 
 
-def _convolution(geometry: Geometry, inputs: list[str], y: str, name: str) -> onnx.NodeProto:
+def convolution(geometry: Geometry, inputs: list[str], y: str, name: str) -> onnx.NodeProto:
     return helper.make_node(
         "Conv",
         inputs,

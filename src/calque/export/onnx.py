@@ -1,6 +1,7 @@
 """Writes a quantized network as an ONNX file that runtimes execute with integer kernels."""
 
 import contextlib
+import copy
 import io
 import json
 import os
@@ -8,37 +9,51 @@ import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal, get_args
 
 import onnx
 import torch
-from torch import fx
+from onnx import helper
+from torch import fx, nn
+from torch.utils import _pytree as pytree
 
-from calque.errors import ExportError
+from calque.errors import ExportError, SpecError
 from calque.export.lowering import DOMAIN, TRANSLATIONS, lower
 from calque.export.nodes import Expander
+from calque.export.qonnx import QONNX_DOMAIN, QuantExpander
 from calque.graph.network import FlatInput, value_of
 from calque.graph.rewrite import silent_tracing
 from calque.model import QuantizedModel
 
 OPSET = 21  # the first with INT4
+Target = Literal["onnxruntime", "openvino", "qonnx"]
 
 
-def export_onnx(model: QuantizedModel, path: str | os.PathLike[str]) -> Path:
+def export_onnx(model: QuantizedModel, path: str | os.PathLike[str], *, target: Target = "onnxruntime") -> Path:
     """Writes `model` to `path` as ONNX (opset 21) and returns the path; the batch axis and dynamic axes stay free.
+
+    Args:
+        target: "onnxruntime" and "openvino" read the same file, with packed weights and integer kernels; "qonnx" has one Quant
+            node per tensor, and float32 weights.
 
     The file holds the plan, the recipe and versions in its metadata. It is written to a temporary name and moved, so that
     nothing half-written is ever left at `path`.
 
     Raises:
         ExportError: an operator without a translation, which is named.
+        SpecError: an unknown target.
         OSError: the path cannot be written.
     """
     path = Path(path)
+    if target not in get_args(Target):
+        raise SpecError(f"target is one of {', '.join(get_args(Target))}. Got {target!r}.")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"the folder {path.parent} does not exist.")
     proto = _translate(model)
-    expander = Expander(model, _ranks(model))
+    expander = (QuantExpander if target == "qonnx" else Expander)(model, _ranks(model))
     expander.expand(proto.graph)
+    if target == "qonnx":
+        proto.opset_import.append(helper.make_opsetid(QONNX_DOMAIN, 1))
     _clean(proto, model)
     onnx.checker.check_model(proto)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -65,6 +80,20 @@ def _ranks(model: QuantizedModel) -> dict[str, int]:
 
 def _translate(model: QuantizedModel) -> onnx.ModelProto:
     """The network as torch.onnx translates it, with calque's operators by name."""
+    return _exported(_Flat(lower(model)).eval(), model)
+
+
+def float_onnx(original: nn.Module, model: QuantizedModel) -> onnx.ModelProto:
+    """The float network that `model` was made from, with the same inputs and free axes.
+
+    Raises:
+        ExportError: an operator without a translation, which is named.
+    """
+    return _exported(_Original(copy.deepcopy(original).eval(), model.in_spec.child(1)).eval(), model)
+
+
+def _exported(module: nn.Module, model: QuantizedModel) -> onnx.ModelProto:
+    """A module of flat inputs as torch.onnx translates it."""
     inputs: tuple[FlatInput | None, ...] = model.facts["inputs"]
     if any(form is None for form in inputs):
         raise ExportError("every input of an exported network must be a tensor. Leave out arguments that are not.")
@@ -72,7 +101,6 @@ def _translate(model: QuantizedModel) -> onnx.ModelProto:
     device = next(iter(model.buffers())).device
     example = tuple(torch.zeros(form.shape, dtype=form.dtype, device=device) for form in forms)
     axes = tuple({axis: torch.export.Dim.AUTO for axis in form.dynamic} for form in forms)
-    module = _Flat(lower(model)).eval()
     try:
         with silent_tracing(), _silent_output(), torch.no_grad():
             program = torch.onnx.export(
@@ -100,6 +128,18 @@ class _Flat(torch.nn.Module):
 
     def forward(self, *inputs: torch.Tensor) -> object:
         return self.module(*inputs)
+
+
+class _Original(torch.nn.Module):
+    """A float network on flat inputs, with flat outputs."""
+
+    def __init__(self, module: nn.Module, arguments: pytree.TreeSpec):
+        super().__init__()
+        self.module = module
+        self.arguments = arguments
+
+    def forward(self, *inputs: torch.Tensor) -> object:
+        return tuple(pytree.tree_leaves(self.module(**pytree.tree_unflatten(list(inputs), self.arguments))))
 
 
 @contextlib.contextmanager

@@ -1,41 +1,39 @@
-"""Runs an exported file in ONNX Runtime and compares it with the quantized network it was made from."""
+"""Runs an exported file in a runtime and compares it with the quantized network it was made from."""
 
 import json
 import os
-import tempfile
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import onnx
-import onnxruntime as ort
 import torch
 from onnx import TensorProto, helper
-from torch import Tensor
+from torch import Tensor, nn
 
 from calque.calibration import prepare
-from calque.errors import VerificationError
+from calque.errors import SpecError, VerificationError
+from calque.export.latency import Latency, measure_latency
+from calque.export.onnx import Target
+from calque.export.runtimes import (
+    LEVEL,
+    PACKED,
+    PRECISE,
+    Kernel,
+    OnnxRuntime,
+    Runtime,
+    check_target,
+    open_runtime,
+    saturates,
+)
 from calque.graph import Batch
 from calque.graph.signature import flatten, rows
 from calque.model import QuantizedModel
 from calque.report import table_lines
 
 OUTSIDE = 8.0  # inputs "far outside": this many times as large
-# Nodes that move, convert or clip codes and indices; everything else that is not an integer kernel computes on floats.
-_NEUTRAL = frozenset(
-    {
-        "QuantizeLinear", "DequantizeLinear", "Reshape", "Transpose", "Slice", "Pad", "Flatten", "Squeeze", "Unsqueeze",
-        "Identity", "Shape", "Gather", "Cast", "Constant", "Min", "Max", "MaxPool", "NhwcMaxPool", "Split", "Expand",
-        "Concat", "ReorderInput", "ReorderOutput", "DepthToSpace", "SpaceToDepth",
-    }
-)  # fmt: skip
-
-# x86 processors without VNNI saturate sums of uint8 x int8 products at 16 bits; this makes ONNX Runtime compute them exactly.
-PRECISE = "session.x64quantprecision"
-# Products with packed 4-bit weights: ONNX Runtime's default, 4, rounds their float inputs to 8 bits at run time; 1 is float32.
-LEVEL = ("session.qdq_matmulnbits_accuracy_level", "1")
-PACKED = "MatMulNBits"
+BOUND = 0.99  # least agreement with the exact integer evaluation
+TITLES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "qonnx": "QONNX"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +44,8 @@ class Agreement:
         exact, simulated: share of rows whose first output has the same top-1 (for outputs (N, C)), or of output values that
             are less than half a step apart (for any other output).
         mean_steps, largest_steps: distance to the exact evaluation in steps of the output.
-        parted: the first tensor whose codes differ from the exact evaluation's in any place ("" if none does).
+        parted: the first tensor whose codes differ from the exact evaluation's in any place ("" if none does, or where the
+            runtime was not asked for codes).
         parted_share: of that tensor's codes.
     """
 
@@ -60,24 +59,35 @@ class Agreement:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What ONNX Runtime does with an exported file.
+    """What a runtime does with an exported file.
 
     Attributes:
+        target: the runtime.
         inputs: rows compared.
-        optimized, plain: with the optimizer on and off, on the given inputs.
-        outside: with the optimizer on, on inputs OUTSIDE times as large.
-        integer_kernels, float_kernels, other_kernels: operator -> count in the optimized graph.
+        optimized: as the runtime loads the file by default, integer products exact where it offers that.
+        plain: with the optimizer off; None where a runtime has no such switch.
+        outside: as `optimized`, on inputs OUTSIDE times as large.
+        integer_kernels, float_kernels, other_kernels: operator -> count in the executed graph.
+        reasons: operator of a float kernel -> why it is one.
         file_bytes: of the file.
+        ideal_bytes: packed codes, 12 bytes per output channel, and what stays float.
+        notes: what to know before the file is shipped.
+        latency: beside the float network's file; None where none was given.
     """
 
+    target: Target
     inputs: int
     optimized: Agreement
-    plain: Agreement
+    plain: Agreement | None
     outside: Agreement
     integer_kernels: dict[str, int]
     float_kernels: dict[str, int]
     other_kernels: dict[str, int]
+    reasons: dict[str, str]
     file_bytes: int
+    ideal_bytes: int
+    notes: tuple[str, ...] = ()
+    latency: Latency | None = None
 
     @property
     def agreement_exact(self) -> float:
@@ -88,90 +98,119 @@ class Verification:
         return self.optimized.simulated
 
     def to_json(self) -> str:
+        """One line."""
         return json.dumps(asdict(self))
 
     def __str__(self) -> str:
-        headings = (
-            "ONNX Runtime",
-            "= exact",
-            "= simulated",
-            "mean steps",
-            "largest",
-            "first tensor that parts",
+        headings = (TITLES[self.target], "= exact", "= simulated", "mean steps", "largest", "first tensor that parts")
+        cases = {"optimized": self.optimized, "optimizer off": self.plain, "far outside": self.outside}
+        asked = self.target == "onnxruntime"
+        lines = table_lines(
+            headings, [(name, *_cells(case, asked=asked)) for name, case in cases.items() if case is not None]
         )
-        cases = (("optimized", self.optimized), ("optimizer off", self.plain), ("far outside", self.outside))
-        lines = table_lines(headings, [(name, *_cells(case)) for name, case in cases])
         for title, kernels in (("integer", self.integer_kernels), ("float", self.float_kernels)):
             names = ", ".join(f"{count} {name}" for name, count in sorted(kernels.items()))
             lines.append(f"{title} kernels: {names or 'none'}")
-        if PACKED in self.float_kernels:
-            lines.append(
-                f"{PACKED} computes in float32 here ({LEVEL[0]} = {LEVEL[1]}); the runtime's default rounds its inputs to 8 bits"
-            )
-        lines.append(f"{self.inputs} inputs, {self.file_bytes:,} bytes")
-        return "\n".join(lines)
+        lines += [f"  {operator}: {reason}" for operator, reason in sorted(self.reasons.items())]
+        lines.append(f"{self.inputs} inputs, {self.file_bytes:,} bytes ({self.ideal_bytes:,} packed)")
+        if self.latency is not None:
+            lines.append(str(self.latency))
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
-def _cells(case: Agreement) -> tuple[str, ...]:
-    parted = f"{case.parted} ({case.parted_share:.1e} of its codes)" if case.parted else "none"
-    return (
-        f"{case.exact:.2%}",
-        f"{case.simulated:.2%}",
-        f"{case.mean_steps:.2g}",
-        f"{case.largest_steps:.2g}",
-        parted,
+def _cells(case: Agreement, *, asked: bool) -> tuple[str, ...]:
+    parted = (
+        f"{case.parted} ({case.parted_share:.1e} of its codes)" if case.parted else "none" if asked else "not asked"
     )
+    return (f"{case.exact:.2%}", f"{case.simulated:.2%}", f"{case.mean_steps:.2g}", f"{case.largest_steps:.2g}", parted)
 
 
-def verify(path: str | os.PathLike[str], model: QuantizedModel, inputs: object) -> Verification:
-    """How the exported file `path` agrees with `model` on `inputs`, with ONNX Runtime's optimizer on and off.
+def verify(
+    path: str | os.PathLike[str],
+    model: QuantizedModel,
+    inputs: object,
+    *,
+    target: Target = "onnxruntime",
+    bound: float = BOUND,
+    original: nn.Module | None = None,
+) -> Verification:
+    """How the exported file `path` agrees with `model` on `inputs` in a runtime, and how fast it is there.
 
     Use at least 300 real inputs of a trained network: with random weights every input has the same class, and agreement
     means nothing.
 
     Args:
         inputs: as the calibration inputs of `calque.quantize`.
+        target: "onnxruntime", with its optimizer on and off, "openvino" or "qonnx" (extras of these names).
+        bound: the least share of outputs that agree with the exact integer evaluation, the optimizer on; 0 for none.
+        original: the float network; the latency of both files is then measured, in turns, on the first input (not in QONNX's
+            executor, which is no deployment).
 
     Raises:
-        VerificationError: ONNX Runtime cannot load or run the file, or the file has other inputs than the model.
+        VerificationError: the runtime is not installed, cannot load or run the file, or the file has other inputs than the
+            model; agreement below the bound (`verification` of the error has all figures).
+        SpecError: an unknown target, or a bound that is no share.
         CalibrationError: inputs that are empty, not finite or of the wrong form.
         FileNotFoundError: no such file.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}.")
-    device = next(iter(model.buffers())).device
-    batches = prepare(inputs, model.signature, device)
-    proto = _load(path)
-    edges = [name for name in model.quantizers if f"{name}/codes" in {o for n in proto.graph.node for o in n.output}]
-    probed = _with_outputs(proto, edges)
-    optimized, plain = _session(probed, optimize=True), _session(probed, optimize=False)
+    if not 0 <= bound <= 1:
+        raise SpecError(f"bound is a share, from 0 to 1. Got {bound!r}.")
+    check_target(target)
+    batches = prepare(inputs, model.signature, next(iter(model.buffers())).device)
+    proto = load_proto(path)
     larger = [_scaled(batch) for batch in batches]
-    integer, floats, others = count_kernels(path)
-    return Verification(
-        sum(rows(batch) for batch in batches),
-        _agreement(optimized, model, batches, edges),
-        _agreement(plain, model, batches, edges),
-        _agreement(optimized, model, larger, edges),
-        integer,
-        floats,
-        others,
-        path.stat().st_size,
+    if target == "onnxruntime":
+        edges = [
+            name for name in model.quantizers if f"{name}/codes" in {o for n in proto.graph.node for o in n.output}
+        ]
+        probed = _with_outputs(proto, edges)
+        runtime: Runtime = OnnxRuntime(probed)
+        plain = _agreement(OnnxRuntime(probed, optimize=False), model, batches, edges)
+    else:
+        edges, runtime, plain = [], open_runtime(proto, target), None  # more outputs would change what it fuses
+    kernels = open_runtime(proto, target).kernels()
+    found = Verification(
+        target, sum(rows(batch) for batch in batches), _agreement(runtime, model, batches, edges), plain,
+        _agreement(runtime, model, larger, edges), _counted(kernels, "integer"), _counted(kernels, "float"),
+        _counted(kernels, "neutral"), {} if target == "qonnx" else _reasons(kernels, model), path.stat().st_size,
+        model.report.size, _notes(kernels, model, target),
+    )  # fmt: skip
+    if found.optimized.exact < bound:
+        raise _below(found, bound)
+    if original is not None and target != "qonnx":
+        leaves = [leaf[:1] for leaf in flatten(batches[0])[0] if isinstance(leaf, Tensor)]
+        found = replace(found, latency=measure_latency(proto, original, model, leaves, target))
+    return found
+
+
+def _below(found: Verification, bound: float) -> VerificationError:
+    notes = "".join(f" {note}" for note in found.notes)
+    error = VerificationError(
+        f"{found.optimized.exact:.2%} of {found.inputs} outputs in {TITLES[found.target]} agree with the exact integer "
+        f"evaluation, less than the bound of {bound:.2%} (bound=, --bound).{notes}"
     )
+    error.verification = found
+    return error
 
 
-def run_onnx(path: str | os.PathLike[str], inputs: list[Tensor], *, batch: int = 50) -> Tensor:
-    """The first output of an ONNX file in ONNX Runtime (optimizer on) for flat inputs (N, ...).
+def run_onnx(
+    path: str | os.PathLike[str], inputs: list[Tensor], *, batch: int = 50, target: Target = "onnxruntime"
+) -> Tensor:
+    """The first output of an ONNX file in a runtime (optimizer on) for flat inputs (N, ...).
 
     Raises:
-        VerificationError: ONNX Runtime cannot load or run the file.
+        VerificationError: the runtime is not installed, or cannot load or run the file.
     """
-    session = _session(_load(Path(path)), optimize=True)
+    runtime = open_runtime(load_proto(Path(path)), target)
     pieces = zip(*(torch.split(tensor, batch) for tensor in inputs), strict=True)
-    return torch.cat([_run(session, list(piece))[0] for piece in pieces])
+    return torch.cat([runtime.run(list(piece))[0] for piece in pieces])
 
 
-def _load(path: Path) -> onnx.ModelProto:
+def load_proto(path: Path) -> onnx.ModelProto:
+    """Raises: VerificationError, where the file is not ONNX."""
     try:
         return onnx.load(path)
     except Exception as error:
@@ -179,7 +218,7 @@ def _load(path: Path) -> onnx.ModelProto:
 
 
 def _with_outputs(proto: onnx.ModelProto, edges: list[str]) -> onnx.ModelProto:
-    """A copy whose graph also returns the codes of these edges; fusions are not disturbed by that."""
+    """A copy whose graph also returns the codes of these edges; ONNX Runtime's fusions are not disturbed by that."""
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
     for name in edges:
@@ -187,51 +226,68 @@ def _with_outputs(proto: onnx.ModelProto, edges: list[str]) -> onnx.ModelProto:
     return copy
 
 
-def _session(proto: onnx.ModelProto, *, optimize: bool, save: str | None = None) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.add_session_config_entry(PRECISE, "1")
-    options.add_session_config_entry(*LEVEL)
-    options.log_severity_level = 4
-    levels = ort.GraphOptimizationLevel
-    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
-    if save is not None:
-        options.optimized_model_filepath = save
-    try:
-        return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise VerificationError(f"ONNX Runtime cannot load the file: {_first_line(error)}") from error
-
-
-def _run(session: ort.InferenceSession, leaves: list[Tensor]) -> list[Tensor]:
-    names = [value.name for value in session.get_inputs()]
-    if len(names) != len(leaves):
-        raise VerificationError(f"the file has {len(names)} inputs ({', '.join(names)}). Got {len(leaves)}.")
-    feeds = {name: np.ascontiguousarray(leaf.cpu().numpy()) for name, leaf in zip(names, leaves, strict=True)}
-    try:
-        return [torch.from_numpy(np.asarray(output)) for output in session.run(None, feeds)]
-    except Exception as error:
-        raise VerificationError(f"ONNX Runtime cannot run the file: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def count_kernels(path: str | os.PathLike[str]) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
-    """Operators of ONNX Runtime's optimized graph by name: integer kernels, float kernels, and neutral ones.
+def count_kernels(
+    path: str | os.PathLike[str], target: Target = "onnxruntime"
+) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+    """Operators of the executed graph by name: integer kernels, float kernels, and neutral ones.
 
     Neutral operators move, convert or clip codes and indices.
     """
-    with tempfile.TemporaryDirectory(prefix="calque-") as folder:
-        saved = str(Path(folder) / "optimized.onnx")
-        _session(_load(Path(path)), optimize=True, save=saved)
-        counts = Counter(node.op_type for node in onnx.load(saved).graph.node)
-    integer = {
-        name: count for name, count in counts.items() if name.startswith(("QLinear", "QGemm")) or "Integer" in name
+    kernels = open_runtime(load_proto(Path(path)), target).kernels()
+    return _counted(kernels, "integer"), _counted(kernels, "float"), _counted(kernels, "neutral")
+
+
+def _counted(kernels: list[Kernel], precision: str) -> dict[str, int]:
+    return dict(Counter(kernel.operator for kernel in kernels if kernel.precision == precision))
+
+
+def _reasons(kernels: list[Kernel], model: QuantizedModel) -> dict[str, str]:
+    """Why float kernels are float ones, by operator; layers are named, up to three."""
+    by_reason: dict[tuple[str, str], list[str]] = {}
+    for kernel in kernels:
+        if kernel.precision == "float":
+            layer = _layer_of(kernel, model)
+            by_reason.setdefault((kernel.operator, _reason(layer, model)), []).append(layer)
+    reasons: dict[str, str] = {}
+    for (operator, reason), layers in by_reason.items():
+        named = [layer for layer in layers if layer]
+        listed = f" ({', '.join(named[:3])}{', ...' if len(named) > 3 else ''})" if named else ""
+        reasons[operator] = "; ".join(filter(None, (reasons.get(operator), reason + listed)))
+    return reasons
+
+
+def _layer_of(kernel: Kernel, model: QuantizedModel) -> str:
+    """The quantized layer whose constants the kernel reads, "" for none."""
+    owners = {read.rsplit("/", 1)[0] for read in kernel.reads} | {
+        read.rsplit("/", 2)[0] for read in kernel.reads if read.count("/") > 1
     }
-    other = {name: count for name, count in counts.items() if name in _NEUTRAL}
-    floats = {name: count for name, count in counts.items() if name not in integer and name not in other}
-    return integer, floats, other
+    return next((name for name in model.layers if name in owners), "")
+
+
+def _reason(layer: str, model: QuantizedModel) -> str:
+    if not layer:
+        return "reads values that are on no grid, or has no integer kernel"
+    if model.layers[layer].bias_scale is None:
+        return "weights alone are quantized"
+    return "not fused by the runtime"
+
+
+def _notes(kernels: list[Kernel], model: QuantizedModel, target: Target) -> tuple[str, ...]:
+    notes = []
+    if any(kernel.operator == PACKED for kernel in kernels):
+        notes.append(
+            f"{PACKED} computes in float32 here ({LEVEL[0]} = {LEVEL[1]}); the runtime's default rounds its inputs to 8 bits."
+        )
+    wide = [name for name, layer in model.layers.items() if layer.bits == 8 and layer.bias_scale is not None]
+    if wide and target != "qonnx" and saturates(target):
+        remedy = '7-bit weights do not: bits or first_last of "w7a8"'
+        if target == "onnxruntime":
+            remedy = f'set {PRECISE} = 1 in its session, as was done here, or use 7-bit weights ("w7a8")'
+        notes.append(
+            f"on this processor {TITLES[target]} saturates sums of uint8 x int8 products; {len(wide)} layers have 8-bit "
+            f"weights ({', '.join(wide[:3])}{', ...' if len(wide) > 3 else ''}): {remedy}."
+        )
+    return tuple(notes)
 
 
 def _scaled(batch: Batch) -> Batch:
@@ -241,15 +297,13 @@ def _scaled(batch: Batch) -> Batch:
     return {name: torch.utils._pytree.tree_map(larger, value) for name, value in batch.items()}
 
 
-def _agreement(
-    session: ort.InferenceSession, model: QuantizedModel, batches: list[Batch], edges: list[str]
-) -> Agreement:
+def _agreement(runtime: Runtime, model: QuantizedModel, batches: list[Batch], edges: list[str]) -> Agreement:
     integer = model.integer()
     exact, simulated, distance, largest, units = 0.0, 0.0, 0.0, 0.0, 0
     wrong, total = dict.fromkeys(edges, 0), dict.fromkeys(edges, 0)
     for batch in batches:
         leaves = [leaf for leaf in flatten(batch)[0] if isinstance(leaf, Tensor)]
-        outputs = _run(session, leaves)
+        outputs = runtime.run(leaves)
         reference, codes, step = integer.trace(*leaves)
         with torch.no_grad():
             simulation = model.graph_module(*leaves)[0].cpu()

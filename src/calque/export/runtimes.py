@@ -1,0 +1,265 @@
+"""What executes an exported file, behind one interface: ONNX Runtime, OpenVINO and QONNX's executor."""
+
+import importlib
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, Protocol, get_args
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor
+
+from calque.errors import SpecError, VerificationError
+from calque.export.onnx import Target
+
+Precision = Literal["integer", "float", "neutral"]
+
+# x86 processors without VNNI saturate sums of uint8 x int8 products at 16 bits; this makes ONNX Runtime compute them exactly.
+PRECISE = "session.x64quantprecision"
+# Products with packed 4-bit weights: ONNX Runtime's default, 4, rounds their float inputs to 8 bits at run time; 1 is float32.
+LEVEL = ("session.qdq_matmulnbits_accuracy_level", "1")
+PACKED = "MatMulNBits"
+# Operators that move, convert or clip codes and indices; everything else that is not an integer kernel computes on floats.
+_NEUTRAL = frozenset(
+    {
+        "QuantizeLinear", "DequantizeLinear", "Reshape", "Transpose", "Slice", "Pad", "Flatten", "Squeeze", "Unsqueeze",
+        "Identity", "Shape", "Gather", "Cast", "Constant", "Min", "Max", "MaxPool", "NhwcMaxPool", "Split", "Expand",
+        "Concat", "ReorderInput", "ReorderOutput", "DepthToSpace", "SpaceToDepth",
+    }
+)  # fmt: skip
+# What computes in OpenVINO's executed graph; a quantizer, a bound on codes and everything that moves them is neutral.
+_OPENVINO_COMPUTES = frozenset(
+    {
+        "Convolution",
+        "Deconvolution",
+        "FullyConnected",
+        "MatMul",
+        "Eltwise",
+        "Pooling",
+        "Reduce",
+        "Softmax",
+        "MVN",
+        "Math",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One operator of the graph that a runtime executes.
+
+    Attributes:
+        reads: names of its inputs in the file, as far as the runtime keeps them.
+    """
+
+    operator: str
+    precision: Precision
+    reads: tuple[str, ...]
+
+
+class Runtime(Protocol):
+    """A loaded file."""
+
+    def run(self, leaves: Sequence[Tensor]) -> list[Tensor]:
+        """All outputs for flat inputs (N, ...). Raises: VerificationError."""
+
+    def kernels(self) -> list[Kernel]:
+        """What it executes."""
+
+
+class OnnxRuntime:
+    """A file in ONNX Runtime on the CPU, with exact integer products.
+
+    Raises:
+        VerificationError: ONNX Runtime cannot load the file.
+    """
+
+    def __init__(self, proto: onnx.ModelProto, *, optimize: bool = True, precise: bool = True):
+        self._folder = tempfile.TemporaryDirectory(prefix="calque-")
+        self._saved = Path(self._folder.name) / "optimized.onnx"
+        options = ort.SessionOptions()
+        if precise:
+            options.add_session_config_entry(PRECISE, "1")
+        options.add_session_config_entry(*LEVEL)
+        options.log_severity_level = 4
+        levels = ort.GraphOptimizationLevel
+        options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
+        options.optimized_model_filepath = str(self._saved)
+        content = proto.SerializeToString()
+        self._session = _attempt(
+            "ONNX Runtime cannot load the file",
+            lambda: ort.InferenceSession(content, options, providers=["CPUExecutionProvider"]),
+        )
+
+    def run(self, leaves: Sequence[Tensor]) -> list[Tensor]:
+        feeds = _feeds([value.name for value in self._session.get_inputs()], leaves)
+        outputs = _attempt("ONNX Runtime cannot run the file", lambda: self._session.run(None, feeds))
+        return [torch.from_numpy(np.asarray(output)) for output in outputs]
+
+    def kernels(self) -> list[Kernel]:
+        return [
+            Kernel(node.op_type, _precision(node.op_type), tuple(node.input))
+            for node in onnx.load(self._saved).graph.node
+        ]
+
+
+def _precision(operator: str) -> Precision:
+    if operator.startswith(("QLinear", "QGemm")) or "Integer" in operator:
+        return "integer"
+    return "neutral" if operator in _NEUTRAL else "float"
+
+
+class OpenVino:
+    """A file in OpenVINO on the CPU.
+
+    Raises:
+        VerificationError: the extra is not installed, or OpenVINO cannot load the file.
+    """
+
+    def __init__(self, proto: onnx.ModelProto):
+        core = _extra("openvino", "openvino").Core()
+        content = proto.SerializeToString()
+        self._names = [value.name for value in proto.graph.input]
+        self._compiled = _attempt(
+            "OpenVINO cannot load the file", lambda: core.compile_model(core.read_model(content), "CPU")
+        )
+
+    def run(self, leaves: Sequence[Tensor]) -> list[Tensor]:
+        feeds = _feeds(self._names, leaves)
+        outputs = _attempt("OpenVINO cannot run the file", lambda: self._compiled(list(feeds.values())))
+        return [torch.from_numpy(np.array(output)) for output in outputs.values()]
+
+    def kernels(self) -> list[Kernel]:
+        return [_openvino_kernel(node) for node in self._compiled.get_runtime_model().get_ordered_ops()]
+
+
+def _openvino_kernel(node: Any) -> Kernel:
+    facts = node.get_rt_info()
+    operator, implementation, origins = (
+        str(facts[key].astype(str) if hasattr(facts[key], "astype") else facts[key])
+        for key in ("layerType", "primitiveType", "originalLayersNames")
+    )
+    computes = operator in _OPENVINO_COMPUTES
+    integer = implementation.endswith(("I8", "U8"))
+    precision: Precision = ("integer" if integer else "float") if computes else "neutral"
+    return Kernel(operator, precision, tuple(f"{name}/weight" for name in origins.split(",")))
+
+
+class Qonnx:
+    """A QONNX file in QONNX's own executor, which computes on real numbers, node by node.
+
+    Raises:
+        VerificationError: the extra is not installed.
+    """
+
+    def __init__(self, proto: onnx.ModelProto):
+        self._execute = _extra("qonnx", "qonnx.core.onnx_exec").execute_onnx
+        self._wrap = _extra("qonnx", "qonnx.core.modelwrapper").ModelWrapper
+        self._infer = _extra("qonnx", "qonnx.transformation.infer_shapes").InferShapes
+        self._proto = proto
+
+    def run(self, leaves: Sequence[Tensor]) -> list[Tensor]:
+        feeds = _feeds([value.name for value in self._proto.graph.input], leaves)
+        outputs = _attempt("QONNX cannot run the file", lambda: self._execute(self._shaped(feeds), feeds))
+        return [torch.from_numpy(np.asarray(outputs[value.name])) for value in self._proto.graph.output]
+
+    def _shaped(self, feeds: dict[str, NDArray[Any]]) -> Any:
+        """The network at these sizes: the executor wants every shape."""
+        sized = onnx.ModelProto()
+        sized.CopyFrom(self._proto)
+        for value in sized.graph.input:
+            for axis, length in zip(value.type.tensor_type.shape.dim, feeds[value.name].shape, strict=True):
+                axis.dim_value = length
+        for value in sized.graph.output:
+            value.type.tensor_type.ClearField("shape")
+        return self._wrap(sized).transform(self._infer())
+
+    def kernels(self) -> list[Kernel]:
+        neutral = _NEUTRAL | {"Quant"}
+        return [
+            Kernel(node.op_type, "neutral" if node.op_type in neutral else "float", tuple(node.input))
+            for node in self._proto.graph.node
+        ]
+
+
+def open_runtime(proto: onnx.ModelProto, target: Target) -> Runtime:
+    """The file in a runtime, as a user would load it, integer products exact where the runtime offers that.
+
+    Raises:
+        SpecError: an unknown target.
+        VerificationError: the runtime is not installed or cannot load the file.
+    """
+    check_target(target)
+    runtimes: dict[str, Callable[[onnx.ModelProto], Runtime]] = {
+        "onnxruntime": OnnxRuntime,
+        "openvino": OpenVino,
+        "qonnx": Qonnx,
+    }
+    return runtimes[target](proto)
+
+
+def check_target(target: str) -> None:
+    """Raises: SpecError, where there is no such runtime; VerificationError, where its extra is not installed."""
+    if target not in get_args(Target):
+        raise SpecError(f"target is one of {', '.join(get_args(Target))}. Got {target!r}.")
+    if target != "onnxruntime":
+        _extra(target, target)
+
+
+def _extra(name: str, module: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise VerificationError(f"{name} is not installed: pip install 'calque[{name}]'.") from error
+
+
+def _feeds(names: list[str], leaves: Sequence[Tensor]) -> dict[str, NDArray[Any]]:
+    if len(names) != len(leaves):
+        raise VerificationError(f"the file has {len(names)} inputs ({', '.join(names)}). Got {len(leaves)}.")
+    return {name: np.ascontiguousarray(leaf.cpu().numpy()) for name, leaf in zip(names, leaves, strict=True)}
+
+
+def _attempt(failure: str, call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except Exception as error:
+        line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise VerificationError(f"{failure}: {line}") from error
+
+
+@cache
+def saturates(target: Target) -> bool:
+    """Whether this runtime, as it is by default, saturates sums of uint8 x int8 products on this processor.
+
+    A convolution of four products of 255 x 127 tells: x86 processors without VNNI stop each pair at 32767.
+    """
+    weights = np.full((1, 4, 1, 1), 127, dtype=np.int8)
+    constants = {
+        "one": np.float32(1), "zero": np.uint8(0), "w": weights, "ones": np.ones(1, np.float32),
+        "zeros": np.zeros(1, np.int8), "step": np.float32(4 * 127),
+    }  # fmt: skip
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "one", "zero"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "one", "zero"], ["d"]),
+        helper.make_node("DequantizeLinear", ["w", "ones", "zeros"], ["v"], axis=0),
+        helper.make_node("Conv", ["d", "v"], ["c"]),
+        helper.make_node("QuantizeLinear", ["c", "step", "zero"], ["r"]),
+        helper.make_node("DequantizeLinear", ["r", "step", "zero"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes, "probe", [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 4, 8, 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )  # fmt: skip
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    runtime = OnnxRuntime(proto, precise=False) if target == "onnxruntime" else open_runtime(proto, target)
+    received = runtime.run([torch.full((1, 4, 8, 8), 255.0)])[0]
+    return bool((received < 0.99 * 255 * 4 * 127).any())
