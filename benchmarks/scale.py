@@ -178,7 +178,7 @@ def _moment_operations(x: Tensor, targets: Tensor) -> float:
 
 
 def _factor_operations(matrix: Tensor) -> float:
-    """A Cholesky factorization and the inverse of its triangle: a third of K^3 each (2 K^3 / 3 operations in all)."""
+    """A Cholesky factorization and the inverse of its triangle: K^3 / 3 operations each."""
     return 2.0 * matrix.shape[0] * matrix.shape[1] ** 3 / 3
 
 
