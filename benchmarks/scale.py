@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, nargs="+")
     parser.add_argument("--draws", type=int, nargs="+")
     parser.add_argument("--rows", type=Path, default=FOLDER / "scale.jsonl")
-    parser.add_argument("--fresh", action="store_true", help="forget the rows that were measured before")
+    parser.add_argument("--again", action="store_true", help="measure again the rows asked for")
     parser.add_argument("--one", action="store_true", help="measure a single row here and print it")
     arguments = parser.parse_args()
     asked = [
@@ -67,10 +67,8 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(measured(*asked[0])))
         return
-    if arguments.fresh:
-        arguments.rows.unlink(missing_ok=True)
     for key in asked:
-        if key not in read_rows(arguments.rows):
+        if arguments.again or key not in read_rows(arguments.rows):
             row = apart(key)
             with arguments.rows.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
@@ -178,7 +176,7 @@ def _moment_operations(x: Tensor, targets: Tensor) -> float:
 
 
 def _factor_operations(matrix: Tensor) -> float:
-    """A Cholesky factorization and the inverse of its triangle: a third of K^3 each (2 K^3 / 3 operations in all)."""
+    """A Cholesky factorization and the inverse of its triangle: K^3 / 3 operations each."""
     return 2.0 * matrix.shape[0] * matrix.shape[1] ** 3 / 3
 
 

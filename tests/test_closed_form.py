@@ -71,15 +71,16 @@ def test_merged_moments_are_those_of_all_rows() -> None:
         torch.testing.assert_close(getattr(merged, name), getattr(together, name), rtol=1e-4, atol=1e-5)
 
 
-def test_the_root_of_the_inverse_is_upper_triangular() -> None:
-    matrix = definite(2, 7)
+@pytest.mark.parametrize("size", [7, 300])
+def test_the_root_of_the_inverse_is_upper_triangular(size: int) -> None:
+    matrix = definite(2, size).double()
 
     metric = Metric.of(matrix)
 
     root = metric.inverse_root
     torch.testing.assert_close(root, root.triu())
     np.testing.assert_allclose(root.mT @ root, np.linalg.inv(matrix.double().numpy()), rtol=1e-3, atol=1e-4)
-    right = random(2, 7, 3)
+    right = random(2, size, 3).double()
     torch.testing.assert_close(matrix @ metric.solve(right), right, rtol=1e-3, atol=1e-3)
 
 

@@ -1,5 +1,6 @@
 """Networks at given bits: the targets of their channel statistics, and what each stage leaves alone."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
@@ -156,12 +157,9 @@ def test_a_batch_that_the_network_fails_on_is_named(network: Network) -> None:
         float_outputs(job)
 
 
-def test_guarded_statistics_end_where_the_outputs_are_closest(
-    trained: networks.Residual, calibration: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_guarded_statistics_end_where_the_outputs_are_closest(trained: networks.Residual, calibration: Tensor) -> None:
     recipes = {name: replace(FAST, statistics=name) for name in ("none", "guarded")}
     reference = [trained(calibration).detach()]
-    monkeypatch.setattr(calque.stages, "JUDGED_INPUTS", len(calibration))
 
     for bits in ("w2a2", "w3a2", "w4a4", "w2a8"):
         models = {name: calque.quantize(trained, calibration, bits=bits, recipe=recipes[name]) for name in recipes}
@@ -173,11 +171,29 @@ def test_guarded_statistics_end_where_the_outputs_are_closest(
         assert losses["guarded"] == pytest.approx(losses["none"]) if same else losses["guarded"] < losses["none"]
 
 
+@pytest.mark.parametrize("placement", ["inputs", "integer"])
+def test_statistics_are_judged_by_the_outputs_of_the_finished_network(
+    trained: networks.Residual, calibration: Tensor, placement: calque.spec.Placement, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = []
+    judge = calque.stages._Judge.__call__
+
+    def kept(self: calque.stages._Judge, outputs: Iterable[list[Tensor]]) -> None:
+        judge(self, outputs)
+        losses.append(self.loss)
+
+    monkeypatch.setattr(calque.stages._Judge, "__call__", kept)
+    q = calque.quantize(trained, networks.pieces(calibration, [100, 28]), bits="w3a3", recipe=FAST, placement=placement)
+
+    assert len(losses) == 2
+    assert kl([trained(calibration)], [q(calibration)]).item() == pytest.approx(min(losses), rel=0.02)
+
+
 def test_guarded_statistics_are_undone_where_the_outputs_are_no_closer(
     trained: networks.Residual, calibration: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values = iter([1.0, 0.5, 1.0, 1.0])
-    monkeypatch.setattr(calque.stages, "measured_loss", lambda *_: next(values))
+    monkeypatch.setattr(calque.stages._Judge, "__call__", lambda judge, outputs: setattr(judge, "loss", next(values)))
 
     kept, undone = (calque.quantize(trained, calibration, bits="w3a3", recipe=FAST) for _ in range(2))
     plain = calque.quantize(trained, calibration, bits="w3a3", recipe=replace(FAST, statistics="none"))

@@ -204,6 +204,11 @@ class Execution:
                 self.store.drop(kept[index])
             kept[index] = self.store.put(value)
 
+    def outputs(self, node: fx.Node) -> Iterator[list[Any]]:
+        """What the graph returns on each batch; `node` is its output."""
+        for index in range(self.count):
+            yield [self.at(leaf, index) if isinstance(leaf, fx.Node) else leaf for leaf in node.args[0]]  # type: ignore[union-attr]
+
     def step(self, node: fx.Node) -> None:
         """Computes and keeps the node's values."""
         if node.op != "placeholder":

@@ -4,7 +4,7 @@ import logging
 import math
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
@@ -30,7 +30,6 @@ from calque.sweep import Sweep, Swept
 log = logging.getLogger(__name__)
 
 GUARDED_STRENGTH = 0.5  # power of the gains: docs/experiments.md
-JUDGED_INPUTS = 512  # calibration inputs that decide whether statistics stay re-estimated
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,8 @@ def build(job: Job, entries: Mapping[str, Bits], loss: Loss, references: list[li
         fits = {name: fit for (name, _), fit in fit_choices(job, chosen, recipe.steps).items()}
     with job.store() as store:
         sweep = Sweep(job, entries, edges, store, checkpoint=kept, fits=fits)
-        swept = sweep.run(job.counter("fit", len(network.layers)))
+        judge = _Judge(job, references)
+        swept = sweep.run(job.counter("fit", len(network.layers)), judge if recipe.statistics == "guarded" else None)
     model = assemble(network, edges, swept.layers, swept.quantizers, plan)
     if recipe.block_steps and not fit_blocks(job, model):
         swept.notes.append("block_steps: no block of quantized layers was found; none was fitted.")
@@ -70,7 +70,9 @@ def build(job: Job, entries: Mapping[str, Bits], loss: Loss, references: list[li
     targets = trained_statistics(network) if recipe.statistics == "trained" else swept.statistics
     targets = {name: target for name, target in targets.items() if name in model.layers}
     if recipe.statistics != "none":
-        _normalize(job, model, targets, references)
+        if recipe.block_steps and recipe.statistics == "guarded":  # the blocks have moved the outputs
+            judge(list(model.graph_module(*flatten(batch)[0])) for batch in job.batches)
+        _normalize(job, model, targets, judge)
         clock.lap("statistics")
     assert all(torch.equal(layer.codes, codes[name]) for name, layer in model.layers.items())
     return trained_end_to_end(job, Built(model, swept, phases=clock.phases), loss, references)
@@ -117,25 +119,38 @@ def distill_network(job: Job, model: QuantizedModel, loss: Loss, references: lis
     return found
 
 
-def _normalize(
-    job: Job, model: QuantizedModel, targets: Mapping[str, ChannelStatistics], references: list[list[Tensor]]
-) -> None:
-    """Para-normalizes in place; guarded, it is undone where the outputs are no closer for it."""
+class _Judge:
+    """How close outputs are to the float network's: taken from executions that compute them anyway, at no extra pass."""
+
+    def __init__(self, job: Job, references: list[list[Tensor]]):
+        self.sizes, self.references = [rows(batch) for batch in job.batches], references
+        self.loss = math.inf
+
+    @torch.no_grad()
+    def __call__(self, outputs: Iterable[list[Tensor]]) -> None:
+        """Keeps the loss of the outputs on all batches."""
+        loss = closeness(self.references[0])
+        pairs = zip(self.sizes, self.references, outputs, strict=True)
+        self.loss = sum(size * loss(exact, found).item() for size, exact, found in pairs) / sum(self.sizes)
+
+
+def _normalize(job: Job, model: QuantizedModel, targets: Mapping[str, ChannelStatistics], judge: _Judge) -> None:
+    """Para-normalizes in place; guarded, it is undone where the outputs are no closer for it.
+
+    Args:
+        judge: has the loss of the outputs as they are.
+    """
     guarded = job.recipe.statistics == "guarded"
-    before, layers = math.inf, model.layers
-    if guarded:
-        judge, judged = closeness(references[0]), JUDGED_INPUTS
-        before = measured_loss(job, model, judge, references, judged)
+    before, layers = judge.loss, model.layers
     with job.store() as store:
         para_normalize(
             model.graph_module, targets, job.batches, store, job.counter("statistics", len(targets)),
-            strength=GUARDED_STRENGTH if guarded else 1.0,
+            strength=GUARDED_STRENGTH if guarded else 1.0, on_outputs=judge if guarded else None,
         )  # fmt: skip
     if not guarded:
         return
-    after = measured_loss(job, model, judge, references, judged)
-    log.info("statistics: loss %.4g -> %.4g on calibration inputs", before, after)
-    if not after < before:
+    log.info("statistics: loss %.4g -> %.4g on calibration inputs", before, judge.loss)
+    if not judge.loss < before:
         for name, layer in layers.items():
             model.graph_module.set_submodule(name, layer)
         link_requantization(model.graph_module)
@@ -178,22 +193,12 @@ def float_outputs(job: Job) -> list[list[Tensor]]:
 
 
 @torch.no_grad()
-def measured_loss(
-    job: Job, model: QuantizedModel, loss: Loss, references: list[list[Tensor]], inputs: int | None = None
-) -> float:
-    """The loss of the whole network on the calibration inputs, without labels.
-
-    Args:
-        inputs: about so many, in whole batches evenly spread; None for all.
-    """
-    share = 1.0 if inputs is None else min(1.0, inputs / job.inputs)
-    count = max(1, round(share * len(job.batches)))
-    total, seen = 0.0, 0
-    for index in torch.linspace(0, len(job.batches) - 1, count).long().tolist():
-        batch = job.batches[index]
-        total += rows(batch) * loss(references[index], model.graph_module(*flatten(batch)[0])).item()
-        seen += rows(batch)
-    return total / seen
+def measured_loss(job: Job, model: QuantizedModel, loss: Loss, references: list[list[Tensor]]) -> float:
+    """The loss of the whole network on the calibration inputs, without labels."""
+    total = 0.0
+    for batch, exact in zip(job.batches, references, strict=True):
+        total += rows(batch) * loss(exact, model.graph_module(*flatten(batch)[0])).item()
+    return total / job.inputs
 
 
 class _Clock:

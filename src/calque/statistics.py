@@ -7,6 +7,7 @@ so the default is its own mean and variance of the same layer output on the same
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -94,6 +95,7 @@ def para_normalize(
     on_layer: Callable[[str], None] = lambda name: None,
     *,
     strength: float = 1.0,
+    on_outputs: Callable[[Iterator[list[Any]]], None] | None = None,
 ) -> None:
     """Puts, in place, the channel statistics of every layer in `targets` back to their target.
 
@@ -104,11 +106,14 @@ def para_normalize(
         targets: the float network's statistics by layer name.
         batches: the inputs that the targets were measured on.
         strength: power of the gains; below 1 variances go a part of the way.
+        on_outputs: called with the corrected network's outputs on each batch.
     """
     names = {node: str(node.target) for node in module.graph.nodes if str(node.target) in targets}
     execution = Execution(module, batches, store)
     for node in module.graph.nodes:
         if node.op == "output":
+            if on_outputs is not None:
+                on_outputs(execution.outputs(node))
             break
         if node not in names:
             execution.step(node)

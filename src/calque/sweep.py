@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor, fx, nn
 
@@ -86,17 +87,22 @@ class Sweep:
         self.shortcuts = find_shortcuts(self.network) if self.recipe.solver == "closed_form" else {}
         self.swept = Swept()
 
-    def run(self, on_layer: Callable[[str], None]) -> Swept:
+    def run(
+        self, on_layer: Callable[[str], None], on_outputs: Callable[[Iterator[list[Any]]], None] | None = None
+    ) -> Swept:
         """Executes every operator on the float and on the quantized values.
 
         Args:
             on_layer: called with the name of each finished layer.
+            on_outputs: called with the quantized network's outputs on each batch.
 
         Raises:
             CalibrationError: the float network's values are not finite behind some layer.
         """
         for node in self.network.nodes():
             if node.op == "output":
+                if on_outputs is not None:
+                    on_outputs(self.shadow.outputs(node))
                 break
             self.reference.step(node)
             layer = self.by_node.get(node)

@@ -14,6 +14,7 @@ from torch import Tensor
 from calque.arithmetic import SMALLEST_SCALE, weight_limits
 
 BLOCK = 64  # columns whose changes reach the others in one product
+LEAF = 128  # size of the triangles that are inverted at once
 FRACTIONS = torch.linspace(1.0, 0.15, 60).tolist()  # of the smallest scale that clips nothing
 
 
@@ -28,8 +29,7 @@ class Metric:
     def of(cls, matrix: Tensor) -> "Metric":
         """M = A A^T with A upper triangular, from a Cholesky factorisation in reverse order; U = A^-1."""
         lower: Tensor = torch.linalg.cholesky(matrix.flip(-2, -1))
-        eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device).expand_as(matrix)
-        return cls(matrix, torch.linalg.solve_triangular(lower.flip(-2, -1), eye, upper=True))
+        return cls(matrix, _inverse_upper(lower.flip(-2, -1)))
 
     def solve(self, right: Tensor) -> Tensor:
         """M^-1 right, (B, K, R)."""
@@ -38,6 +38,21 @@ class Metric:
     def error(self, difference: Tensor) -> Tensor:
         """d^T M d of each row of a difference (B, K, R): (B, R)."""
         return ((self.matrix @ difference) * difference).sum(1)
+
+
+def _inverse_upper(matrix: Tensor) -> Tensor:
+    """The inverse of an upper triangular matrix (B, K, K), by halves: half the time of solving for the columns of 1."""
+    size = matrix.shape[-1]
+    if size <= LEAF:
+        eye = torch.eye(size, dtype=matrix.dtype, device=matrix.device).expand_as(matrix)
+        leaf: Tensor = torch.linalg.solve_triangular(matrix, eye, upper=True)
+        return leaf
+    half = size // 2
+    inverse = torch.zeros_like(matrix)
+    inverse[:, :half, :half] = first = _inverse_upper(matrix[:, :half, :half])
+    inverse[:, half:, half:] = second = _inverse_upper(matrix[:, half:, half:])
+    inverse[:, :half, half:] = (first @ (matrix[:, :half, half:] @ second)).neg_()
+    return inverse
 
 
 def initial_scale(weight: Tensor, diagonal: Tensor, bits: int) -> Tensor:
