@@ -24,7 +24,7 @@ from calque.cli.terminal import bars
 from calque.recipe import ADVANCED, Recipe, find_recipe
 from calque.report import Report
 from calque.spec import Bits, Plan
-from calque.storage import load
+from calque.storage import load, save
 
 MODULE = """
 import torch
@@ -159,6 +159,53 @@ def test_export_writes_a_verified_file_and_report_repeats_the_table(
     assert f"model.onnx: {Path('model.onnx').stat().st_size:,} bytes" in printed
     assert "float kernels: none" in printed
     assert capsys.readouterr().out == table
+
+
+def test_verify_prints_figures_with_the_latency_or_one_line_of_json(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save("other.npy", networks.images(24, seed=5).numpy())
+    quantize("--weights", "weights.safetensors")
+    run(["export", "run", "model.onnx"])
+    capsys.readouterr()
+
+    assert run(["verify", "model.onnx", "run"]) == 0
+    assert re.search(r"^latency: .* of float32's", capsys.readouterr().out, re.MULTILINE)
+    assert run(["verify", "model.onnx", "run", "--inputs", "other.npy", "--json", "--bound", "0"]) == 0
+    printed = capsys.readouterr().out
+    assert json.loads(printed)["latency"]["runs"] >= 3
+    assert json.loads(printed)["inputs"] == 24
+    assert printed.count("\n") == 1
+
+
+def test_verify_of_another_file_prints_its_figures_and_ends_in_an_error(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quantize("--weights", "weights.safetensors")
+    quantize("--weights", "weights.safetensors", "--bits", "w2a2", output="worse")
+    run(["export", "worse", "model.onnx"])
+    network = load("run/q.safetensors", networks.small())
+    layer = network.layers["3"]
+    layer.bias.copy_(layer.bias.roll(1) + 10**6 * torch.arange(3))
+    save(network, "run/q.safetensors")
+    capsys.readouterr()
+
+    code = run(["verify", "model.onnx", "run", "--json"])
+
+    printed = capsys.readouterr()
+    assert code == 1
+    assert json.loads(printed.out)["optimized"]["exact"] < 0.99
+    assert "less than the bound of 99.00%" in printed.err
+
+
+@pytest.mark.parametrize("command", [["export", "run", "other.onnx"], ["verify", "model.onnx", "run"]])
+def test_an_unknown_target_ends_in_an_error(work: Path, capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
+    quantize("--weights", "weights.safetensors")
+    run(["export", "run", "model.onnx"])
+    capsys.readouterr()
+
+    assert run([*command, "--target", "tpu"]) == 1
+    assert "target is one of onnxruntime, openvino, qonnx. Got 'tpu'" in capsys.readouterr().err
 
 
 def test_a_run_may_be_repeated_in_its_folder_and_another_folder_is_never_touched(

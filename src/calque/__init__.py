@@ -4,7 +4,7 @@ from importlib.metadata import version
 
 from calque import errors
 from calque.budget import Budget
-from calque.export import Verification, export_onnx, verify
+from calque.export import Latency, Verification, export_onnx, verify
 from calque.pipeline import quantize
 from calque.prices import Prices
 from calque.recipe import Recipe
@@ -16,6 +16,7 @@ __version__ = version("calque")
 
 __all__ = [
     "Budget",
+    "Latency",
     "Plan",
     "Prices",
     "Recipe",

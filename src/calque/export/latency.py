@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import onnx
-from torch import Tensor, nn
+from torch import Tensor
 
-from calque.export.onnx import Target, float_onnx
+from calque.export.onnx import Target
 from calque.export.runtimes import Runtime, open_runtime
-from calque.model import QuantizedModel
 
 RUNS = 30
 SECONDS = 20.0  # fewer runs where these would take longer
@@ -45,15 +44,11 @@ class Latency:
 
 
 def measure_latency(
-    proto: onnx.ModelProto, original: nn.Module, model: QuantizedModel, leaves: Sequence[Tensor], target: Target
+    proto: onnx.ModelProto, original: onnx.ModelProto, leaves: Sequence[Tensor], target: Target
 ) -> Latency:
-    """The file and the float network's own export, run in turns on the flat inputs `leaves`.
-
-    Args:
-        original: the float network that `model` was made from.
-    """
+    """A file and the float network's, run in turns on the flat inputs `leaves`."""
     quantized, load = _opened(proto, target)
-    plain, float_load = _opened(float_onnx(original, model), target)
+    plain, float_load = _opened(original, target)
     for runtime in (quantized, plain):
         runtime.run(leaves)
     once = sum(_milliseconds(runtime, leaves) for runtime in (quantized, plain)) / 1000

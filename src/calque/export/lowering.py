@@ -141,11 +141,13 @@ class _NamedLayer(nn.Module):
         )
 
 
-def lower(model: QuantizedModel) -> fx.GraphModule:
+def lower(model: QuantizedModel, *, fused: bool = True) -> fx.GraphModule:
     """A copy of the network's operators for `torch.onnx.export` with TRANSLATIONS.
 
-    Clips that a quantizer implies are gone, values that were only moved are put on their grid again (so that runtimes see a
-    quantized operand), spatial means are average pools.
+    Clips that a quantizer implies are gone, spatial means are average pools.
+
+    Args:
+        fused: values that were only moved are put on their grid again, so that runtimes that fuse see a quantized operand.
     """
     module = copy.deepcopy(model.graph_module)
     graph = module.graph
@@ -154,7 +156,8 @@ def lower(model: QuantizedModel) -> fx.GraphModule:
     for node in list(quantizers):
         _drop_implied_clip(graph, node, quantizers, highest)
     _means_as_pools(graph, quantizers, highest)
-    _requantize_moved(module, quantizers, highest)
+    if fused:
+        _requantize_moved(module, quantizers, highest)
     names = {node: model.edge_name(node) for node in graph.nodes if node in quantizers}
     for index, (node, name) in enumerate(names.items()):
         leaf = f"named_{index}"

@@ -49,7 +49,7 @@ def export_onnx(model: QuantizedModel, path: str | os.PathLike[str], *, target: 
         raise SpecError(f"target is one of {', '.join(get_args(Target))}. Got {target!r}.")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"the folder {path.parent} does not exist.")
-    proto = _translate(model)
+    proto = _exported(_Flat(lower(model, fused=target != "qonnx")).eval(), model)
     expander = (QuantExpander if target == "qonnx" else Expander)(model, _ranks(model))
     expander.expand(proto.graph)
     if target == "qonnx":
@@ -76,11 +76,6 @@ def _ranks(model: QuantizedModel) -> dict[str, int]:
         if node.op == "call_module" and value is not None:
             ranks[str(node.target)] = value.dim()
     return ranks
-
-
-def _translate(model: QuantizedModel) -> onnx.ModelProto:
-    """The network as torch.onnx translates it, with calque's operators by name."""
-    return _exported(_Flat(lower(model)).eval(), model)
 
 
 def float_onnx(original: nn.Module, model: QuantizedModel) -> onnx.ModelProto:

@@ -83,20 +83,23 @@ class OnnxRuntime:
     """
 
     def __init__(self, proto: onnx.ModelProto, *, optimize: bool = True, precise: bool = True):
-        self._folder = tempfile.TemporaryDirectory(prefix="calque-")
-        self._saved = Path(self._folder.name) / "optimized.onnx"
+        self._proto, self._optimize, self._precise = proto, optimize, precise
+        self._session = self._open()
+
+    def _open(self, save: Path | None = None) -> ort.InferenceSession:
+        """A session; `save`: where the graph that it executes is written."""
         options = ort.SessionOptions()
-        if precise:
+        if self._precise:
             options.add_session_config_entry(PRECISE, "1")
         options.add_session_config_entry(*LEVEL)
         options.log_severity_level = 4
         levels = ort.GraphOptimizationLevel
-        options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
-        options.optimized_model_filepath = str(self._saved)
-        content = proto.SerializeToString()
-        self._session = _attempt(
-            "ONNX Runtime cannot load the file",
-            lambda: ort.InferenceSession(content, options, providers=["CPUExecutionProvider"]),
+        options.graph_optimization_level = levels.ORT_ENABLE_ALL if self._optimize else levels.ORT_DISABLE_ALL
+        if save is not None:
+            options.optimized_model_filepath = str(save)
+        content, providers = self._proto.SerializeToString(), ["CPUExecutionProvider"]
+        return _attempt(
+            "ONNX Runtime cannot load the file", lambda: ort.InferenceSession(content, options, providers=providers)
         )
 
     def run(self, leaves: Sequence[Tensor]) -> list[Tensor]:
@@ -105,10 +108,11 @@ class OnnxRuntime:
         return [torch.from_numpy(np.asarray(output)) for output in outputs]
 
     def kernels(self) -> list[Kernel]:
-        return [
-            Kernel(node.op_type, _precision(node.op_type), tuple(node.input))
-            for node in onnx.load(self._saved).graph.node
-        ]
+        with tempfile.TemporaryDirectory(prefix="calque-") as folder:
+            saved = Path(folder) / "optimized.onnx"
+            self._open(saved)
+            nodes = onnx.load(saved).graph.node
+        return [Kernel(node.op_type, _precision(node.op_type), tuple(node.input)) for node in nodes]
 
 
 def _precision(operator: str) -> Precision:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from calque.calibration import prepare
 from calque.errors import SpecError, VerificationError
 from calque.export.latency import Latency, measure_latency
-from calque.export.onnx import Target
+from calque.export.onnx import Target, float_onnx
 from calque.export.runtimes import (
     LEVEL,
     PACKED,
@@ -182,7 +182,7 @@ def verify(
         raise _below(found, bound)
     if original is not None and target != "qonnx":
         leaves = [leaf[:1] for leaf in flatten(batches[0])[0] if isinstance(leaf, Tensor)]
-        found = replace(found, latency=measure_latency(proto, original, model, leaves, target))
+        found = replace(found, latency=measure_latency(proto, float_onnx(original, model), leaves, target))
     return found
 
 

@@ -1,0 +1,214 @@
+"""Exported files in ONNX Runtime and OpenVINO: bytes, kernels, agreement, latency: python -m benchmarks.deploy
+
+Rows go to benchmarks/deploy.jsonl as they are measured, so that a run can be stopped and goes on where it was; the tables
+benchmarks/deploy.md are written from them. OpenVINO's columns need the extra openvino.
+"""
+
+import argparse
+import json
+import platform
+import tempfile
+import warnings
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import calque
+from benchmarks.accuracy import SHARES, commit, outputs, same
+from benchmarks.tasks import SETTINGS, Setting, load, score
+from calque.export import Target
+from calque.export.latency import measure_latency
+from calque.export.onnx import float_onnx
+from calque.export.runtimes import Kernel, open_runtime, saturates
+from calque.export.verify import load_proto
+from calque.model import QuantizedModel
+
+FOLDER = Path(__file__).resolve().parent
+RECIPE = "light"  # files are the same in kind whatever fitted them
+PLANS = ("w8a8", "w7a8", "w4a8", "w4a4", "w2a4", "18%", "w4")
+CALIBRATION, TEST = 64, 300  # of ImageNet; the other networks' whole test sets
+TARGETS: tuple[Target, ...] = ("onnxruntime", "openvino")
+WEIGHTED = ("conv", "gemm", "matmul", "fullyconnected")  # in the names of kernels
+LATENCY_INPUTS = 1
+
+Row = dict[str, Any]
+Key = tuple[str, str]  # network, plan
+
+
+def cases() -> list[Key]:
+    return [(setting.name, plan) for setting in SETTINGS for plan in PLANS]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    names = [setting.name for setting in SETTINGS]
+    parser.add_argument("--networks", nargs="+", default=names, choices=names)
+    parser.add_argument("--plans", nargs="+", default=PLANS, choices=PLANS)
+    parser.add_argument("--rows", type=Path, default=FOLDER / "deploy.jsonl")
+    parser.add_argument("--again", action="store_true", help="measure again the rows asked for")
+    arguments = parser.parse_args()
+    bench: Bench | None = None
+    for name, plan in cases():
+        if name not in arguments.networks or plan not in arguments.plans:
+            continue
+        if (name, plan) in read_rows(arguments.rows) and not arguments.again:
+            continue
+        if bench is None or bench.setting.name != name:
+            bench = Bench(next(setting for setting in SETTINGS if setting.name == name))
+        row = bench.measure(plan)
+        with arguments.rows.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps(row), flush=True)
+        write_table(arguments.rows)
+    write_table(arguments.rows)
+
+
+def write_table(rows: Path) -> None:
+    rows.with_suffix(".md").write_text(table(list(read_rows(rows).values())), encoding="utf-8")
+
+
+def read_rows(path: Path) -> dict[Key, Row]:
+    """Rows by (network, plan)."""
+    if not path.is_file():
+        return {}
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return {(row["network"], row["plan"]): row for row in rows}
+
+
+class Bench:
+    """One network and its float file."""
+
+    def __init__(self, setting: Setting):
+        self.setting = setting
+        self.task = load(setting.name)
+        self.calibration = self.task.calibration[:CALIBRATION]
+        self.test = self.task.test[: min(setting.test, TEST if setting.name.endswith("imagenet") else setting.test)]
+        self.original: Any = None
+
+    def measure(self, plan: str) -> Row:
+        model = self.quantize(plan)
+        if self.original is None:
+            self.original = float_onnx(self.task.model, model)
+        with tempfile.TemporaryDirectory() as folder:
+            path = calque.export_onnx(model, Path(folder) / "model.onnx")
+            proto, size = load_proto(path), path.stat().st_size
+        simulated = outputs(model, self.test)
+        exact, steps = traced(model, self.test)
+        row: Row = {
+            "network": self.setting.name, "plan": plan, "ends": str(model.report.layers[0].bits), "metric": self.task.metric,
+            "test": len(self.test), "layers": len(model.layers), "bytes": size, "ideal": model.report.size,
+            "metadata": sum(len(entry.key) + len(entry.value) for entry in proto.metadata_props),
+            "score": score(self.task, simulated), "commit": commit(),
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} torch thread(s)",
+            "versions": {name: version(name) for name in ("onnxruntime", "openvino") if find_spec(name)},
+        }  # fmt: skip
+        for target in TARGETS:
+            if find_spec(target):
+                row[target] = self.run(proto, target, simulated, exact, steps)
+        return row
+
+    def run(self, proto: Any, target: Target, simulated: Tensor, exact: Tensor, steps: Tensor) -> Row:
+        runtime = open_runtime(proto, target)
+        received = torch.cat([runtime.run([part])[0] for part in torch.split(self.test, 10)])
+        integer, weighted = weighted_kernels(runtime.kernels())
+        distance = (received - exact).abs() / steps
+        latency = measure_latency(proto, self.original, [self.test[:LATENCY_INPUTS]], target)
+        return {
+            "exact": same(received, exact), "simulated": same(received, simulated), "score": score(self.task, received),
+            "mean_steps": distance.mean().item(), "largest_steps": distance.max().item(), "integer": integer,
+            "weighted": weighted, "saturates": saturates(target), "milliseconds": latency.milliseconds,
+            "ratio": latency.ratio, "load": latency.load_seconds, "float_load": latency.float_load_seconds,
+        }  # fmt: skip
+
+    def quantize(self, plan: str) -> QuantizedModel:
+        """At 7-bit ends where a runtime's products saturate on this processor, but for w8a8, which shows what that does."""
+        options: dict[str, Any] = {"bits": plan}
+        if plan.endswith("%"):
+            options = {"bits": SHARES, "budget": calque.Budget(size=plan)}
+        elif "a" in plan:
+            options["first_last"] = (
+                "w7a8" if plan == "w7a8" or (plan != "w8a8" and saturates("onnxruntime")) else "w8a8"
+            )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", calque.errors.CalibrationWarning)  # few images: the report has them
+            return calque.quantize(
+                self.task.model, self.calibration, recipe=RECIPE, dynamic=self.setting.dynamic, **options
+            )
+
+
+def traced(model: QuantizedModel, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """The exact evaluation's outputs, and the steps of their grid, which broadcast against them."""
+    parts = [model.integer().trace(part) for part in torch.split(inputs, 10)]
+    return torch.cat([part[0][0] for part in parts]), parts[0][2]
+
+
+def weighted_kernels(kernels: list[Kernel]) -> tuple[int, int]:
+    """How many kernels of layers with weights are integer ones, and how many there are."""
+    named = [(kernel.operator.lower().replace("convert", ""), kernel) for kernel in kernels]
+    found = [kernel for name, kernel in named if any(part in name for part in WEIGHTED)]
+    return sum(kernel.precision == "integer" for kernel in found), len(found)
+
+
+HEADINGS = ("plan", "ends", "bytes", "packed", "over", "allowed", "score PyTorch", "runtime", "score", "integer kernels",
+            "= exact", "= simulated", "mean steps", "largest", "load s", "ms", "of float32", "of w8a8")  # fmt: skip
+INTRODUCTION = f"""# Exported files in their runtimes
+
+Written by `python -m benchmarks.deploy`: recipe {RECIPE}, placement `integer`, {CALIBRATION} calibration inputs; 18 %: of the
+float32 bytes, on {", ".join(SHARES)}; w4: weights alone. *packed*: codes at their bits, 12 bytes per output channel, what
+stays float; *over*: the file without its metadata over that, *allowed*: 5 %, 1.5 kB per layer and 20 kB. *integer kernels*: of
+all convolutions and matrix products with weights. *= exact*, *= simulated*: top-1 (for images: output values) equal to the exact
+integer evaluation and to the PyTorch module; *steps*: distance to the exact evaluation in steps of the output. Latency: median
+of runs on one input in turns with the float32 file, and that ratio over w8a8's. ONNX Runtime computes integer products exactly
+(`session.x64quantprecision`). *ends* (first and last layer): 7-bit weights where the processor's products saturate, which
+OpenVINO has no switch against; w8a8 shows what happens without. Other work ran on the machine: ratios count, not milliseconds.
+"""
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as Markdown, a section for each network."""
+    lines = [INTRODUCTION]
+    for setting in SETTINGS:
+        mine = {row["plan"]: row for row in rows if row["network"] == setting.name}
+        if not mine:
+            continue
+        first = next(iter(mine.values()))
+        facts = sorted({str(row[key]) for row in mine.values() for key in ("machine", "commit")})
+        known = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
+        lines += [
+            f"## {setting.name}", "", f"{first['test']} test inputs, {first['layers']} layers; {', '.join(facts)}; {known}.", "",
+            "| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS),
+        ]  # fmt: skip
+        for plan in PLANS:
+            if plan in mine:
+                lines += ["| " + " | ".join(cells) + " |" for cells in _cells(mine[plan], mine.get("w8a8"))]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _cells(row: Row, wide: Row | None) -> list[list[str]]:
+    """A line for each runtime; what concerns the file stands in the first."""
+    over = row["bytes"] - row["metadata"] - row["ideal"]
+    allowed = round(0.05 * row["ideal"] + 1500 * row["layers"] + 20_000)
+    file = [row["plan"], row["ends"], f"{row['bytes']:,}", f"{row['ideal']:,}", f"{over:,}", f"{allowed:,}"]
+    file.append(f"{row['score']:.2f}")
+    lines: list[list[str]] = []
+    for target in TARGETS:
+        found = row.get(target)
+        if found is None:
+            continue
+        beside = "" if wide is None or target not in wide else f"{found['ratio'] / wide[target]['ratio']:.2f}"
+        lines.append([
+            *(file if not lines else [""] * len(file)), target, f"{found['score']:.2f}",
+            f"{found['integer']} of {found['weighted']}", f"{found['exact']:.2%}", f"{found['simulated']:.2%}",
+            f"{found['mean_steps']:.2g}", f"{found['largest_steps']:.2g}", f"{found['load']:.2g}",
+            f"{found['milliseconds']:.2f}", f"{found['ratio']:.2f}", beside,
+        ])  # fmt: skip
+    return lines
+
+
+if __name__ == "__main__":
+    main()

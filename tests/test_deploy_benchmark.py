@@ -1,0 +1,43 @@
+"""The deployment benchmark: what counts as a kernel with weights, rows, and their table."""
+
+import json
+from pathlib import Path
+
+import pytest
+from benchmarks.deploy import PLANS, Bench, cases, read_rows, table, weighted_kernels, write_table
+from benchmarks.tasks import SETTINGS
+
+from calque.export.runtimes import Kernel
+
+
+def test_every_network_is_measured_at_every_plan() -> None:
+    assert {plan for _, plan in cases()} == set(PLANS)
+    assert {name for name, _ in cases()} == {setting.name for setting in SETTINGS}
+
+
+def test_kernels_with_weights_are_counted_and_conversions_are_not() -> None:
+    kernels = [
+        Kernel("QLinearConv", "integer", ()), Kernel("Convolution", "integer", ()), Kernel("Convert", "neutral", ()),
+        Kernel("FullyConnected", "float", ()), Kernel("MatMulNBits", "float", ()), Kernel("Relu", "float", ()),
+    ]  # fmt: skip
+
+    assert weighted_kernels(kernels) == (2, 4)
+
+
+@pytest.mark.parametrize("plan", ["w4a4", "w4"])
+def test_a_row_is_measured_and_reads_as_a_line_for_each_runtime(tmp_path: Path, plan: str) -> None:
+    bench = Bench(next(setting for setting in SETTINGS if setting.name == "digits_mlp"))
+    path = tmp_path / "deploy.jsonl"
+    row = bench.measure(plan)
+    path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+
+    write_table(path)
+
+    found = row["onnxruntime"]
+    assert found["exact"] >= 0.99
+    assert (found["integer"], found["weighted"]) == ((3, 3) if plan == "w4a4" else (0, 3))
+    assert row["bytes"] - row["metadata"] - row["ideal"] <= 0.05 * row["ideal"] + 1500 * row["layers"] + 20_000
+    text = path.with_suffix(".md").read_text(encoding="utf-8")
+    assert text == table(list(read_rows(path).values()))
+    assert f"| {plan} |" in text
+    assert text.count("onnxruntime |") == 1

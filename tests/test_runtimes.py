@@ -1,0 +1,221 @@
+"""Exported files in ONNX Runtime, OpenVINO and QONNX's executor: agreement, latency, notes, and what a bound refuses."""
+
+import json
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import Tensor, nn
+
+import calque
+import networks
+from calque.errors import SpecError, VerificationError
+from calque.export import Target, count_kernels, run_onnx
+from calque.export.runtimes import OnnxRuntime, open_runtime, saturates
+from calque.export.verify import load_proto
+from calque.model import QuantizedModel
+
+needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="the extra openvino is not installed")
+needs_qonnx = pytest.mark.skipif(find_spec("qonnx") is None, reason="the extra qonnx is not installed")
+TARGETS = ["onnxruntime", pytest.param("openvino", marks=needs_openvino), pytest.param("qonnx", marks=needs_qonnx)]
+
+
+@pytest.fixture(scope="module")
+def q(trained: nn.Module, calibration: Tensor) -> QuantizedModel:
+    return calque.quantize(trained, calibration, bits="w4a8", first_last="w7a8", recipe="nearest")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_runtime_agrees_with_the_exact_evaluation(
+    tmp_path: Path, q: QuantizedModel, test_inputs: Tensor, target: Target
+) -> None:
+    path = calque.export_onnx(q, tmp_path / "model.onnx", target=target)
+
+    result = calque.verify(path, q, test_inputs, target=target)
+
+    assert result.target == target
+    assert result.optimized.exact >= 0.99
+    assert result.outside.exact >= 0.97
+    assert (result.plain is None) == (target != "onnxruntime")
+    assert result.ideal_bytes == q.report.size
+
+
+@needs_openvino
+def test_openvino_reads_the_file_of_onnx_runtime_and_runs_its_layers_on_integers(
+    tmp_path: Path, q: QuantizedModel
+) -> None:
+    path = calque.export_onnx(q, tmp_path / "model.onnx")
+    same = calque.export_onnx(q, tmp_path / "same.onnx", target="openvino")
+
+    integer, floats, _ = count_kernels(path, "openvino")
+
+    assert path.read_bytes() == same.read_bytes()
+    assert integer["Convolution"] == 4
+    assert integer["FullyConnected"] == 1
+    assert not floats
+
+
+@needs_qonnx
+def test_a_qonnx_file_has_one_quant_node_per_tensor_with_its_bits(tmp_path: Path, q: QuantizedModel) -> None:
+    graph = onnx.load(calque.export_onnx(q, tmp_path / "model.onnx", target="qonnx")).graph
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    bits = {node.output[0]: int(constants[node.input[3]]) for node in graph.node if node.op_type == "Quant"}
+
+    assert {node.op_type for node in graph.node}.isdisjoint({"QuantizeLinear", "DequantizeLinear"})
+    for name, layer in q.layers.items():
+        assert bits[f"{name}/weight"] == layer.bits
+        assert bits[f"{name}/bias"] == 32
+    assert len(bits) == 2 * len(q.layers) + sum(
+        node.op == "call_module" and str(node.target) not in q.layers for node in q.graph_module.graph.nodes
+    )
+
+
+@pytest.mark.parametrize("target", TARGETS[:2])
+def test_latency_is_measured_beside_the_float_network_that_is_left_as_it_was(
+    tmp_path: Path, q: QuantizedModel, trained: nn.Module, test_inputs: Tensor, target: Target
+) -> None:
+    path = calque.export_onnx(q, tmp_path / "model.onnx")
+    trained.train()
+    try:
+        latency = calque.verify(path, q, test_inputs, target=target, original=trained).latency
+        assert trained.training
+    finally:
+        trained.eval()
+
+    assert latency is not None
+    assert latency.ratio == latency.milliseconds / latency.float_milliseconds
+    assert min(latency.milliseconds, latency.float_milliseconds, latency.load_seconds, latency.float_load_seconds) > 0
+    assert latency.runs >= 3
+    assert f"{latency.runs} runs in turns" in str(latency)
+
+
+def test_agreement_below_the_bound_is_an_error_with_all_figures(
+    tmp_path: Path, trained: nn.Module, calibration: Tensor, test_inputs: Tensor, q: QuantizedModel
+) -> None:
+    other = calque.quantize(networks.seeded(networks.Residual(), 1), calibration, bits="w8a8", recipe="nearest")
+    path = calque.export_onnx(other, tmp_path / "model.onnx")
+
+    with pytest.raises(VerificationError, match=r"of 256 outputs in ONNX Runtime agree .* bound of 99\.90%") as caught:
+        calque.verify(path, q, test_inputs, bound=0.999)
+
+    found = caught.value.verification
+    assert isinstance(found, calque.Verification)
+    assert found.optimized.exact < 0.999
+    assert calque.verify(path, q, test_inputs, bound=0).optimized == found.optimized
+
+
+@pytest.mark.parametrize("bound", [-0.1, 1.1, float("nan")])
+def test_a_bound_is_a_share(tmp_path: Path, q: QuantizedModel, test_inputs: Tensor, bound: float) -> None:
+    path = calque.export_onnx(q, tmp_path / "model.onnx")
+    with pytest.raises(SpecError, match="bound is a share"):
+        calque.verify(path, q, test_inputs, bound=bound)
+
+
+def test_an_unknown_target_is_refused(tmp_path: Path, q: QuantizedModel, test_inputs: Tensor) -> None:
+    with pytest.raises(SpecError, match=r"target is one of onnxruntime, openvino, qonnx\. Got 'coreml'"):
+        calque.export_onnx(q, tmp_path / "model.onnx", target="coreml")  # type: ignore[arg-type]
+    path = calque.export_onnx(q, tmp_path / "model.onnx")
+    with pytest.raises(SpecError, match="target is one of"):
+        calque.verify(path, q, test_inputs, target="coreml")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("target", ["openvino", "qonnx"])
+def test_a_missing_extra_is_named(
+    tmp_path: Path, q: QuantizedModel, test_inputs: Tensor, target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = calque.export_onnx(q, tmp_path / "model.onnx")
+    monkeypatch.setitem(sys.modules, target, None)
+
+    with pytest.raises(VerificationError, match=rf"pip install 'calque\[{target}\]'"):
+        calque.verify(path, q, test_inputs, target=target)
+
+
+@pytest.mark.parametrize("target", TARGETS[:2])
+def test_eight_bit_weights_are_noted_where_the_processor_saturates(
+    tmp_path: Path, trained: nn.Module, calibration: Tensor, test_inputs: Tensor, target: Target
+) -> None:
+    wide = calque.quantize(trained, calibration, bits="w8a8", recipe="nearest")
+    narrow = calque.quantize(trained, calibration, bits="w7a8", recipe="nearest", first_last=None)
+
+    noted = [
+        calque.verify(calque.export_onnx(q, tmp_path / "model.onnx"), q, test_inputs, target=target, bound=0).notes
+        for q in (wide, narrow)
+    ]
+
+    assert any("8-bit weights" in note and "w7a8" in note for note in noted[0]) == saturates(target)
+    assert noted[1] == ()
+
+
+def test_seven_bit_weights_are_exact_without_the_switch_for_exact_products(
+    tmp_path: Path, trained: nn.Module, calibration: Tensor, test_inputs: Tensor
+) -> None:
+    q = calque.quantize(trained, calibration, bits="w7a8", recipe="nearest", first_last=None)
+    proto = load_proto(calque.export_onnx(q, tmp_path / "model.onnx"))
+    exact = q.integer()(test_inputs)
+
+    plain = OnnxRuntime(proto, precise=False).run([test_inputs])[0]
+
+    torch.testing.assert_close(plain, exact)
+
+
+def test_float_kernels_have_a_reason(
+    tmp_path: Path, trained: nn.Module, calibration: Tensor, test_inputs: Tensor
+) -> None:
+    left = calque.quantize(trained, calibration, recipe="nearest", override={"head": None})
+    weights = calque.quantize(trained, calibration, bits="w4", recipe="nearest", first_last=None)
+
+    reasons = [
+        calque.verify(calque.export_onnx(q, tmp_path / "model.onnx"), q, test_inputs).reasons for q in (left, weights)
+    ]
+
+    assert "on no grid" in reasons[0]["Gemm"]
+    assert reasons[1]["MatMulNBits"] == "weights alone are quantized (head)"
+    assert "weights alone are quantized" in reasons[1]["Conv"]
+
+
+def test_a_verification_is_one_line_of_json(tmp_path: Path, q: QuantizedModel, test_inputs: Tensor) -> None:
+    result = calque.verify(calque.export_onnx(q, tmp_path / "model.onnx"), q, test_inputs)
+
+    line = result.to_json()
+
+    assert "\n" not in line
+    assert json.loads(line)["optimized"]["exact"] == result.agreement_exact
+
+
+def test_inputs_of_other_number_are_refused_by_every_runtime(
+    tmp_path: Path, q: QuantizedModel, test_inputs: Tensor
+) -> None:
+    path = calque.export_onnx(q, tmp_path / "model.onnx")
+    with pytest.raises(VerificationError, match=r"the file has 1 inputs \(image\)\. Got 2"):
+        run_onnx(path, [test_inputs, test_inputs])
+    with pytest.raises(VerificationError, match="cannot run the file"):
+        open_runtime(load_proto(path), "onnxruntime").run([test_inputs[:, :, :3, 0]])
+
+
+class Halves(nn.Module):
+    """A network whose images, 256 levels from -1 to 1, lie between the codes of that range."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.head(torch.relu(self.conv(x)).mean((2, 3)))
+        return result
+
+
+@pytest.mark.parametrize("recipe", ["nearest", "fast", "advanced"])
+def test_images_do_not_lie_between_two_codes_of_the_input_grid(recipe: str) -> None:
+    images = torch.randint(256, (64, 1, 8, 8), generator=torch.Generator().manual_seed(0)) / 127.5 - 1
+    q = calque.quantize(networks.seeded(Halves()), images, bits="w8a8", recipe=recipe)
+
+    grid = q.quantizers["conv.input"]
+    steps = images / grid.scale
+
+    assert ((steps - steps.floor() - 0.5).abs() > 1e-4).double().mean() >= 0.99
+    assert 2 / 255 <= grid.scale <= 1.01 * 2 / 255
