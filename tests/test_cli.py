@@ -226,7 +226,6 @@ def test_a_run_may_be_repeated_in_its_folder_and_another_folder_is_never_touched
         (["quantize", "user_net:build", "--calibration", "images.npy", "-o", "run", "--seed", "x"], "--seed"),
         (["report", "nothing"], "nothing is not the folder of a finished run"),
         (["export", "nothing", "model.onnx"], "nothing is not the folder of a finished run"),
-        (["export", "nothing", "model.onnx", "--target", "qonnx"], "only the target onnxruntime"),
         (["demo", "-o", "."], "has files that are not calque's"),
     ],
 )
