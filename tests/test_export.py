@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import calque
 import networks
-from calque.errors import VerificationError
+from calque.errors import ExportError, VerificationError
 from calque.export import count_kernels, run_onnx
 from calque.export.nodes import _pack
 from networks import Net
@@ -37,6 +37,7 @@ def test_the_file_computes_the_exact_integer_evaluation(
 
     assert result.inputs == len(test_inputs)
     assert result.optimized.exact >= 0.99
+    assert result.plain is not None
     assert result.plain.exact >= 0.97
     assert result.outside.exact >= 0.97
     if placement == "integer":
@@ -207,12 +208,55 @@ def test_weights_alone_are_read_packed_by_products_and_become_float_at_load_else
 
     result = calque.verify(path, q, images)
 
+    assert result.plain is not None
     assert result.optimized.exact == result.plain.exact == 1
     assert result.optimized.mean_steps < 1e-3
     assert result.float_kernels.get("MatMulNBits", 0) == (2 if bits == 4 else 0)
     assert "DequantizeLinear" not in result.other_kernels
     assert ("session.qdq_matmulnbits_accuracy_level" in str(result)) == (bits == 4)
     assert path.stat().st_size <= 1.05 * q.report.size + 1500 * len(q.layers) + 20_000
+
+
+class Bessel(nn.Module):
+    """A network with an operator that ONNX does not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 4, 3)
+        self.head = nn.Linear(144, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.head(torch.special.i1e(torch.relu(self.stem(x))).flatten(1))
+        return result
+
+
+def test_an_operator_without_a_translation_is_named_with_the_layer_in_front_of_it(tmp_path: Path) -> None:
+    q = calque.quantize(networks.seeded(Bessel()), networks.images(32, seed=0), recipe="nearest")
+
+    with pytest.raises(
+        ExportError, match=r"cannot translate the operator aten\.special_i1e\.default \(behind layer stem\)"
+    ):
+        calque.export_onnx(q, tmp_path / "model.onnx")
+
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_plan_of_a_network_with_adds_and_pools_exports_exactly(
+    tmp_path: Path, trained: nn.Module, calibration: Tensor, test_inputs: Tensor, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    names = list(calque.quantize(trained, calibration, recipe="nearest").layers)
+    weights, activations = (torch.randint(low, 9, (len(names),), generator=generator).tolist() for low in (2, 3))
+    lines = [f'"{name}" = "w{w}a{a}"' for name, w, a in zip(names, weights, activations, strict=True)]
+    plan = calque.Plan.parse("[plan]\n" + "\n".join(lines))
+    q = calque.quantize(trained, calibration, plan=plan, recipe="nearest")
+
+    result = calque.verify(calque.export_onnx(q, tmp_path / "model.onnx"), q, test_inputs)
+
+    assert result.optimized.parted == ""
+    assert result.optimized.largest_steps == 0
+    assert not result.float_kernels
 
 
 def test_a_missing_folder_and_a_missing_file_are_named(tmp_path: Path, trained: nn.Module, calibration: Tensor) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import json
+import operator
 import os
 import tempfile
 from collections.abc import Iterator
@@ -109,9 +110,52 @@ def _exported(module: nn.Module, model: QuantizedModel) -> onnx.ModelProto:
                 verbose=False,
             )
     except Exception as error:
-        raise ExportError(f"torch.onnx cannot translate the network: {_root_cause(error)}") from error
+        raise ExportError(f"torch.onnx cannot translate {_culprit(model)}: {_root_cause(error)}") from error
     assert program is not None
     return program.model_proto
+
+
+def _culprit(model: QuantizedModel) -> str:
+    """The first operator that torch.onnx cannot translate by itself, and the layer in front of it."""
+    tried = set()
+    for node in model.graph_module.graph.nodes:
+        if node.op != "call_function" or node.target in tried or node.target is operator.getitem:
+            continue
+        tried.add(node.target)
+        read = [(source, value_of(source)) for source in node.all_input_nodes]
+        sources = [source for source, value in read if value is not None]
+        example = tuple(torch.zeros([int(n) for n in x.shape], dtype=x.dtype) for _, x in read if x is not None)
+        try:
+            with silent_tracing(), _silent_output(), torch.no_grad():
+                torch.onnx.export(_Single(node, sources), example, dynamo=True, opset_version=OPSET, verbose=False)
+        except Exception:
+            return f"the operator {node.target} ({_behind(model, node)})"
+    return "the network"
+
+
+class _Single(torch.nn.Module):
+    """One operator of a graph, on the tensors that it reads."""
+
+    def __init__(self, node: fx.Node, sources: list[fx.Node]):
+        super().__init__()
+        self.node, self.sources = node, sources
+
+    def forward(self, *tensors: torch.Tensor) -> object:
+        values = dict(zip(self.sources, tensors, strict=True))
+        args, kwargs = fx.map_arg((self.node.args, self.node.kwargs), lambda source: values.get(source))
+        assert callable(self.node.target)
+        return self.node.target(*args, **kwargs)
+
+
+def _behind(model: QuantizedModel, node: fx.Node) -> str:
+    """The nearest layer that the node's value comes from."""
+    layers, front = model.layers, list(node.all_input_nodes)
+    while front:
+        current = front.pop(0)
+        if current.op == "call_module" and str(current.target) in layers:
+            return f"behind layer {current.target}"
+        front.extend(current.all_input_nodes)
+    return "in front of every layer"
 
 
 class _Flat(torch.nn.Module):
