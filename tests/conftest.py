@@ -1,10 +1,14 @@
 """Fixtures that several files share; each is made once."""
 
 import pytest
+import pytest_randomly
 import torch
 from torch import Tensor
 
 import networks
+
+# qonnx registers a hook that prints at every test; what a test captures would begin with it.
+pytest_randomly.entrypoint_reseeds = []
 
 # The networks are tiny: more threads only wait for each other, 20 times as long on a busy machine.
 torch.set_num_threads(1)

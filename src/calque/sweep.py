@@ -27,7 +27,7 @@ from calque.ranges import TensorSample, activation_range, extremes, off_ties, se
 from calque.report import LayerReport
 from calque.solvers.adaquant import Draw, Linear
 from calque.solvers.layer import fit_from_piece, fit_to_piece, integer_layer, solve
-from calque.solvers.problem import Fit, Grid, LayerProblem, correct_bias, layer_problem, output_error, round_to_nearest
+from calque.solvers.problem import Fit, Grid, LayerProblem, layer_problem, output_error, placed
 from calque.solvers.whole import whole_inputs
 from calque.spec import Bits
 from calque.statistics import ChannelStatistics
@@ -93,8 +93,7 @@ class Sweep:
         """Executes every operator on the float and on the quantized values.
 
         Args:
-            on_layer: called with the name of each finished layer.
-            on_outputs: called with the quantized network's outputs on each batch.
+            on_layer: called with each finished layer's name.  on_outputs: with the quantized network's outputs by batch.
 
         Raises:
             CalibrationError: the float network's values are not finite behind some layer.
@@ -213,7 +212,7 @@ class Sweep:
         tied = self._tied(layer.name, bits.weight)
         ready = self.fits.get(layer.name)
         if ready is not None:
-            fit = self._placed(problem, ready, grid, bits.weight, tied or (ready.codes, ready.scale))
+            fit = placed(problem, ready, grid, bits.weight, tied or (ready.codes, ready.scale))
         else:
             settings = self.recipe.settings(self.recipe.steps)
             fit = solve(
@@ -223,15 +222,6 @@ class Sweep:
         self.migration.keep(layer.name, self.checkpoint)
         self.checkpoint.put(key, fit_to_piece(fit))
         return fit
-
-    def _placed(
-        self, problem: LayerProblem, ready: Fit, grid: Grid | None, bits: int, weight: tuple[Tensor, Tensor]
-    ) -> Fit:
-        """A fit on float inputs, with these codes and scales, on the sweep's grid; the bias corrected where that helps."""
-        moved = round_to_nearest(replace(problem, bias=ready.bias), weight[1], grid, bits, weight[0])
-        moved = replace(moved, before=ready.before)
-        corrected = correct_bias(problem, moved)
-        return corrected if corrected.after < moved.after else moved
 
     def _rows(self, layer: Layer) -> tuple[Draw, Linear]:
         weighted = self.network.weighted(layer.name)

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Annotated, cast
 
 import typer
-from torch import nn
 
+from calque.cli.export import export_command, verify_command
 from calque.cli.folder import (
-    NETWORK,
     Run,
     claim,
     claim_pieces,
@@ -40,15 +39,11 @@ from calque.cli.inputs import (
 from calque.cli.plan import plan_command
 from calque.cli.terminal import advice, bars, complain, estimates, one_line, shielded_workers, visible_warnings
 from calque.demo import DemoRow, run_demo
-from calque.errors import CalqueError, VerificationError
-from calque.export import Target, Verification, export_onnx, verify
-from calque.export.verify import BOUND
-from calque.model import QuantizedModel
+from calque.errors import CalqueError
 from calque.pipeline import quantize
 from calque.recipe import RECIPES, find_recipe
 from calque.report import table_lines
 from calque.spec import Placement, Plan
-from calque.storage import load
 
 INTERRUPTED = 130  # the exit code of a command that Ctrl-C ended
 DEMO_MARKS = ("float.safetensors",)
@@ -61,7 +56,6 @@ app = typer.Typer(
 )
 
 Folder = Annotated[Path, typer.Argument(help="the folder of a run", metavar="RUN")]
-Runtime = Annotated[str, typer.Option("--target", help="onnxruntime, openvino or qonnx")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress bars")]
 Seed = Annotated[int, typer.Option(help="of everything random; the same seed gives the same codes")]
 
@@ -190,62 +184,8 @@ def quantize_command(
         print(f"{name}: {score:.6g} ({evaluate})")
 
 
-@app.command("export")
-def export_command(
-    run: Folder,
-    path: Annotated[Path, typer.Argument(help="the file to write", metavar="MODEL.ONNX")],
-    check: Annotated[bool, typer.Option("--verify", help="run the file on the calibration inputs")] = False,
-    target: Runtime = "onnxruntime",
-) -> None:
-    """Exports the network of a run: ONNX for onnxruntime and openvino, which read the same file, or qonnx."""
-    settings = read_run(run)
-    q = load(run / NETWORK, build_model(settings.model))
-    export_onnx(q, path, target=cast(Target, target))  # which checks it
-    print(f"{path}: {path.stat().st_size:,} bytes")
-    if check:
-        _verify(path, q, load_calibration(Path(settings.calibration)), target, BOUND, None, as_json=False)
-
-
-@app.command("verify")
-def verify_command(
-    path: Annotated[Path, typer.Argument(help="the exported file", metavar="MODEL.ONNX")],
-    run: Folder,
-    inputs: Annotated[
-        Path | None,
-        typer.Option(help="inputs to compare on, as --calibration; the run's own by default", metavar="FILE"),
-    ] = None,
-    target: Runtime = "onnxruntime",
-    bound: Annotated[float, typer.Option(help="least share of outputs that agree with the exact evaluation")] = BOUND,
-    as_json: Annotated[bool, typer.Option("--json", help="one line of JSON")] = False,
-) -> None:
-    """Runs an exported file and compares it with its run: agreement, kernels, bytes, latency beside the float network."""
-    settings = read_run(run)
-    original = build_model(settings.model)
-    q = load(run / NETWORK, original)
-    if settings.weights is not None:
-        load_weights(original, Path(settings.weights))
-    given = load_calibration(Path(settings.calibration) if inputs is None else inputs)
-    _verify(path, q, given, target, bound, original, as_json=as_json)
-
-
-def _verify(
-    path: Path,
-    q: QuantizedModel,
-    inputs: object,
-    target: str,
-    bound: float,
-    original: nn.Module | None,
-    *,
-    as_json: bool,
-) -> None:
-    """Prints the figures, those of a file below the bound too, before that ends in an error."""
-    try:
-        found = verify(path, q, inputs, target=cast(Target, target), bound=bound, original=original)
-    except VerificationError as error:
-        if isinstance(error.verification, Verification):
-            print(error.verification.to_json() if as_json else error.verification)
-        raise
-    print(found.to_json() if as_json else found)
+app.command("export")(export_command)
+app.command("verify")(verify_command)
 
 
 @app.command("recipe")

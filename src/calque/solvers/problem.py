@@ -211,3 +211,11 @@ def output_error(problems: list[LayerProblem], rows: int = 2048) -> Callable[[Te
         return total
 
     return error
+
+
+def placed(problem: LayerProblem, ready: Fit, grid: Grid | None, bits: int, weight: tuple[Tensor, Tensor]) -> Fit:
+    """A fit on float inputs, with these codes and scales, on another grid; the bias corrected where that helps."""
+    moved = round_to_nearest(replace(problem, bias=ready.bias), weight[1], grid, bits, weight[0])
+    moved = replace(moved, before=ready.before)
+    corrected = correct_bias(problem, moved)
+    return corrected if corrected.after < moved.after else moved
