@@ -33,7 +33,6 @@ PLANS = ("w8a8", "w7a8", "w4a8", "w4a4", "w2a4", "18%", "w4")
 CALIBRATION, TEST = 64, 300  # of ImageNet; the other networks' whole test sets
 TARGETS: tuple[Target, ...] = ("onnxruntime", "openvino")
 WEIGHTED = ("conv", "gemm", "matmul", "fullyconnected")  # in the names of kernels
-LATENCY_INPUTS = 1
 
 Row = dict[str, Any]
 Key = tuple[str, str]  # network, plan
@@ -116,7 +115,7 @@ class Bench:
         received = torch.cat([runtime.run([part])[0] for part in torch.split(self.test, 10)])
         integer, weighted = weighted_kernels(runtime.kernels())
         distance = (received - exact).abs() / steps
-        latency = measure_latency(proto, self.original, [self.test[:LATENCY_INPUTS]], target)
+        latency = measure_latency(proto, self.original, [self.test[:1]], target, threads=1)
         return {
             "exact": same(received, exact), "simulated": same(received, simulated), "score": score(self.task, received),
             "mean_steps": distance.mean().item(), "largest_steps": distance.max().item(), "integer": integer,
@@ -157,14 +156,16 @@ HEADINGS = ("plan", "ends", "bytes", "packed", "over", "allowed", "score PyTorch
             "= exact", "= simulated", "mean steps", "largest", "load s", "ms", "of float32", "of w8a8")  # fmt: skip
 INTRODUCTION = f"""# Exported files in their runtimes
 
-Written by `python -m benchmarks.deploy`: recipe {RECIPE}, placement `integer`, {CALIBRATION} calibration inputs; 18 %: of the
-float32 bytes, on {", ".join(SHARES)}; w4: weights alone. *packed*: codes at their bits, 12 bytes per output channel, what
-stays float; *over*: the file without its metadata over that, *allowed*: 5 %, 1.5 kB per layer and 20 kB. *integer kernels*: of
-all convolutions and matrix products with weights. *= exact*, *= simulated*: top-1 (for images: output values) equal to the exact
-integer evaluation and to the PyTorch module; *steps*: distance to the exact evaluation in steps of the output. Latency: median
-of runs on one input in turns with the float32 file, and that ratio over w8a8's. ONNX Runtime computes integer products exactly
-(`session.x64quantprecision`). *ends* (first and last layer): 7-bit weights where the processor's products saturate, which
-OpenVINO has no switch against; w8a8 shows what happens without. Other work ran on the machine: ratios count, not milliseconds.
+Written by `python -m benchmarks.deploy`: recipe {RECIPE}, placement `integer`, {CALIBRATION} calibration inputs; 18 %:
+of the float32 bytes, on {", ".join(SHARES)}; w4: weights alone. *packed*: codes at their bits, 12 bytes
+per output channel, what stays float; *over*: the file without its metadata over that, *allowed*: 5 %,
+1.5 kB per layer and 20 kB. *integer kernels*: of all convolutions and matrix products with weights. *= exact*, *=
+simulated*: top-1 (for images: output
+values) equal to the exact integer evaluation and to the PyTorch module; *steps*: distance to the exact evaluation in
+steps of the output. Latency, on one thread: median of runs on one input in turns with the float32 file, and that
+ratio over w8a8's. ONNX Runtime computes integer products exactly (`session.x64quantprecision`). *ends* (first and
+last layer): 7-bit weights where the processor's products saturate, which OpenVINO has no switch against; w8a8 shows
+what happens without. Other work ran on the machine: ratios count, not milliseconds.
 """
 
 

@@ -44,11 +44,19 @@ class Latency:
 
 
 def measure_latency(
-    proto: onnx.ModelProto, original: onnx.ModelProto, leaves: Sequence[Tensor], target: Target
+    proto: onnx.ModelProto,
+    original: onnx.ModelProto,
+    leaves: Sequence[Tensor],
+    target: Target,
+    threads: int | None = None,
 ) -> Latency:
-    """A file and the float network's, run in turns on the flat inputs `leaves`."""
-    quantized, load = _opened(proto, target)
-    plain, float_load = _opened(original, target)
+    """A file and the float network's, run in turns on the flat inputs `leaves`.
+
+    Args:
+        threads: as many as the runtime takes by default.
+    """
+    quantized, load = _opened(proto, target, threads)
+    plain, float_load = _opened(original, target, threads)
     for runtime in (quantized, plain):
         runtime.run(leaves)
     once = sum(_milliseconds(runtime, leaves) for runtime in (quantized, plain)) / 1000
@@ -58,9 +66,9 @@ def measure_latency(
     return Latency(statistics.median(mine), statistics.median(theirs), load, float_load, runs)
 
 
-def _opened(proto: onnx.ModelProto, target: Target) -> tuple[Runtime, float]:
+def _opened(proto: onnx.ModelProto, target: Target, threads: int | None) -> tuple[Runtime, float]:
     started = time.perf_counter()
-    runtime = open_runtime(proto, target)
+    runtime = open_runtime(proto, target, threads)
     return runtime, time.perf_counter() - started
 
 

@@ -154,35 +154,35 @@ class Expander:
         """codes + 2^(bits - 1) as a sum of fields, each unpacked by Div and Mod on int32: runtimes agree on these."""
         whole = np.pad(values.astype(np.int32).reshape(-1) + (1 << (bits - 1)), (0, -values.size % 8))
         owner, total, rest = self._owner(values, bits, name), "", bits
-        for width in FIELDS:
+        for width in FIELDS:  # nodes without names and short names of values: a layer's decoding takes a kilobyte
             if width > rest:
                 continue
             rest -= width
-            part, value = f"{name}/bit{rest}", f"{name}/bit{rest}/value"
+            part = f"{name}/{rest}"
             packed = _pack((whole >> rest) & ((1 << width) - 1), width)
             stored = self._packed(f"{owner}/packed{rest}", TensorProto.UINT8, (len(packed), 1), packed)
             divisors = self._constant(f"divisors/{width}", (1 << np.arange(0, 8, width, dtype=np.int32))[None])
-            yield helper.make_node("Cast", [stored], [f"{part}/int32"], f"{part}/widen", to=TensorProto.INT32)
-            yield helper.make_node("Div", [f"{part}/int32", divisors], [f"{part}/shifted"], f"{part}/shift")
-            yield helper.make_node(
-                "Mod", [f"{part}/shifted", self._number(1 << width)], [f"{part}/codes"], f"{part}/mask"
-            )
-            yield helper.make_node(
-                "Reshape", [f"{part}/codes", self._constant("flat", np.array([-1]))], [value], f"{part}/flatten"
-            )
+            flat = self._constant("flat", np.array([-1]))
+            yield helper.make_node("Cast", [stored], [f"{part}i"], to=TensorProto.INT32)
+            yield helper.make_node("Div", [f"{part}i", divisors], [f"{part}d"])
+            yield helper.make_node("Mod", [f"{part}d", self._number(1 << width)], [f"{part}m"])
+            yield helper.make_node("Reshape", [f"{part}m", flat], [value := f"{part}f"])
             if rest:
-                yield helper.make_node("Mul", [value, self._number(1 << rest)], [f"{value}/scaled"], f"{part}/scale")
-                value = f"{value}/scaled"
+                yield helper.make_node("Mul", [value, self._number(1 << rest)], [f"{part}s"])
+                value = f"{part}s"
             if total:
-                yield helper.make_node("Add", [total, value], [f"{part}/sum"], f"{part}/add")
-                value = f"{part}/sum"
+                yield helper.make_node("Add", [total, value], [f"{part}t"])
+                value = f"{part}t"
             total = value
-        ends = [self._constant(f"end/{end}", np.array([end])) for end in (0, values.size)]
+        signed = f"{name}/signed"
+        yield helper.make_node("Sub", [total, self._number(1 << (bits - 1))], [signed])
+        if whole.size > values.size:
+            ends = [self._constant(f"end/{end}", np.array([end])) for end in (0, values.size)]
+            yield helper.make_node("Slice", [signed, *ends], [f"{name}/cut"])
+            signed = f"{name}/cut"
         shape = self._constant(f"shape/{values.shape}", np.array(values.shape))
-        yield helper.make_node("Sub", [total, self._number(1 << (bits - 1))], [f"{name}/signed"], f"{name}/centre")
-        yield helper.make_node("Slice", [f"{name}/signed", *ends], [f"{name}/cut"], f"{name}/cut")
-        yield helper.make_node("Reshape", [f"{name}/cut", shape], [f"{name}/shaped"], f"{name}/shape_codes")
-        yield helper.make_node("Cast", [f"{name}/shaped"], [output], f"{name}/unpack", to=TensorProto.INT8)
+        yield helper.make_node("Reshape", [signed, shape], [f"{name}/shaped"])
+        yield helper.make_node("Cast", [f"{name}/shaped"], [output], to=TensorProto.INT8)
 
     def _number(self, value: int) -> str:
         return self._constant(f"int32/{value}", np.array(value, dtype=np.int32))

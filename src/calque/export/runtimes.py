@@ -82,8 +82,10 @@ class OnnxRuntime:
         VerificationError: ONNX Runtime cannot load the file.
     """
 
-    def __init__(self, proto: onnx.ModelProto, *, optimize: bool = True, precise: bool = True):
-        self._proto, self._optimize, self._precise = proto, optimize, precise
+    def __init__(
+        self, proto: onnx.ModelProto, threads: int | None = None, *, optimize: bool = True, precise: bool = True
+    ):
+        self._proto, self._threads, self._optimize, self._precise = proto, threads, optimize, precise
         self._session = self._open()
 
     def _open(self, save: Path | None = None) -> ort.InferenceSession:
@@ -95,6 +97,8 @@ class OnnxRuntime:
         options.log_severity_level = 4
         levels = ort.GraphOptimizationLevel
         options.graph_optimization_level = levels.ORT_ENABLE_ALL if self._optimize else levels.ORT_DISABLE_ALL
+        if self._threads is not None:
+            options.intra_op_num_threads = self._threads
         if save is not None:
             options.optimized_model_filepath = str(save)
         content, providers = self._proto.SerializeToString(), ["CPUExecutionProvider"]
@@ -128,12 +132,12 @@ class OpenVino:
         VerificationError: the extra is not installed, or OpenVINO cannot load the file.
     """
 
-    def __init__(self, proto: onnx.ModelProto):
+    def __init__(self, proto: onnx.ModelProto, threads: int | None = None):
         core = _extra("openvino", "openvino").Core()
-        content = proto.SerializeToString()
+        content, limits = proto.SerializeToString(), {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
         self._names = [value.name for value in proto.graph.input]
         self._compiled = _attempt(
-            "OpenVINO cannot load the file", lambda: core.compile_model(core.read_model(content), "CPU")
+            "OpenVINO cannot load the file", lambda: core.compile_model(core.read_model(content), "CPU", limits)
         )
 
     def run(self, leaves: Sequence[Tensor]) -> list[Tensor]:
@@ -164,7 +168,7 @@ class Qonnx:
         VerificationError: the extra is not installed.
     """
 
-    def __init__(self, proto: onnx.ModelProto):
+    def __init__(self, proto: onnx.ModelProto, threads: int | None = None):
         self._execute = _extra("qonnx", "qonnx.core.onnx_exec").execute_onnx
         self._wrap = _extra("qonnx", "qonnx.core.modelwrapper").ModelWrapper
         self._infer = _extra("qonnx", "qonnx.transformation.infer_shapes").InferShapes
@@ -194,20 +198,23 @@ class Qonnx:
         ]
 
 
-def open_runtime(proto: onnx.ModelProto, target: Target) -> Runtime:
+def open_runtime(proto: onnx.ModelProto, target: Target, threads: int | None = None) -> Runtime:
     """The file in a runtime, as a user would load it, integer products exact where the runtime offers that.
+
+    Args:
+        threads: as many as the runtime takes by default (QONNX's executor always does).
 
     Raises:
         SpecError: an unknown target.
         VerificationError: the runtime is not installed or cannot load the file.
     """
     check_target(target)
-    runtimes: dict[str, Callable[[onnx.ModelProto], Runtime]] = {
+    runtimes: dict[str, Callable[[onnx.ModelProto, int | None], Runtime]] = {
         "onnxruntime": OnnxRuntime,
         "openvino": OpenVino,
         "qonnx": Qonnx,
     }
-    return runtimes[target](proto)
+    return runtimes[target](proto, threads)
 
 
 def check_target(target: str) -> None:
