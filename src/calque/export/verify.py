@@ -71,9 +71,8 @@ def verify(
     proto = load_proto(path)
     larger = [_scaled(batch) for batch in batches]
     if target == "onnxruntime":
-        edges = [
-            name for name in model.quantizers if f"{name}/codes" in {o for n in proto.graph.node for o in n.output}
-        ]
+        known = {output for node in proto.graph.node for output in node.output}
+        edges = [name for name in model.quantizers if f"{name}/codes" in known]
         probed = _with_outputs(proto, edges)
         runtime: Runtime = OnnxRuntime(probed)
         plain = _agreement(OnnxRuntime(probed, optimize=False), model, batches, edges)
