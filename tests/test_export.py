@@ -259,6 +259,20 @@ def test_any_plan_of_a_network_with_adds_and_pools_exports_exactly(
     assert not result.float_kernels
 
 
+@pytest.mark.parametrize("bits", ["w3", "w4", "w8"])
+@pytest.mark.parametrize("name", ["stem", "conv1", "head"])
+def test_a_layer_of_weights_alone_among_quantized_ones_is_verified(
+    tmp_path: Path, trained: nn.Module, calibration: Tensor, test_inputs: Tensor, name: str, bits: str
+) -> None:
+    q = calque.quantize(trained, calibration, bits="w4a8", override={name: bits}, recipe="nearest")
+
+    result = calque.verify(calque.export_onnx(q, tmp_path / "model.onnx"), q, test_inputs)
+
+    assert q.layers[name].bias_scale is None
+    assert result.optimized.exact >= 0.99
+    torch.testing.assert_close(q.integer()(test_inputs), q(test_inputs))
+
+
 def test_a_missing_folder_and_a_missing_file_are_named(tmp_path: Path, trained: nn.Module, calibration: Tensor) -> None:
     q = calque.quantize(trained, calibration, recipe="nearest")
 

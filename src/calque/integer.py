@@ -161,8 +161,8 @@ class _Interpreter(fx.Interpreter):
             if name is not None:
                 self.codes.setdefault(name, on_grid.codes())
             return on_grid
-        if isinstance(module, QuantizedLayer) and isinstance(x, OnGrid):
-            return accumulate(module, x)
+        if isinstance(module, QuantizedLayer) and isinstance(x, OnGrid) and module.bias_scale is not None:
+            return accumulate(module, x)  # weights alone on integers compute on real inputs, whatever these are on
         return module(_real(x))
 
     def _exact(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
