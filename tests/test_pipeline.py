@@ -400,6 +400,15 @@ def test_a_network_whose_values_explode_is_refused_with_the_layer() -> None:
         calque.quantize(net, INPUTS.abs() * 100)
 
 
+@pytest.mark.parametrize("recipe", ["nearest", "light", "fast"])
+def test_a_network_whose_squares_explode_is_refused_with_the_layer(recipe: str) -> None:
+    net = networks.small()
+    net.state_dict()["0.weight"].fill_(1e22)
+
+    with pytest.raises(CalibrationError, match=r"layer 0: the float network's output reaches \de\+2\d"):
+        calque.quantize(net, INPUTS, bits="w4a4", recipe=recipe)
+
+
 def test_inputs_of_a_shape_that_the_network_refuses_are_refused(net: nn.Module) -> None:
     with pytest.raises(CaptureError, match="cannot be captured"):
         calque.quantize(net, networks.images(4, seed=0, channels=3))

@@ -81,6 +81,11 @@ def _check(batches: list[Batch]) -> None:
                     raise CalibrationError(
                         f"calibration inputs must be finite. Batch {position} has NaN or infinite values; remove these rows."
                     )
+                if not torch.isfinite(torch.linalg.vector_norm(leaf)):
+                    raise CalibrationError(
+                        f"the squares of calibration inputs must be finite. Batch {position} reaches "
+                        f"{leaf.abs().max().item():.0e}; scale the inputs as they were in training."
+                    )
                 constant[index] &= bool((leaf == first.reshape(-1)[0]).all())
     if any(
         c for c, leaf in zip(constant, leaves, strict=True) if isinstance(leaf, Tensor) and leaf.is_floating_point()
@@ -108,14 +113,19 @@ def largest_output(outputs: Iterable[Tensor], layer: str) -> Tensor:
     """The largest output of a float layer, by the values of one input.
 
     Raises:
-        CalibrationError: some output is not finite.
+        CalibrationError: some output is not finite, or so large that its squares are not.
     """
     largest: Tensor | None = None
     for output in outputs:
-        if not (torch.isfinite(output.sum()) or torch.isfinite(output).all()):  # a sum is faster, and may overflow
+        if not torch.isfinite(torch.linalg.vector_norm(output)):  # one pass tells both; the reason is rarely asked for
+            if not torch.isfinite(output).all():
+                raise CalibrationError(
+                    f"layer {layer}: the float network's output is NaN or infinite on calibration inputs. Remove the "
+                    "inputs that cause it, or repair the weights."
+                )
             raise CalibrationError(
-                f"layer {layer}: the float network's output is NaN or infinite on calibration inputs. Remove the "
-                "inputs that cause it, or repair the weights."
+                f"layer {layer}: the float network's output reaches {output.abs().max().item():.0e} on calibration inputs, "
+                "and the sum of its squares leaves float32. Scale the inputs as they were in training."
             )
         if largest is None or output[0].numel() > largest[0].numel():
             largest = output

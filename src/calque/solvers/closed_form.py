@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from calque.arithmetic import SMALLEST_SCALE
-from calque.errors import CalibrationError
 from calque.solvers.problem import Fit, Grid, LayerProblem, round_to_nearest
 from calque.solvers.rounding import Metric, descend, gptq, initial_scale, refitted_scale
 
@@ -116,11 +115,6 @@ class ClosedForm:
         fitted, held_out = x[:, problem.fitted], x[:, problem.held_out]
         self.targets = problem.targets[:, problem.fitted]
         moments = Moments.of(fitted, self.targets)
-        if not torch.isfinite(moments.power).all():
-            raise CalibrationError(
-                f"inputs of a layer reach {fitted.abs().max().item():.0e}, and their squares leave float32. Scale the "
-                "calibration inputs as they were in training."
-            )
         power = moments.power.diagonal(dim1=1, dim2=2)
         self.order = power.argsort(1, descending=True)
         index = self.order[:, None]
