@@ -79,7 +79,8 @@ def quantize(
         dynamic: axes besides the batch that may change, as torch.export's dynamic_shapes: {"x": {2: Dim.AUTO}}. Axes
             whose sizes differ between calibration batches are found by themselves.
         run: a folder for finished pieces; the same call with the same folder goes on after a kill.
-        seed: of the sampling; the same seed gives the same codes on a CPU with the same number of threads.
+        seed: of the sampling; the same seed gives the same codes on a CPU with the same number of threads, unless the
+            recipe is bounded in minutes (accurate): the report names the steps that reproduce it.
         device: where to compute; the default is where the model is.
         memory: for values between two operators, in RAM; what exceeds it goes to disk.
         workers: processes of one thread each that fit layers independently (parallel AdaQuant), by joblib's backend; the

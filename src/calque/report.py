@@ -78,7 +78,7 @@ class Report:
         phases: name -> seconds.
         loss: by which prices and bias tuning are judged.
         finalists: under a budget, what was measured as whole networks.
-        distilled: the loss on held-out inputs before and after distillation, and the steps that reproduce it.
+        distilled: the loss on held-out inputs and their mixtures before and after distillation, and the steps that reproduce it.
         tuned: the loss on held-out inputs before and after bias tuning.
         notes: what stays float, what was changed or deserves attention, one sentence each.
     """

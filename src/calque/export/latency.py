@@ -17,7 +17,7 @@ SECONDS = 20.0  # fewer runs where these would take longer
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """Medians over interleaved runs on one input, all threads the runtime takes.
+    """Medians over interleaved runs on one input.
 
     Attributes:
         milliseconds, float_milliseconds: of the quantized and of the float network.
