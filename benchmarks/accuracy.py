@@ -5,14 +5,13 @@ benchmarks/accuracy.md is written from them. Rows of another version of the pack
 """
 
 import argparse
-import json
 import math
 import platform
 import subprocess
 import tempfile
 import time
-import warnings
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import calque
-from benchmarks.tasks import SETTINGS, Setting, load, score
+from benchmarks.rows import Row, is_asked, measure_rows, read_rows
+from benchmarks.tasks import SETTINGS, Setting, load, quantize, score
 from calque.export import count_kernels, run_onnx
 from calque.model import QuantizedModel
 from calque.report import count_bits
@@ -33,7 +33,7 @@ SHARES = ("w8a8", "w6a6", "w4a4", "w3a4", "w2a4")  # candidates under a budget i
 UNIFORM = "bytes of w4a4"  # the budget of the uniform plan, whose ends have 8 bits in both
 WEIGHTS = ("w8a4", "w6a4", "w4a4", "w3a4", "w2a4")  # its candidates
 
-Row = dict[str, Any]
+FIELDS = ("network", "bits", "recipe", "seed")
 Key = tuple[str, str, str, int]  # network, bits or budget, recipe, seed
 
 
@@ -76,32 +76,22 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="measure again the rows asked for")
     arguments = parser.parse_args()
     asked = (arguments.networks, arguments.bits, arguments.recipes, arguments.seeds)
-    bench: Bench | None = None
-    for key in cases():
-        if any(chosen and part not in chosen for part, chosen in zip(key, asked, strict=True)):
-            continue
-        if key in read_rows(arguments.rows) and not arguments.again:
-            continue
-        if bench is None or bench.setting.name != key[0]:
-            bench = Bench(next(setting for setting in SETTINGS if setting.name == key[0]))
-        row = bench.measure(*key[1:])
-        with arguments.rows.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        print(json.dumps(row), flush=True)
-        write_table(arguments.rows)
-    write_table(arguments.rows)
+    wanted = [key for key in cases() if is_asked(key, asked)]
+    measure_rows(arguments.rows, FIELDS, wanted, measured, write_table, again=arguments.again)
+
+
+def measured(network: str, *case: Any) -> Row:
+    return bench_of(network).measure(*case)
+
+
+@lru_cache(maxsize=1)
+def bench_of(network: str) -> "Bench":
+    """The network's bench; rows of one network stand together."""
+    return Bench(next(setting for setting in SETTINGS if setting.name == network))
 
 
 def write_table(rows: Path) -> None:
-    rows.with_suffix(".md").write_text(table(list(read_rows(rows).values())), encoding="utf-8")
-
-
-def read_rows(path: Path) -> dict[Key, Row]:
-    """Rows by (network, bits, recipe, seed)."""
-    if not path.is_file():
-        return {}
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return {(row["network"], row["bits"], row["recipe"], row["seed"]): row for row in rows}
+    rows.with_suffix(".md").write_text(table(list(read_rows(rows, FIELDS).values())), encoding="utf-8")
 
 
 class Bench:
@@ -152,9 +142,7 @@ class Bench:
         return {"bits": bits}
 
     def quantize(self, **options: Any) -> QuantizedModel:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", calque.errors.CalibrationWarning)  # the report has them
-            return calque.quantize(self.task.model, self.calibration, dynamic=self.setting.dynamic, **options)
+        return quantize(self.task.model, self.calibration, dynamic=self.setting.dynamic, **options)
 
     def file(self, model: QuantizedModel, simulated: Tensor) -> Row:
         """The exported file beside the simulation; nothing where a width cannot be exported yet."""

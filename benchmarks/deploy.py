@@ -5,10 +5,9 @@ benchmarks/deploy.md are written from them. OpenVINO's columns need the extra op
 """
 
 import argparse
-import json
 import platform
 import tempfile
-import warnings
+from functools import lru_cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +18,8 @@ from torch import Tensor
 
 import calque
 from benchmarks.accuracy import SHARES, commit, outputs, same
-from benchmarks.tasks import SETTINGS, Setting, load, score
+from benchmarks.rows import Row, is_asked, measure_rows, read_rows
+from benchmarks.tasks import SETTINGS, Setting, load, quantize, score
 from calque.export import Target
 from calque.export.latency import measure_latency
 from calque.export.onnx import float_onnx
@@ -34,7 +34,7 @@ CALIBRATION, TEST = 64, 300  # of ImageNet; the other networks' whole test sets
 TARGETS: tuple[Target, ...] = ("onnxruntime", "openvino")
 WEIGHTED = ("conv", "gemm", "matmul", "fullyconnected")  # in the names of kernels
 
-Row = dict[str, Any]
+FIELDS = ("network", "plan")
 Key = tuple[str, str]  # network, plan
 
 
@@ -50,32 +50,22 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, default=FOLDER / "deploy.jsonl")
     parser.add_argument("--again", action="store_true", help="measure again the rows asked for")
     arguments = parser.parse_args()
-    bench: Bench | None = None
-    for name, plan in cases():
-        if name not in arguments.networks or plan not in arguments.plans:
-            continue
-        if (name, plan) in read_rows(arguments.rows) and not arguments.again:
-            continue
-        if bench is None or bench.setting.name != name:
-            bench = Bench(next(setting for setting in SETTINGS if setting.name == name))
-        row = bench.measure(plan)
-        with arguments.rows.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        print(json.dumps(row), flush=True)
-        write_table(arguments.rows)
-    write_table(arguments.rows)
+    wanted = [key for key in cases() if is_asked(key, (arguments.networks, arguments.plans))]
+    measure_rows(arguments.rows, FIELDS, wanted, measured, write_table, again=arguments.again)
+
+
+def measured(network: str, plan: str) -> Row:
+    return bench_of(network).measure(plan)
+
+
+@lru_cache(maxsize=1)
+def bench_of(network: str) -> "Bench":
+    """The network's bench; rows of one network stand together."""
+    return Bench(next(setting for setting in SETTINGS if setting.name == network))
 
 
 def write_table(rows: Path) -> None:
-    rows.with_suffix(".md").write_text(table(list(read_rows(rows).values())), encoding="utf-8")
-
-
-def read_rows(path: Path) -> dict[Key, Row]:
-    """Rows by (network, plan)."""
-    if not path.is_file():
-        return {}
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return {(row["network"], row["plan"]): row for row in rows}
+    rows.with_suffix(".md").write_text(table(list(read_rows(rows, FIELDS).values())), encoding="utf-8")
 
 
 class Bench:
@@ -132,11 +122,7 @@ class Bench:
             options["first_last"] = (
                 "w7a8" if plan == "w7a8" or (plan != "w8a8" and saturates("onnxruntime")) else "w8a8"
             )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", calque.errors.CalibrationWarning)  # few images: the report has them
-            return calque.quantize(
-                self.task.model, self.calibration, recipe=RECIPE, dynamic=self.setting.dynamic, **options
-            )
+        return quantize(self.task.model, self.calibration, recipe=RECIPE, dynamic=self.setting.dynamic, **options)
 
 
 def traced(model: QuantizedModel, inputs: Tensor) -> tuple[Tensor, Tensor]:

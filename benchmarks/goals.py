@@ -5,7 +5,6 @@ is written from them. Seconds are the processor's: other work on the machine mak
 """
 
 import argparse
-import json
 import platform
 import statistics
 import time
@@ -15,16 +14,16 @@ from typing import Any
 
 import torch
 
-import calque
 from benchmarks.accuracy import commit, fidelity, outputs
-from benchmarks.tasks import SETTINGS, load
+from benchmarks.rows import Row, is_asked, measure_rows, read_rows
+from benchmarks.tasks import SETTINGS, load, quantize
 
 ROWS = Path(__file__).resolve().parent / "goals.jsonl"
 PASSES, CONSTANT = 15, 5  # the time that fast may take: float passes over the calibration inputs, and seconds
 PLACEMENTS = ("inputs", "integer")
 RECIPES = ("fast", "accurate")
 
-Row = dict[str, Any]
+FIELDS = ("network", "bits", "recipe", "placement", "seed")
 Key = tuple[str, str, str, str, int]  # network, bits, recipe, placement, seed
 
 
@@ -76,17 +75,8 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="measure again the rows asked for")
     arguments = parser.parse_args()
     asked = (arguments.networks, arguments.bits, arguments.recipes, arguments.placements, arguments.seeds)
-    for key in cases():
-        if any(chosen and part not in chosen for part, chosen in zip(key, asked, strict=True)):
-            continue
-        if key in read_rows(arguments.rows) and not arguments.again:
-            continue
-        row = measured(*key)
-        with arguments.rows.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        print(json.dumps(row), flush=True)
-        write_table(arguments.rows)
-    write_table(arguments.rows)
+    wanted = [key for key in cases() if is_asked(key, asked)]
+    measure_rows(arguments.rows, FIELDS, wanted, measured, write_table, again=arguments.again)
 
 
 def measured(network: str, bits: str, recipe: str, placement: Any, seed: int) -> Row:
@@ -99,7 +89,7 @@ def measured(network: str, bits: str, recipe: str, placement: Any, seed: int) ->
     outputs(task.model, calibration)
     float_pass = time.process_time() - started
     started = time.process_time()
-    model = calque.quantize(
+    model = quantize(
         task.model, calibration, bits=bits, recipe=recipe, placement=placement, seed=seed, dynamic=setting.dynamic
     )
     seconds = time.process_time() - started
@@ -115,17 +105,9 @@ def measured(network: str, bits: str, recipe: str, placement: Any, seed: int) ->
     }  # fmt: skip
 
 
-def read_rows(path: Path) -> dict[Key, Row]:
-    """Rows by (network, bits, recipe, placement, seed); of two with the same key the later one."""
-    if not path.is_file():
-        return {}
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return {tuple(row[name] for name in ("network", "bits", "recipe", "placement", "seed")): row for row in rows}
-
-
 def write_table(path: Path) -> None:
     """Writes the rows as Markdown beside them."""
-    rows = list(read_rows(path).values())
+    rows = list(read_rows(path, FIELDS).values())
     limit = f"{PASSES} passes + {CONSTANT} s"
     lines = [
         "# fast and accurate beside their goals",

@@ -11,15 +11,13 @@ import platform
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 
-import calque
 from benchmarks.accuracy import commit, outputs, peak_bytes, reset_peak
-from benchmarks.tasks import SETTINGS, load
+from benchmarks.rows import Row, measure_rows, read_rows
+from benchmarks.tasks import SETTINGS, load, quantize
 from calque.store import parse_bytes
 
 FOLDER = Path(__file__).resolve().parent
@@ -33,7 +31,7 @@ CASES: tuple[Key, ...] = (
     ("squeezenet1_1_imagenet", 1000, "1GB"),
     ("squeezenet1_1_imagenet", 1000, "2GB"),
 )
-Row = dict[str, Any]
+FIELDS = ("network", "images", "memory")
 
 
 def main() -> None:
@@ -42,7 +40,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, help="in place of each row's number")
     parser.add_argument("--memory", help="in place of each row's budget")
     parser.add_argument("--rows", type=Path, default=FOLDER / "memory.jsonl")
-    parser.add_argument("--fresh", action="store_true", help="forget the rows that were measured before")
+    parser.add_argument("--again", action="store_true", help="measure again the rows asked for")
     parser.add_argument("--one", action="store_true", help="measure a single row here and print it")
     arguments = parser.parse_args()
     asked = [
@@ -53,20 +51,11 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(measure(*asked[0])))
         return
-    if arguments.fresh:
-        arguments.rows.unlink(missing_ok=True)
-    for key in dict.fromkeys(asked):
-        if key not in read_rows(arguments.rows):
-            row = apart(key)
-            with arguments.rows.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            print(json.dumps(row), flush=True)
-        table(arguments.rows)
+    measure_rows(arguments.rows, FIELDS, dict.fromkeys(asked), apart, table, again=arguments.again)
 
 
-def apart(key: Key) -> Row:
+def apart(name: str, images: int, memory: str) -> Row:
     """The row, measured in a new process."""
-    name, images, memory = key
     command = [sys.executable, "-m", "benchmarks.memory", "--one", "--networks", name, "--images", str(images)]
     result = subprocess.run([*command, "--memory", memory], stdout=subprocess.PIPE, text=True, check=True)
     row: Row = json.loads(result.stdout.splitlines()[-1])
@@ -80,11 +69,7 @@ def measure(name: str, images: int, memory: str) -> Row:
     outputs(task.model, calibration[:WARM])
     before = reset_peak()
     started = time.perf_counter()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", calque.errors.CalibrationWarning)  # the report has them
-        model = calque.quantize(
-            task.model, calibration, bits=BITS, recipe=RECIPE, dynamic=setting.dynamic, memory=memory
-        )
+    model = quantize(task.model, calibration, bits=BITS, recipe=RECIPE, dynamic=setting.dynamic, memory=memory)
     seconds = time.perf_counter() - started
     return {
         "network": name, "images": len(calibration), "memory": memory, "budget": parse_bytes(memory),
@@ -93,17 +78,9 @@ def measure(name: str, images: int, memory: str) -> Row:
     }  # fmt: skip
 
 
-def read_rows(path: Path) -> dict[Key, Row]:
-    """Rows by (network, images, memory)."""
-    if not path.is_file():
-        return {}
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return {(row["network"], row["images"], row["memory"]): row for row in rows}
-
-
 def table(path: Path) -> None:
     """Writes the rows as Markdown beside them."""
-    rows = list(read_rows(path).values())
+    rows = list(read_rows(path, FIELDS).values())
     lines = [
         "# Peak memory",
         "",

@@ -11,7 +11,6 @@ import statistics
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import calque
 from benchmarks.accuracy import commit, fidelity, outputs, peak_bytes, reset_peak
 from benchmarks.architectures import ARCHITECTURES, random_network
-from benchmarks.tasks import load
-from calque.model import QuantizedModel
+from benchmarks.rows import Row, is_asked, measure_rows, read_rows
+from benchmarks.tasks import load, quantize
 from calque.solvers import closed_form, rounding
 
 FOLDER = Path(__file__).resolve().parent
@@ -38,7 +36,8 @@ CURVES = {
     "efficientnet_lite0_imagenet": ("w4a4", 200),
 }  # bits and test images
 
-Row = dict[str, Any]
+FIELDS = ("network", "images", "draw")
+OPTIONS: dict[str, Any] = {"recipe": RECIPE, "placement": "inputs"}
 Key = tuple[str, int, int]  # network, images, draw
 
 
@@ -57,30 +56,17 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="measure again the rows asked for")
     parser.add_argument("--one", action="store_true", help="measure a single row here and print it")
     arguments = parser.parse_args()
-    asked = [
-        key
-        for key in cases()
-        if key[0] in arguments.networks
-        and (not arguments.images or key[1] in arguments.images)
-        and (not arguments.draws or key[2] in arguments.draws)
-    ]
+    asked = [key for key in cases() if is_asked(key, (arguments.networks, arguments.images, arguments.draws))]
     if arguments.one:
         print(json.dumps(measured(*asked[0])))
         return
-    for key in asked:
-        if arguments.again or key not in read_rows(arguments.rows):
-            row = apart(key)
-            with arguments.rows.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            print(json.dumps(row), flush=True)
-        write_tables(arguments.rows)
-    write_tables(arguments.rows)
+    measure_rows(arguments.rows, FIELDS, asked, apart, write_tables, again=arguments.again)
 
 
-def apart(key: Key) -> Row:
+def apart(network: str, images: int, draw: int) -> Row:
     """The row, measured in a new process."""
-    command = [sys.executable, "-m", "benchmarks.scale", "--one", "--networks", key[0]]
-    command += ["--images", str(key[1]), "--draws", str(key[2])]
+    command = [sys.executable, "-m", "benchmarks.scale", "--one", "--networks", network]
+    command += ["--images", str(images), "--draws", str(draw)]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     row: Row = json.loads(result.stdout.splitlines()[-1])
     return row
@@ -104,7 +90,7 @@ def scaling(name: str, images: int) -> Row:
     clock = MatrixClock()
     before = reset_peak()
     started = time.process_time()
-    quantized = quantize(model, calibration, "w4a4", 0)
+    quantized = quantize(model, calibration, bits="w4a4", seed=0, **OPTIONS)
     seconds = time.process_time() - started
     return {
         "float_pass": float_pass, "seconds": seconds, "passes": seconds / float_pass, "peak": peak_bytes() - before,
@@ -120,16 +106,10 @@ def accuracy(name: str, images: int, draw: int) -> Row:
     order = torch.randperm(len(task.calibration), generator=torch.Generator().manual_seed(draw))
     chosen = task.calibration[order[:images]]
     started = time.process_time()
-    quantized = quantize(task.model, chosen, bits, draw)
+    quantized = quantize(task.model, chosen, bits=bits, seed=draw, **OPTIONS)
     seconds = time.process_time() - started
     reference, inputs = outputs(task.model, task.test[:test]), task.test[:test]
     return {"bits": bits, "test": test, "seconds": seconds, **fidelity(reference, outputs(quantized, inputs), True)}
-
-
-def quantize(model: torch.nn.Module, calibration: Tensor, bits: str, seed: int) -> QuantizedModel:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", calque.errors.CalibrationWarning)  # few images: the report says so
-        return calque.quantize(model, calibration, bits=bits, recipe=RECIPE, placement="inputs", seed=seed)
 
 
 def matrix_rate(size: int = 2048, runs: int = 3) -> float:
@@ -190,17 +170,9 @@ def _descent_operations(metric: rounding.Metric, weight: Tensor, *_: Any) -> flo
     return 4.0 * matrices * inputs * inputs * rows
 
 
-def read_rows(path: Path) -> dict[Key, Row]:
-    """Rows by (network, images, draw)."""
-    if not path.is_file():
-        return {}
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return {(row["network"], row["images"], row["draw"]): row for row in rows}
-
-
 def write_tables(path: Path) -> None:
     """Writes the rows as Markdown beside them."""
-    rows = list(read_rows(path).values())
+    rows = list(read_rows(path, FIELDS).values())
     shapes = [row for row in rows if row["network"] in ARCHITECTURES]
     lines = [
         "# Scale",

@@ -1,6 +1,7 @@
 """What the benchmarks quantize: the zoo in ../shared, and small networks trained here that no one tuned calque on."""
 
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
+
+import calque
+from calque.model import QuantizedModel
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -122,6 +126,13 @@ def load(name: str) -> Any:
     from zoo import load as load_from_zoo
 
     return load_from_zoo(name)
+
+
+def quantize(model: nn.Module, calibration: Tensor, **options: Any) -> QuantizedModel:
+    """`calque.quantize` without warnings of few images: the report has them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", calque.errors.CalibrationWarning)
+        return calque.quantize(model, calibration, **options)
 
 
 def score(task: Any, outputs: Tensor) -> float:

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from benchmarks.deploy import PLANS, Bench, cases, read_rows, table, weighted_kernels, write_table
+from benchmarks.deploy import FIELDS, PLANS, Bench, cases, table, weighted_kernels, write_table
+from benchmarks.rows import read_rows
 from benchmarks.tasks import SETTINGS
 
 from calque.export.runtimes import Kernel
@@ -38,6 +39,6 @@ def test_a_row_is_measured_and_reads_as_a_line_for_each_runtime(tmp_path: Path, 
     assert (found["integer"], found["weighted"]) == ((3, 3) if plan == "w4a4" else (0, 3))
     assert row["bytes"] - row["metadata"] - row["ideal"] <= 0.05 * row["ideal"] + 1500 * row["layers"] + 20_000
     text = path.with_suffix(".md").read_text(encoding="utf-8")
-    assert text == table(list(read_rows(path).values()))
+    assert text == table(list(read_rows(path, FIELDS).values()))
     assert f"| {plan} |" in text
     assert text.count("onnxruntime |") == 1

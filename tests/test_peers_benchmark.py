@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.peers.__main__ import is_asked, read_rows
-from benchmarks.peers.cases import PACKAGES, SETTINGS, TOOLS, cases
+from benchmarks.peers.cases import FIELDS, PACKAGES, SETTINGS, TOOLS, cases
 from benchmarks.peers.network import Bits, Marker, marked, plan, prepare, weight_bytes
 from benchmarks.peers.table import draw, label_points, table
+from benchmarks.rows import is_asked, read_rows
 from matplotlib import pyplot as plt
 from matplotlib.text import Text
 from torch import Tensor, nn
@@ -59,9 +59,9 @@ def test_only_the_parts_asked_for_are_measured() -> None:
 
 def test_of_two_rows_of_one_case_the_later_counts(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    assert read_rows(path) == {}
+    assert read_rows(path, FIELDS) == {}
     path.write_text("".join(json.dumps(row(0, kl=kl)) + "\n" for kl in (0.3, 0.2)), encoding="utf-8")
-    assert [found["kl"] for found in read_rows(path).values()] == [0.2]
+    assert [found["kl"] for found in read_rows(path, FIELDS).values()] == [0.2]
 
 
 def test_a_table_means_over_seeds_and_states_failures() -> None:

@@ -12,14 +12,16 @@ import platform
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from benchmarks.accuracy import commit, fidelity
-from benchmarks.peers.cases import PACKAGES, SETTINGS, TOOLS, Key, Row, cases
+from benchmarks.peers.cases import FIELDS, PACKAGES, SETTINGS, TOOLS, Key, cases
 from benchmarks.peers.table import draw, table
+from benchmarks.rows import Row, is_asked, measure_rows, read_rows
 from benchmarks.tasks import load
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,44 +43,24 @@ def main() -> None:
     arguments = parser.parse_args()
     asked = (arguments.networks, arguments.bits, arguments.tools, arguments.methods, arguments.seeds)
     wanted = [] if arguments.table else [key for key in cases() if is_asked(key, asked)]
-    for key in wanted:
-        if key in read_rows(arguments.rows) and not arguments.again:
-            continue
-        row = measure(key, arguments.folder.resolve(), again=arguments.again)
-        with arguments.rows.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        print(json.dumps(row), flush=True)
-        write(arguments.rows)
-    write(arguments.rows)
-
-
-def is_asked(key: Key, asked: tuple[list[object] | None, ...]) -> bool:
-    return all(not chosen or part in chosen for part, chosen in zip(key, asked, strict=True))
+    measured = partial(measure, arguments.folder.resolve(), arguments.again)
+    measure_rows(arguments.rows, FIELDS, wanted, measured, write, again=arguments.again)
 
 
 def write(rows: Path) -> None:
-    found = list(read_rows(rows).values())
+    found = list(read_rows(rows, FIELDS).values())
     rows.with_suffix(".md").write_text(table(found), encoding="utf-8")
     draw(found, rows.with_suffix(".svg"))
 
 
-def read_rows(path: Path) -> dict[Key, Row]:
-    """Rows by (network, bits, tool, method, seed); of two with the same key the later one."""
-    if not path.is_file():
-        return {}
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return {(row["network"], row["bits"], row["tool"], row["method"], row["seed"]): row for row in rows}
-
-
-def measure(key: Key, folder: Path, *, again: bool = False) -> Row:
+def measure(folder: Path, again: bool, network: str, bits: str, tool: str, method: str, seed: int) -> Row:
     """One row; where the tool fails, a row with the reason.
 
     Args:
         again: whether the tool runs even where an earlier run left its logits.
     """
-    network, bits, tool, method, seed = key
-    row: Row = {"network": network, "bits": bits, "tool": tool, "method": method, "seed": seed}
-    row |= {"machine": platform.machine(), "commit": commit()}
+    key = network, bits, tool, method, seed
+    row: Row = {**dict(zip(FIELDS, key, strict=True)), "machine": platform.machine(), "commit": commit()}
     lay(network, folder / "data" / network)
     logits = folder / "runs" / f"{' '.join(map(str, key))}.npy"
     logits.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,8 @@
 """What is measured: the tools with their packages, and the rows in the order of worth."""
 
 from dataclasses import dataclass
-from typing import Any
 
-Row = dict[str, Any]
+FIELDS = ("network", "bits", "tool", "method", "seed")
 Key = tuple[str, str, str, str, int]  # network, bits, tool, method, seed
 
 RESNET, MOBILENET, LITE = "resnet20_cifar10", "mobilenet_v1_0.25_224_imagenet", "efficientnet_lite0_imagenet"

@@ -171,7 +171,13 @@ def distill(
             parts = student.restored()
             network.install(parts)
             after = network.loss(judged, loss)
-            log.info("distillation: loss %.4g -> %.4g on held-out inputs and their mixtures (step %d of %d)", before, after, step, steps)
+            log.info(
+                "distillation: loss %.4g -> %.4g on held-out inputs and their mixtures (step %d of %d)",
+                before,
+                after,
+                step,
+                steps,
+            )
             if after < best.after:
                 kept, best = parts, replace(best, after=after, kept=step)
     finally:

@@ -57,7 +57,10 @@ app = typer.Typer(
 
 Folder = Annotated[Path, typer.Argument(help="the folder of a run", metavar="RUN")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress bars")]
-Seed = Annotated[int, typer.Option(help="of everything random; the same seed gives the same codes, but for recipes bounded in minutes")]
+Seed = Annotated[
+    int,
+    typer.Option(help="of everything random; the same seed gives the same codes, but for recipes bounded in minutes"),
+]
 
 
 def _print_version(wanted: bool) -> None:
