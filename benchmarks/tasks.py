@@ -128,7 +128,7 @@ def load(name: str) -> Any:
     return load_from_zoo(name)
 
 
-def quantize(model: nn.Module, calibration: Tensor, **options: Any) -> QuantizedModel:
+def quantize(model: nn.Module, calibration: object, **options: Any) -> QuantizedModel:
     """`calque.quantize` without warnings of few images: the report has them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", calque.errors.CalibrationWarning)

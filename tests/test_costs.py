@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 import calque
 import networks
 from calque.costs import Costs, activation_steps, costs, layer_size, value_shapes
-from calque.graph import Network, capture
+from calque.graph import Geometry, Network, capture
 from calque.graph.network import is_movement
 from calque.placement import place
 from calque.spec import FLOAT, Bits, Placement
@@ -191,7 +191,7 @@ def test_more_bits_never_cost_less(model: str, placement: Placement) -> None:
 
 
 def test_packed_codes_fill_whole_bytes() -> None:
-    assert [layer_size(9, 1, bits) - 12 for bits in range(1, 9)] == [2, 3, 4, 5, 6, 7, 8, 9]
+    assert [layer_size(9, 1, bits, Geometry("linear")) - 12 for bits in range(1, 9)] == [2, 3, 4, 5, 6, 7, 8, 9]
 
 
 # ---- activations

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import calque
 import networks
 from calque.costs import FLOAT_BITS, layer_size
+from calque.graph import Geometry
 from calque.model import QuantizedModel
 from calque.report import LayerReport, Report, signal_to_noise, table_lines
 from networks import Net
@@ -81,7 +82,7 @@ def test_a_table_aligns_its_columns() -> None:
 
 @given(st.integers(0, 10**6), st.integers(1, 500), st.integers(2, 8))
 def test_the_size_of_a_layer_is_packed_codes_and_twelve_bytes_per_channel(codes: int, channels: int, bits: int) -> None:
-    assert layer_size(codes, channels, bits) == math.ceil(codes * bits / 8) + 12 * channels
+    assert layer_size(codes, channels, bits, Geometry("linear")) == math.ceil(codes * bits / 8) + 12 * channels
 
 
 def test_bytes_and_bit_operations_are_worked_by_hand(quantized: QuantizedModel) -> None:

@@ -97,6 +97,32 @@ def _check(batches: list[Batch]) -> None:
         )
 
 
+MASK = "attention_mask"  # the argument by which encoders tell tokens from padding
+
+
+def token_masks(batches: Iterable[Batch]) -> list[Tensor | None]:
+    """Which tokens of each batch are real, bool (N, T): the argument `attention_mask`; None where a batch has none."""
+    masks = (batch.get(MASK) for batch in batches)
+    return [mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None for mask in masks]
+
+
+def real_tokens(values: Iterable[Tensor], masks: Iterable[Tensor | None]) -> Iterator[Tensor]:
+    """The values without those of padding: (tokens, ...) for a tensor that has the mask's rows and an axis of its tokens.
+
+    Padding is no calibration data: nothing real depends on its values.
+    """
+    for value, mask in zip(values, masks, strict=True):
+        axis = None if mask is None else token_axis(value, mask)
+        yield value if mask is None or axis is None else value.movedim(axis, 1)[mask]
+
+
+def token_axis(value: Tensor, mask: Tensor) -> int | None:
+    """The first axis behind the batch that is as long as the mask's rows."""
+    if value.dim() < 3 or value.shape[0] != mask.shape[0]:
+        return None
+    return next((axis for axis in range(1, value.dim()) if value.shape[axis] == mask.shape[1]), None)
+
+
 def varying_axes(batches: list[Batch]) -> dict[str, dict[int, Any]]:
     """The axes besides the batch whose sizes differ between batches, for inputs that are tensors; as dynamic shapes."""
     found: dict[str, dict[int, Any]] = {}
@@ -193,13 +219,25 @@ class Execution:
         """The node's value on batch `index`."""
         return self.store.get(self._kept[node][index])
 
-    def compute(self, node: fx.Node, module: torch.nn.Module | None = None) -> Iterator[Any]:
-        """The node's value on each batch, from the values of its inputs; `module` stands in for the one it calls."""
+    def compute(
+        self,
+        node: fx.Node,
+        module: torch.nn.Module | None = None,
+        through: Mapping[fx.Node, torch.nn.Module] | None = None,
+    ) -> Iterator[Any]:
+        """The node's value on each batch, from the values of its inputs.
+
+        Args:
+            module: stands in for the one that the node calls.
+            through: modules that values of these inputs pass first.
+        """
+        through = through or {}
         for index in range(self.count):
             values = {source: self.store.get(self._kept[source][index]) for source in node.all_input_nodes}
-            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
             try:
                 with torch.no_grad():
+                    values |= {source: part(values[source]) for source, part in through.items()}
+                    args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
                     yield call_node(self.module, node, args, kwargs, module)
             except RuntimeError as error:
                 reason = str(error).splitlines()[0]

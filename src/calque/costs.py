@@ -6,26 +6,28 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from calque.graph import Batch, Network
+from calque.graph import Batch, Geometry, Network, WeightedLayer
 from calque.graph.network import is_movement, result_of
 from calque.graph.signature import flatten, select
 from calque.placement import place, root, shared_tensors
 from calque.spec import Bits, Placement
 
 CHANNEL_BYTES = 12  # scale, bias and bias scale of an output channel (docs/method.md)
+ROW_BYTES = 4  # scale of an embedding's row
 FLOAT_BITS = 32
 
 Step = tuple[int, dict[str, tuple[int, ...]]]
 """One execution step: bytes that no choice changes, and by layer name the bytes of each of its choices."""
 
 
-def layer_size(codes: int, channels: int, bits: int) -> int:
-    """Bytes of a layer with that many codes: packed, and CHANNEL_BYTES per output channel.
+def layer_size(codes: int, channels: int, bits: int, geometry: Geometry) -> int:
+    """Bytes of a layer with that many codes: packed, and CHANNEL_BYTES per output channel, ROW_BYTES per row of a table.
 
-    >>> layer_size(100, 4, 4)
+    >>> layer_size(100, 4, 4, Geometry("linear"))
     98
     """
-    return -(-codes * bits // 8) + CHANNEL_BYTES * channels
+    each = ROW_BYTES if geometry.kind == "embedding" else CHANNEL_BYTES
+    return -(-codes * bits // 8) + each * channels
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,9 @@ def costs(network: Network, choices: Mapping[str, Sequence[Bits]], placement: Pl
         codes = 0 if name in network.shared else weighted.weight.numel()
         channels = weighted.weight.shape[0]
         shape = shapes[layer.node]
-        positions = shape.numel() // shape[0] // channels
+        positions = 0 if network.is_table(name) else shape.numel() // shape[0] // channels
         macs[name] = positions * weighted.weight.numel()
-        size[name] = tuple(_size(codes, channels, bits) for bits in choices[name])
+        size[name] = tuple(_size(weighted, codes, bits) for bits in choices[name])
         bops[name] = tuple(macs[name] * (b.weight or FLOAT_BITS) * (b.activation or FLOAT_BITS) for b in choices[name])
     steps = activation_steps(network, choices, placement, shapes)
     return Costs(
@@ -94,8 +96,10 @@ def float_size(network: Network) -> int:
     return 4 * total
 
 
-def _size(codes: int, channels: int, bits: Bits) -> int:
-    return 4 * (codes + channels) if bits.weight is None else layer_size(codes, channels, bits.weight)
+def _size(layer: WeightedLayer, codes: int, bits: Bits) -> int:
+    if bits.weight is None:
+        return 4 * (codes + layer.bias.numel())
+    return layer_size(codes, layer.weight.shape[0], bits.weight, layer.geometry)
 
 
 @torch.no_grad()

@@ -5,8 +5,8 @@ from fnmatch import fnmatchcase
 
 from calque.errors import SpecError
 from calque.graph import Network
-from calque.placement import shared_tensors
-from calque.spec import FLOAT, Bits, Plan, apply_overrides, check_entry, uniform
+from calque.placement import named_tensors
+from calque.spec import FLOAT, Bits, Plan, apply_overrides, check_entry
 
 DEFAULT_BITS = "w8a8"
 
@@ -26,7 +26,7 @@ def decide_bits(
             `apply_overrides`.
     """
     names = list(network.layers)
-    tensors = list(shared_tensors(network).values())
+    tensors = named_tensors(network)
     if plan is not None:
         if bits is not None:
             raise SpecError("bits and plan exclude each other: a plan has the bits of every layer. Drop one of them.")
@@ -46,8 +46,8 @@ def decide_bits(
         ends = (None if parsed == FLOAT else automatic) if first_last == "auto" else first_last
     if ends is not None:
         both = check_entry("first_last", Bits.parse(ends), is_layer=True)
-        entries.update({name: uniform(names, both, both)[name] for name in (names[0], names[-1])})
-    return apply_overrides(entries, override or {}, tensors)
+        entries.update(dict.fromkeys(_ends(network), both))
+    return _suited(network, apply_overrides(entries, override or {}, tensors))
 
 
 def decide_choices(
@@ -71,8 +71,8 @@ def decide_choices(
     fixed: dict[str, Bits] = {}
     if first_last not in ("auto", None):
         ends = check_entry("first_last", Bits.parse(first_last), is_layer=True)
-        fixed |= {names[0]: ends, names[-1]: ends}
-    tensors = list(shared_tensors(network).values())
+        fixed |= dict.fromkeys(_ends(network), ends)
+    tensors = named_tensors(network)
     undecided = dict.fromkeys(names, candidates[0])
     asked = override or {}
     overridden = apply_overrides(undecided, asked, tensors)
@@ -82,7 +82,23 @@ def decide_choices(
         name: (overridden[name],) if name in touched else (fixed[name],) if name in fixed else candidates
         for name in names
     }
+    for name in filter(network.is_table, names):
+        choices[name] = tuple(dict.fromkeys(Bits(option.weight, None) for option in choices[name]))
     return choices, {name: entry for name, entry in overridden.items() if name not in undecided}
+
+
+def _ends(network: Network) -> tuple[str, ...]:
+    """The first and the last layer that multiply; tables are no ends."""
+    names = [name for name in network.layers if not network.is_table(name)]
+    return (names[0], names[-1]) if names else ()
+
+
+def _suited(network: Network, entries: dict[str, Bits]) -> dict[str, Bits]:
+    """The entries, those of embeddings without activations: what they read are numbers of rows."""
+    return {
+        name: Bits(bits.weight, None) if name in network.layers and network.is_table(name) else bits
+        for name, bits in entries.items()
+    }
 
 
 def _suits_layers(text: str | None) -> bool:

@@ -59,6 +59,8 @@ def _fits(job: Job, counts: Mapping[str, int], steps: int, float_pass: float) ->
     seconds = 0.0
     for name, count in counts.items():
         layer = job.network.weighted(name)
+        if job.network.is_table(name):
+            continue
         if job.recipe.solver == "closed_form":
             seconds += count * _closed_form(job, layer, steps)
             continue

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from calque.arithmetic import quantize, requantize
 from calque.graph.network import ADDITIONS, clamp_bounds, is_movement
+from calque.graph.products import operands_of
 from calque.graph.signature import Signature, flatten
 from calque.quantizers import QuantizedLayer, Quantizer
 
@@ -180,9 +181,22 @@ class _Interpreter(fx.Interpreter):
                 return None
             low, high = (min(max(end, bounds[0]), bounds[1]) for end in first.bounds)
             return replace(first, bounds=(low, high))
+        pair = operands_of(node)
+        if pair is not None:
+            return self._product(node, pair)
         if node.target in ADDITIONS and len(args) == 2 and all(isinstance(a, OnGrid) for a in args) and not kwargs:
             return Sum(*args)
         return None
+
+    def _product(self, node: fx.Node, pair: tuple[fx.Node, fx.Node]) -> object:
+        """The exact sums of a product of two tensors on grids, in real units; None where an operand is on none."""
+        left, right = (self.env[operand] for operand in pair)
+        if not (isinstance(left, OnGrid) and isinstance(right, OnGrid)):
+            return None
+        offsets = {pair[0]: left.offsets.double(), pair[1]: right.offsets.double()}
+        args, kwargs = fx.map_arg((node.args, node.kwargs), offsets.__getitem__)
+        assert callable(node.target)
+        return (node.target(*args, **kwargs) * (left.grid.scale * right.grid.scale)).float()
 
 
 def _real(value: object) -> object:

@@ -3,16 +3,21 @@
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from calque.calibration import token_masks
 from calque.checkpoint import Checkpoint
 from calque.graph import Batch, Network
-from calque.graph.signature import rows, values
+from calque.graph.signature import flatten, rows, select, values
 from calque.recipe import Recipe
 from calque.spec import Placement
 from calque.store import Store
 
+EXAMPLE_ROWS = 3
 RESERVE = 700 * 10**6  # bytes: an operator's inputs and outputs, a sampled problem and the temporaries of its fit
 Progress = Callable[[str, int, int], None]  # phase, steps done, steps in all
 
@@ -52,6 +57,17 @@ class Job:
     def largest(self) -> Batch:
         """The batch with the most values per input: what costs of one input are counted for."""
         return max(self.batches, key=lambda batch: values(batch) / rows(batch))
+
+    @cached_property
+    def masks(self) -> list[Tensor | None]:
+        """Which tokens of each batch are no padding."""
+        return token_masks(self.batches)
+
+    @property
+    def example(self) -> list[Any]:
+        """The flat inputs of a few rows, by which a rewritten network is compared with what it was."""
+        batch = self.batches[0]
+        return flatten(select(batch, torch.arange(EXAMPLE_ROWS) % rows(batch)))[0]
 
     def generator(self, name: str) -> torch.Generator:
         """Randomness for the part of the run that is called `name`, whatever ran before it."""

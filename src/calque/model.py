@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from calque.graph import Network
 from calque.graph.network import clamp_bounds, is_movement, result_of
+from calque.graph.products import operands_of
 from calque.graph.signature import Signature, flatten
 from calque.integer import IntegerModel
 from calque.placement import Edge
@@ -142,6 +143,7 @@ def assemble(
         "inputs": network.inputs,
         "constants": network.constants,
         "left_float": network.left_float,
+        "scaled": network.scaled,
     }
     return QuantizedModel(module, network.signature, (network.in_spec, network.out_spec), plan, facts)
 
@@ -168,7 +170,16 @@ def _insert(
     graph: fx.Graph, source: fx.Node, target: str, edge: Edge, network: Network, twins: dict[fx.Node, fx.Node]
 ) -> None:
     readers = [twins[network.layers[name].node] for name in edge.readers]
-    if edge.kind == "input":
+    if edge.kind == "operand":
+        product = network.products[edge.product]
+        reader = twins[product.node]
+        operands = operands_of(reader)  # a tensor's own grid may stand in front by now
+        assert operands is not None
+        operand = operands[product.operands.index(edge.source)]
+        with graph.inserting_before(reader):
+            node = graph.call_module(target, (operand,))
+        reader.replace_input_with(operand, node)
+    elif edge.kind == "input":
         value = readers[0].args[0]
         assert isinstance(value, fx.Node)
         with graph.inserting_before(readers[0]):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from calque.arithmetic import activation_limits, affine_grid
-from calque.calibration import Execution
+from calque.calibration import Execution, real_tokens
 from calque.checkpoint import PROBLEMS, Checkpoint, Piece, read_piece, write_piece
 from calque.graph import Geometry, Layer
 from calque.graph.layers import Activation
@@ -25,6 +25,7 @@ from calque.ranges import TensorSample, activation_range, off_ties, search_range
 from calque.solvers.adaquant import Draw, Linear
 from calque.solvers.layer import Settings, fit_from_piece, fit_to_piece, solve_each
 from calque.solvers.problem import Fit, Grid, LayerProblem, layer_problem, output_error
+from calque.solvers.table import fit_table
 from calque.solvers.whole import whole_inputs
 from calque.spec import Bits
 from calque.sweep import SAMPLED_VALUES
@@ -55,6 +56,8 @@ def fit_choices(job: Job, choices: Choices, steps: int) -> Fits:
     Raises:
         CalibrationError: an operator fails on the calibration inputs.
     """
+    tables = {name: options for name, options in choices.items() if job.network.is_table(name)}
+    choices = {name: options for name, options in choices.items() if name not in tables}
     wanted = [(name, bits) for name, options in choices.items() for bits in options if bits.weight is not None]
     with _folder(job, steps) as results:
         missing = {
@@ -68,7 +71,14 @@ def fit_choices(job: Job, choices: Choices, steps: int) -> Fits:
             piece = results.get(_key(name, bits))
             assert piece is not None
             fits[name, bits] = fit_from_piece(piece, job.network.weighted(name).weight.device)
-        return fits
+    for name, options in tables.items():
+        weight = job.network.weighted(name).weight
+        fits |= {
+            (name, bits): fit_table(weight, bits.weight, job.recipe.weight_range)
+            for bits in options
+            if bits.weight is not None
+        }
+    return fits
 
 
 def _key(name: str, bits: Bits) -> str:
@@ -98,7 +108,7 @@ def _collect(job: Job, missing: Mapping[str, list[Bits]], steps: int, results: C
                 break
             execution.step(node)
             layer = by_node.get(node)
-            if layer is not None and missing[layer.name]:
+            if layer is not None and missing.get(layer.name):
                 waiting.append(_tasks(job, layer, missing[layer.name], steps, execution, results))
                 size += waiting[-1][0].problem.stat().st_size
                 if size > job.memory // 2 or job.workers is None:
@@ -132,13 +142,13 @@ def _tasks(
     pairs = zip(execution.values(source), execution.values(layer.node), strict=True)
     problem = layer_problem(
         weighted.geometry, weighted.weight, weighted.bias, layer.activate, pairs,
-        inputs=job.inputs, generator=job.generator(layer.name),
+        inputs=job.inputs, generator=job.generator(layer.name), masks=job.masks,
     )  # fmt: skip
     whole = steps > 0 and job.recipe.patches == "all"
     path = results.within(PROBLEMS).path(layer.name)
     write_piece(path, _problem_to_piece(problem, list(_whole(job, execution, layer)) if whole else []))
     sample = TensorSample.of(
-        execution.values(source),
+        real_tokens(execution.values(source), job.masks),
         count=SAMPLED_VALUES,
         inputs=job.inputs,
         generator=job.generator(f"{layer.name}.input"),

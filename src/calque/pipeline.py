@@ -25,6 +25,7 @@ from calque.model import QuantizedModel
 from calque.parallel import Choices
 from calque.recipe import Recipe, find_recipe
 from calque.search import check_budget, search
+from calque.smoothing import smooth
 from calque.spec import Bits, Placement, Plan
 from calque.stages import build, float_outputs
 from calque.store import parse_bytes
@@ -121,6 +122,8 @@ def quantize(
     asked = {"bits": bits, "plan": plan and plan.to_toml(), "override": override, "first_last": first_last}
     job = replace(job, checkpoint=_open(run, job, {**asked, "loss": _named(loss)}))
     log.info("%s", estimate(job, choices, float_pass, search=budget is not None))
+    if job.recipe.migration:
+        job = replace(job, network=smooth(job, choices))
     found = None
     with alone(job.checkpoint):
         if budget is not None:

@@ -34,13 +34,16 @@ class Edge:
         readers: layers whose input grid this is.
         kind: "tensor": a grid of its own, for everything that reads `source`. "sole": the readers' grid, put on
             `source` itself because nothing else reads it. "input": the readers' grid, right in front of them only.
+            "operand": right in front of a product, which alone reads it.
+        product: that reads an operand.
     """
 
     name: str
     source: fx.Node
     bits: int
     readers: tuple[str, ...]
-    kind: Literal["tensor", "sole", "input"]
+    kind: Literal["tensor", "sole", "input", "operand"]
+    product: str = ""
 
 
 def root(node: fx.Node) -> fx.Node:
@@ -51,21 +54,28 @@ def root(node: fx.Node) -> fx.Node:
 
 
 def place(network: Network, bits: Mapping[str, Bits], placement: Placement) -> list[Edge]:
-    """The grids of a network whose layers have the given bits, in the graph's order.
+    """The grids of a network whose layers have the given bits, in the graph's order of their sources.
 
     "inputs" (Hubara et al. 2021): the input of each weighted layer. "integer": also results of convolutions, and operands
     and results of residual adds, pools and concatenations, at 8 bits unless `bits` has an entry of the tensor's name. A
     tensor that only layers of the same bits read is on their grid directly; one that others read as well is kept at its
-    own bits and requantized in front of the layers.
+    own bits and requantized in front of the layers. In both the operands of products, at 8 bits unless `bits` has an entry
+    of the product's name.
 
     Args:
         bits: layer name -> bits; tensor name -> bits (optional entries).
     """
     quantized = [name for name in network.layers if bits[name].activation is not None]
-    if not quantized:
-        return []
+    edges = _layer_edges(network, bits, placement, quantized) if quantized else []
+    edges += _operand_edges(network, bits, default=SHARED_TENSOR_BITS if quantized else None)
+    order = {node: index for index, node in enumerate(network.nodes())}
+    return sorted(edges, key=lambda edge: order[edge.source])
+
+
+def _layer_edges(network: Network, bits: Mapping[str, Bits], placement: Placement, quantized: list[str]) -> list[Edge]:
+    """The grids of layers' inputs, and of shared tensors."""
     if placement == "inputs":
-        asked = [name for name in bits if name not in network.layers]
+        asked = [name for name in bits if name not in network.layers and name not in network.products]
         if asked:
             raise SpecError(
                 f'tensors have grids of their own in the placement "integer" only. Got bits for {asked[0]}.'
@@ -91,6 +101,23 @@ def place(network: Network, bits: Mapping[str, Bits], placement: Placement) -> l
         rest = [reader for reader in names if reader not in direct]
         edges.extend(_requantizers(network, rest, bits))
     return edges
+
+
+def _operand_edges(network: Network, bits: Mapping[str, Bits], default: int | None) -> list[Edge]:
+    """The grids of both operands of each product."""
+    edges = []
+    for name, product in network.products.items():
+        own = bits.get(name, Bits(None, default)).activation
+        if own is not None:
+            sources = dict.fromkeys(product.operands)  # one, where a tensor is multiplied by itself
+            sides = zip(("left", "right"), sources, strict=False)
+            edges += [Edge(f"{name}.{side}", source, own, (), "operand", name) for side, source in sides]
+    return edges
+
+
+def named_tensors(network: Network) -> list[str]:
+    """What a plan may name besides layers: shared tensors and products."""
+    return [*shared_tensors(network).values(), *network.products]
 
 
 def shared_tensors(network: Network) -> dict[fx.Node, str]:

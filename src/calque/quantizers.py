@@ -81,9 +81,10 @@ class QuantizedLayer(nn.Module):
         bits: int,
     ):
         super().__init__()
-        if codes.dtype != torch.int8 or scale.shape != codes.shape[:1] or bias.shape != codes.shape[:1]:
+        biases = (geometry.biases(codes),)
+        if codes.dtype != torch.int8 or scale.shape != codes.shape[:1] or bias.shape != biases:
             raise SpecError(
-                "a quantized layer needs int8 codes (C_out, ...), a scale (C_out,) and a bias (C_out,). Got "
+                "a quantized layer needs int8 codes (C_out, ...), a scale (C_out,) and a bias (C_out,), (0,) for a table. Got "
                 f"{codes.dtype} {tuple(codes.shape)}, {tuple(scale.shape)} and {tuple(bias.shape)}."
             )
         self.geometry = geometry

@@ -55,7 +55,8 @@ class Recipe:
             rounds of coordinate descent; it searches its own weight scales and has no rates.
         tolerance: of the range estimators "output" and "least_squares": the widest range is taken whose error is at most this
             share above the least.
-        migration: exponent of the channel scales that move over a ReLU or ReLU6 into the weights on both sides; 0 for none. It
+        migration: exponent of the channel scales that move over a ReLU or ReLU6 into the weights on both sides; 0 for none, also
+            in front of linear layers, where the exponents are chosen by error (calque.smoothing). It
             needs the flavour "sequential", sampled patches, statistics that are not the trained ones, and no block_steps.
         rates: step sizes of AdaQuant and of distillation.
         distillation: of the float network's outputs into all parameters, end to end; 0 minutes and 0 steps for none.

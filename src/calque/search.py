@@ -93,7 +93,10 @@ def _base(job: Job, bits: Bits, choices: Choices, loss: Loss) -> QuantizedModel:
         job.recipe, steps=0, block_steps=0, statistics="none", distillation=NO_DISTILLATION, tuning=NO_TUNING,
         migration=0.0,  # the candidates are fitted to the float network's own channels
     )  # fmt: skip
-    entries = {name: FLOAT if set(options) == {FLOAT} else bits for name, options in choices.items()}
+    entries = {
+        name: FLOAT if set(options) == {FLOAT} else Bits(bits.weight, None) if job.network.is_table(name) else bits
+        for name, options in choices.items()
+    }
     return build(replace(job, recipe=plain), entries, loss, []).model
 
 
@@ -192,10 +195,7 @@ def finalists(prices: Prices, budget: Budget, count: int) -> list[Solution]:
 
 def _only(prices: Prices, bits: str) -> Prices | None:
     """The prices with `bits` as the only choice of every layer that has one; None where a layer lacks these bits."""
-    kept = [
-        [0] if len(options) == 1 else [i for i, text in enumerate(options) if text == bits]
-        for options in prices.choices
-    ]
+    kept = [[0] if len(options) == 1 else _alike(options, bits) for options in prices.choices]
     if not all(kept):
         return None
 
@@ -215,6 +215,15 @@ def _only(prices: Prices, bits: str) -> Prices | None:
             for fixed, by_group in prices.steps
         ),
     )
+
+
+def _alike(options: Sequence[str], bits: str) -> list[int]:
+    """Where among the options these bits are; for a table, whose options have no activations, the same weights."""
+    found = [i for i, text in enumerate(options) if text == bits]
+    weights_alone = all(Bits.parse(text).activation is None for text in options)
+    return found or [
+        i for i, text in enumerate(options) if weights_alone and Bits.parse(text).weight == Bits.parse(bits).weight
+    ]
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ from calque.reconstruction import fit_blocks
 from calque.solvers.problem import Fit
 from calque.spec import FLOAT, Bits, Plan
 from calque.statistics import ChannelStatistics, para_normalize, trained_statistics
-from calque.sweep import Sweep, Swept
+from calque.sweep import Sweep
+from calque.swept import Swept
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +146,7 @@ def _normalize(job: Job, model: QuantizedModel, targets: Mapping[str, ChannelSta
     with job.store() as store:
         para_normalize(
             model.graph_module, targets, job.batches, store, job.counter("statistics", len(targets)),
-            strength=GUARDED_STRENGTH if guarded else 1.0, on_outputs=judge if guarded else None,
+            strength=GUARDED_STRENGTH if guarded else 1.0, on_outputs=judge if guarded else None, masks=job.masks,
         )  # fmt: skip
     if not guarded:
         return
@@ -170,6 +171,7 @@ def final_entries(job: Job, entries: Mapping[str, Bits], edges: list[Edge]) -> d
     """Bits of every layer and of every tensor with a grid of its own, in the graph's order; floats that were asked for."""
     layers = job.network.layers
     tensors = {edge.name: Bits(None, edge.bits) for edge in edges if edge.kind == "tensor"}
+    tensors |= {edge.product: Bits(None, edge.bits) for edge in edges if edge.kind == "operand"}
     asked = {name: bits for name, bits in entries.items() if name not in layers and bits == FLOAT}
     return {**{name: entries[name] for name in layers}, **tensors, **asked}
 

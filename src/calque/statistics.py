@@ -5,7 +5,7 @@ is the trained beta and gamma^2 (`trained_statistics`). On a small calibration s
 so the default is its own mean and variance of the same layer output on the same inputs: then it is a fixed point.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from calque.arithmetic import SMALLEST_SCALE, bias_codes
-from calque.calibration import Execution
+from calque.calibration import Execution, real_tokens
 from calque.graph import Batch, Geometry, Network, WeightedLayer
 from calque.graph.fold import folded
 from calque.model import grid_of, link_requantization
@@ -96,6 +96,7 @@ def para_normalize(
     *,
     strength: float = 1.0,
     on_outputs: Callable[[Iterator[list[Any]]], None] | None = None,
+    masks: Sequence[Tensor | None] = (),
 ) -> None:
     """Puts, in place, the channel statistics of every layer in `targets` back to their target.
 
@@ -107,6 +108,7 @@ def para_normalize(
         batches: the inputs that the targets were measured on.
         strength: power of the gains; below 1 variances go a part of the way.
         on_outputs: called with the corrected network's outputs on each batch.
+        masks: per batch, the tokens that are no padding; empty where nothing is padded.
     """
     names = {node: str(node.target) for node in module.graph.nodes if str(node.target) in targets}
     execution = Execution(module, batches, store)
@@ -122,7 +124,8 @@ def para_normalize(
             assert isinstance(layer, (QuantizedLayer, WeightedLayer))
             raw = layer.alone() if isinstance(layer, QuantizedLayer) else layer
             execution.put(node, execution.compute(node, raw))
-            now = ChannelStatistics.of(execution.values(node), layer.geometry)
+            outputs = real_tokens(execution.values(node), masks or [None] * len(batches))
+            now = ChannelStatistics.of(outputs, layer.geometry)
             gain, offset = correction(now, targets[names[node]], strength)
             source = node.args[0]
             assert isinstance(source, fx.Node)

@@ -15,7 +15,7 @@ from calque.job import Job
 from calque.report import LayerReport, Report
 from calque.search import Found
 from calque.stages import Built
-from calque.sweep import Swept
+from calque.swept import Swept
 
 STACK = 4  # warnings point at the caller of quantize
 
@@ -34,7 +34,7 @@ def summarize(
     tensors = {
         name: (f"a{quantizer.bits}", *quantizer.range)
         for name, quantizer in result.quantizers.items()
-        if name in result.plan
+        if name in result.plan or name.rpartition(".")[0] in network.products
     }
     other = 4 * values_outside_layers(network)
     searched = {} if found is None else found.phases

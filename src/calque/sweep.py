@@ -7,15 +7,14 @@ sees the output of the already quantized prefix. One pass over the operators ser
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, fx, nn
 
 from calque.arithmetic import activation_limits, affine_grid
-from calque.calibration import Execution, largest_output
+from calque.calibration import Execution, largest_output, real_tokens
 from calque.checkpoint import Checkpoint
-from calque.costs import FLOAT_BITS, layer_size
 from calque.graph import Layer
 from calque.graph.network import find_shortcuts
 from calque.graph.signature import rows
@@ -24,34 +23,19 @@ from calque.migration import Migration
 from calque.placement import Edge, root
 from calque.quantizers import QuantizedLayer, Quantizer
 from calque.ranges import TensorSample, activation_range, extremes, off_ties, search_range
-from calque.report import LayerReport
 from calque.solvers.adaquant import Draw, Linear
 from calque.solvers.layer import fit_from_piece, fit_to_piece, integer_layer, solve
 from calque.solvers.problem import Fit, Grid, LayerProblem, layer_problem, output_error, placed
+from calque.solvers.table import fit_table
 from calque.solvers.whole import whole_inputs
 from calque.spec import Bits
 from calque.statistics import ChannelStatistics
 from calque.store import Store
+from calque.swept import Swept
 
 log = logging.getLogger(__name__)
 
 SAMPLED_VALUES = 2**18  # of a tensor, for its range
-
-
-@dataclass
-class Swept:
-    """What the sweep leaves: by layer name, by edge name, and the float network's statistics by layer name.
-
-    `weak` names layers with fewer equations than unknowns, with both numbers; `unmoved` those whose fit gained nothing.
-    """
-
-    layers: dict[str, QuantizedLayer] = field(default_factory=dict)
-    quantizers: dict[str, Quantizer] = field(default_factory=dict)
-    statistics: dict[str, ChannelStatistics] = field(default_factory=dict)
-    reports: list[LayerReport] = field(default_factory=list)
-    weak: dict[str, tuple[int, int]] = field(default_factory=dict)
-    unmoved: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
 
 class Sweep:
@@ -84,6 +68,10 @@ class Sweep:
         self.migration = Migration.over(self.network, bits, edges, self.recipe.migration)
         self.input_edges = {reader: edge for edge in edges for reader in edge.readers}
         self.tensor_edges = {edge.source: edge for edge in edges if edge.kind == "tensor"}
+        self.operands = {
+            product.node: [edge for edge in edges if edge.product == name]
+            for name, product in self.network.products.items()
+        }
         self.shortcuts = find_shortcuts(self.network) if self.recipe.solver == "closed_form" else {}
         self.swept = Swept()
 
@@ -106,7 +94,7 @@ class Sweep:
             self.reference.step(node)
             layer = self.by_node.get(node)
             if layer is None:
-                self.shadow.step(node)
+                self._operator(node)
             else:
                 self._layer(layer)
                 on_layer(layer.name)
@@ -116,8 +104,20 @@ class Sweep:
             self.shadow.release(node)
         return self.swept
 
+    def _operator(self, node: fx.Node) -> None:
+        """Executes an operator without weights on the quantized values; a product's operands get their grids first."""
+        edges = self.operands.get(node, [])
+        through = {edge.source: self._tensor_grid(edge) for edge in edges}
+        if node.op != "placeholder":
+            self.shadow.put(node, self.shadow.compute(node, through=through))
+
     def _tensor(self, edge: Edge) -> None:
         """Gives a tensor its own grid and puts the quantized values on it."""
+        quantizer = self._tensor_grid(edge)
+        self.shadow.put(edge.source, (quantizer(value) for value in self.shadow.values(edge.source)))
+
+    def _tensor_grid(self, edge: Edge) -> Quantizer:
+        """The grid of a tensor that no layer owns."""
         recipe, sample = self.recipe, self._sample(edge, edge.source)
         low, high = activation_range(sample, recipe.tensor_range, edge.bits, recipe.tolerance)
         if low == high:
@@ -126,7 +126,7 @@ class Sweep:
         if root(edge.source).op == "placeholder":
             scale = off_ties(sample.values, scale)
         self.swept.quantizers[edge.name] = quantizer = Quantizer(scale, zero_point, bits=edge.bits)
-        self.shadow.put(edge.source, (quantizer(value) for value in self.shadow.values(edge.source)))
+        return quantizer
 
     def _sample(self, edge: Edge, source: fx.Node) -> TensorSample:
         """Values of the quantized prefix with the extremes of the float network.
@@ -137,6 +137,7 @@ class Sweep:
         generator = self.job.generator(edge.name)
 
         def sample(values: Iterator[Tensor]) -> TensorSample:
+            values = real_tokens(values, self.job.masks)
             return TensorSample.of(values, count=SAMPLED_VALUES, inputs=self.job.inputs, generator=generator)
 
         exact = self.migration.inputs(next(iter(edge.readers), ""), self.reference.values(source))
@@ -146,18 +147,14 @@ class Sweep:
         started = time.perf_counter()
         bits = self.bits[layer.name]
         weighted = self.network.weighted(layer.name)
-        shape = largest_output(self.reference.values(layer.node), layer.name)
-        macs = weighted.geometry.positions(shape) * weighted.weight.numel()
+        output = largest_output(self.reference.values(layer.node), layer.name)
         if bits.weight is None:
             self.shadow.step(layer.node)
             tied = self.bits.get(self.network.shared.get(layer.name, "")) == bits
-            size = 4 * ((0 if tied else weighted.weight.numel()) + weighted.bias.numel())
-            seconds, operations = time.perf_counter() - started, macs * FLOAT_BITS * FLOAT_BITS
-            report = LayerReport(layer.name, "float", None, None, None, None, seconds, size, macs, operations)
-            self.swept.reports.append(report)
+            self.swept.report_float(layer.name, weighted, output, tied=tied, seconds=time.perf_counter() - started)
             return
         fit = self._fit(layer, bits)
-        if self.recipe.steps:
+        if self.recipe.steps and not self.network.is_table(layer.name):
             self._note_fit(layer, fit)
         quantizer, module = self._modules(layer, fit, bits.weight)
         self.swept.layers[layer.name] = module
@@ -167,18 +164,12 @@ class Sweep:
         else:
             stand_in = module
         self.shadow.put(layer.node, self.shadow.compute(layer.node, stand_in))
-        if self.recipe.statistics in ("float", "guarded"):
-            outputs = self.migration.outputs(layer.name, self._targets(layer))
+        if self.recipe.statistics in ("float", "guarded") and not self.network.is_table(layer.name):
+            outputs = self.migration.outputs(layer.name, real_tokens(self._targets(layer), self.job.masks))
             self.swept.statistics[layer.name] = ChannelStatistics.of(outputs, weighted.geometry)
-        codes = module.codes.numel() if self._tied(layer.name, bits.weight) is None else 0
-        low, high = quantizer.range if quantizer is not None else (None, None)
-        operations = macs * bits.weight * (bits.activation or FLOAT_BITS)
-        self.swept.reports.append(
-            LayerReport(
-                layer.name, str(bits), low, high, fit.before, fit.after, time.perf_counter() - started,
-                layer_size(codes, module.codes.shape[0], bits.weight), macs, operations,
-            )
-        )  # fmt: skip
+        tied = self._tied(layer.name, bits.weight) is not None
+        seconds = time.perf_counter() - started
+        self.swept.report(layer.name, bits, fit, output, tied=tied, grid=quantizer, seconds=seconds)
         log.info("%s %s error %.2e -> %.2e", layer.name, bits, fit.before, fit.after)
 
     def _targets(self, layer: Layer) -> Iterator[Tensor]:
@@ -197,7 +188,7 @@ class Sweep:
         pairs = ((x, weighted(x)) for x in values) if targets is None else zip(values, targets, strict=True)
         return layer_problem(
             weighted.geometry, weighted.weight, weighted.bias, layer.activate, pairs,
-            inputs=self.job.inputs, generator=self.job.generator(layer.name),
+            inputs=self.job.inputs, generator=self.job.generator(layer.name), masks=self.job.masks,
         )  # fmt: skip
 
     def _fit(self, layer: Layer, bits: Bits) -> Fit:
@@ -207,6 +198,11 @@ class Sweep:
         if kept is not None:
             self.migration.restore(layer.name, self.checkpoint)
             return fit_from_piece(kept, self.network.weighted(layer.name).weight.device)
+        if self.network.is_table(layer.name):
+            weight, tied = self.network.weighted(layer.name).weight, self._tied(layer.name, bits.weight)
+            fit = fit_table(weight, bits.weight, self.recipe.weight_range, tied)
+            self.checkpoint.put(key, fit_to_piece(fit))
+            return fit
         problem = self.migration.chosen(layer, self._problem(layer, self._targets(layer)))
         grid, learn_grid = self._grid(layer, problem)
         tied = self._tied(layer.name, bits.weight)
@@ -269,7 +265,8 @@ class Sweep:
         _, qmax = activation_limits(edge.bits)
         kind, tolerance = self.recipe.activation_range, self.recipe.tolerance
         if kind == "output":
-            least, largest = extremes(self.migration.inputs(layer.name, self.reference.values(source)))
+            exact = real_tokens(self.reference.values(source), self.job.masks)
+            least, largest = extremes(self.migration.inputs(layer.name, exact))
             others = [self.network.layers[name] for name in edge.readers if name != layer.name]
             problems = [self._problem(other, None) for other in others if other.node.args[0] is source]
             error = output_error([problem, *problems])

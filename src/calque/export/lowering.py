@@ -26,7 +26,7 @@ from calque.model import QuantizedModel, grid_of
 from calque.quantizers import QuantizedLayer, Quantizer
 
 DOMAIN = "calque"
-QUANTIZE, LAYER = "Quantize", "Layer"
+QUANTIZE, LAYER, TABLE = "Quantize", "Layer", "Table"
 
 aten = torch.ops.aten
 
@@ -60,6 +60,16 @@ def _layer_shape(
     return F.conv2d(padded, weight, None, stride, 0, dilation, groups)
 
 
+@torch.library.custom_op("calque::table", mutates_args=())
+def _table(x: Tensor, weight: Tensor, name: str) -> Tensor:
+    return F.embedding(x, weight)
+
+
+@_table.register_fake
+def _(x: Tensor, weight: Tensor, name: str) -> Tensor:
+    return F.embedding(x, weight)
+
+
 @torch.library.custom_op("calque::global_average", mutates_args=())
 def _global_average(x: Tensor) -> Tensor:
     return x.mean((2, 3), keepdim=True)
@@ -70,15 +80,14 @@ def _(x: Tensor) -> Tensor:
     return x.mean((2, 3), keepdim=True)
 
 
-def _symbol(name: str) -> onnxscript.values.Op:
-    """A one-input operator of calque's own ONNX domain with a string and an integer attribute."""
+def _symbol(name: str, kind: str = "tensor(float)") -> onnxscript.values.Op:
+    """A one-input operator of calque's own ONNX domain with a string and an integer attribute; it returns floats."""
     schema = OpSchema(
         name,
         DOMAIN,
         1,
-        inputs=[OpSchema.FormalParameter("x", "T")],
-        outputs=[OpSchema.FormalParameter("y", "T")],
-        type_constraints=[("T", ["tensor(float)"], "")],
+        inputs=[OpSchema.FormalParameter("x", kind)],
+        outputs=[OpSchema.FormalParameter("y", "tensor(float)")],
         attributes=[
             OpSchema.Attribute("name", OpSchema.AttrType.STRING, ""),
             OpSchema.Attribute("highest", OpSchema.AttrType.INT, "", required=False),
@@ -87,7 +96,7 @@ def _symbol(name: str) -> onnxscript.values.Op:
     return onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, 1), name, schema)
 
 
-_QUANTIZE_SYMBOL, _LAYER_SYMBOL = _symbol(QUANTIZE), _symbol(LAYER)
+_QUANTIZE_SYMBOL, _LAYER_SYMBOL, _TABLE_SYMBOL = _symbol(QUANTIZE), _symbol(LAYER), _symbol(TABLE, "tensor(int64)")
 
 
 def _translate_quantize(x, name: str, highest: int):  # type: ignore[no-untyped-def]  # onnxscript traces it
@@ -98,6 +107,10 @@ def _translate_layer(x, weight, name: str, pads, stride, dilation, groups):  # t
     return _LAYER_SYMBOL(x, name=name)
 
 
+def _translate_table(x, weight, name: str):  # type: ignore[no-untyped-def]
+    return _TABLE_SYMBOL(x, name=name)
+
+
 def _translate_global_average(x):  # type: ignore[no-untyped-def]
     return onnxscript.opset21.GlobalAveragePool(x)
 
@@ -106,6 +119,7 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.calque.global_average.default: _translate_global_average,
     torch.ops.calque.quantize.default: _translate_quantize,
     torch.ops.calque.layer.default: _translate_layer,
+    torch.ops.calque.table.default: _translate_table,
 }
 
 
@@ -130,6 +144,8 @@ class _NamedLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         geometry = self.geometry
+        if geometry.kind == "embedding":
+            return torch.ops.calque.table(x.long(), self.weight, self.name)  # type: ignore[no-any-return]
         return torch.ops.calque.layer(  # type: ignore[no-any-return]
             x,
             self.weight,

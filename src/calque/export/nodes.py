@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from calque.export.lowering import DOMAIN, LAYER, QUANTIZE
+from calque.export.lowering import DOMAIN, LAYER, QUANTIZE, TABLE
 from calque.graph import Geometry
 from calque.model import QuantizedModel
 from calque.quantizers import QuantizedLayer, Quantizer
@@ -47,7 +47,7 @@ class Expander:
             if node.op_type == QUANTIZE:
                 nodes.extend(self._quantize(node.input[0], node.output[0], name, int(attributes["highest"])))
             else:
-                assert node.op_type == LAYER
+                assert node.op_type in (LAYER, TABLE)
                 nodes.extend(self._layer(node.input[0], node.output[0], name))
         del graph.node[:]
         graph.node.extend(nodes)
@@ -75,9 +75,25 @@ class Expander:
 
     def _layer(self, x: str, y: str, name: str) -> Iterator[onnx.NodeProto]:
         layer = self.layers[name]
-        if layer.bias_scale is None:
+        if layer.geometry.kind == "embedding":
+            yield from self._table(layer, x, y, name)
+        elif layer.bias_scale is None:
             yield from self._weight_only(layer, x, y, name)
-            return
+        else:
+            yield from self._integer(layer, x, y, name)
+
+    def _table(self, layer: QuantizedLayer, x: str, y: str, name: str) -> Iterator[onnx.NodeProto]:
+        """An embedding: rows of int8 codes and their scales are looked up, and only these become float32."""
+        codes = yield from self._codes(layer.codes.cpu().numpy(), layer.bits, name)
+        scales = self._constant(f"{name}/scale", layer.scale.cpu().numpy()[:, None])
+        found, scale = f"{name}/rows", f"{name}/row_scales"
+        yield helper.make_node("Gather", [codes, x], [found], f"{name}/gather", axis=0)
+        yield helper.make_node("Gather", [scales, x], [scale], f"{name}/gather_scales", axis=0)
+        yield helper.make_node("Cast", [found], [f"{name}/levels"], f"{name}/cast", to=TensorProto.FLOAT)
+        yield helper.make_node("Mul", [f"{name}/levels", scale], [y], name)
+
+    def _integer(self, layer: QuantizedLayer, x: str, y: str, name: str) -> Iterator[onnx.NodeProto]:
+        assert layer.bias_scale is not None
         weight, bias = f"{name}/weight", f"{name}/bias"
         yield from self._weight(layer, name, weight)
         codes = self._constant(f"{bias}/codes", layer.bias.cpu().numpy())

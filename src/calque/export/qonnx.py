@@ -33,6 +33,9 @@ class QuantExpander(Expander):
         codes, scale = layer.codes.cpu().numpy(), layer.scale.cpu().numpy()
         codes, scale = (codes.T, scale) if linear else (codes, scale.reshape(-1, *[1] * (codes.ndim - 1)))
         yield from self._weights(codes, scale, layer, weight)
+        if layer.geometry.kind == "embedding":
+            yield helper.make_node("Gather", [weight, x], [y], name, axis=0)
+            return
         yield from self._bias(layer, bias)
         if linear:
             yield helper.make_node("MatMul", [x, weight], [f"{name}/product"], name)

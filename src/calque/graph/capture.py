@@ -10,18 +10,21 @@ from torch.utils import _pytree as pytree
 from calque.errors import CaptureError
 from calque.graph.fold import fold_batch_norms
 from calque.graph.layers import Geometry, WeightedLayer
-from calque.graph.network import Network, find_layers, flat_inputs, padding_of, value_of
+from calque.graph.network import Network, Product, find_layers, flat_inputs, padding_of, value_of
+from calque.graph.products import decompose_attention, find_products
 from calque.graph.rewrite import (
     constant_value,
     drop_unread_buffers,
     erase_with_constants,
     functionalize,
+    path_of,
 )
 from calque.graph.signature import Batch, Signature, flatten, rows, select
 from calque.graph.trace import DynamicAxes, distinct, private_copy, require_float32, trace
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
+SHOWN = 3  # operators of a kind that are named where all of them stay float
 
 # Other operators with a trained weight. They stay float, and are listed.
 _OTHER_WEIGHTED = frozenset(
@@ -56,9 +59,11 @@ def capture(model: nn.Module, example: Batch, dynamic: DynamicAxes | None = None
     assert out_spec is not None
     read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr" and node.users}
     graph = functionalize(module.graph)
+    decompose_attention(graph)
     flat = _flatten_calls(module, graph)
     sources = _introduce_layers(flat)
     kept, trained = fold_batch_norms(flat)
+    products = find_products(flat)
     leaves = flatten(batch)[0]
     network = Network(
         flat,
@@ -68,10 +73,11 @@ def capture(model: nn.Module, example: Batch, dynamic: DynamicAxes | None = None
         inputs=flat_inputs(flat, leaves),
         constants=tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves),
         layers=find_layers(flat),
+        products=products,
         shared=_shared(flat, sources),
         trained=trained,
         unreached=_unreached(model, read),
-        left_float=tuple(kept + _uncovered(flat)),
+        left_float=tuple(kept + _uncovered(flat, products)),
     )
     for size in (2, 3):  # the traced batch size, and another
         picked = select(example, torch.arange(size) % count)
@@ -112,7 +118,7 @@ def _introduce_layers(module: fx.GraphModule) -> dict[str, str]:
         if geometry is None:
             continue
         weight, bias = (constant_value(module, argument) for argument in _weight_and_bias(node))
-        x = node.args[0]
+        x = node.args[1 if geometry.kind == "embedding" else 0]
         if weight is None or not isinstance(x, fx.Node):
             continue
         if geometry.kind == "convolution":
@@ -149,6 +155,8 @@ def _shared(module: fx.GraphModule, sources: dict[str, str]) -> dict[str, str]:
 def _geometry(node: fx.Node) -> Geometry | None:
     if node.target is aten.linear.default:
         return Geometry("linear")
+    if node.target is aten.embedding.default:
+        return Geometry("embedding")
     if node.target not in (aten.conv2d.default, aten.conv2d.padding):
         return None
     value = value_of(node)
@@ -185,6 +193,8 @@ def _absorb_padding(geometry: Geometry, x: fx.Node) -> tuple[Geometry, fx.Node]:
 
 
 def _weight_and_bias(node: fx.Node) -> tuple[object, object]:
+    if node.target is aten.embedding.default:
+        return node.args[0], None
     return node.args[1], node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
 
 
@@ -194,9 +204,9 @@ def _layer_name(node: fx.Node, calls: dict[str, int], taken: set[str]) -> str:
     A module is the layer where the weight is its own, or where it is a Conv2d or Linear whose weight is computed or shared.
     A node whose name is `taken` gets an underscore.
     """
-    weight = node.args[1]
+    weight, _ = _weight_and_bias(node)
     stack = list((node.meta.get("nn_module_stack") or {}).values())
-    path = str(stack[-1][0]) if stack else ""
+    path = path_of(node)
     own = isinstance(weight, fx.Node) and weight.op == "get_attr" and weight.target == f"{path}.weight"
     if not path or not (own or _is_layer_type(stack[-1][1])):
         name = node.name
@@ -209,7 +219,7 @@ def _layer_name(node: fx.Node, calls: dict[str, int], taken: set[str]) -> str:
 
 def _is_layer_type(kind: object) -> bool:
     text = kind if isinstance(kind, str) else getattr(kind, "__qualname__", "")
-    return text.rpartition(".")[2].removeprefix("Parametrized") in ("Conv2d", "Linear")
+    return text.rpartition(".")[2].removeprefix("Parametrized") in ("Conv2d", "Linear", "Embedding")
 
 
 def _add_submodule(module: fx.GraphModule, name: str, layer: WeightedLayer) -> None:
@@ -224,26 +234,34 @@ def _add_submodule(module: fx.GraphModule, name: str, layer: WeightedLayer) -> N
 
 
 def _unreached(model: nn.Module, read: set[str]) -> tuple[str, ...]:
-    """Conv2d and Linear modules whose weight the graph does not read, under any of its names."""
+    """Conv2d, Linear and Embedding modules whose weight the graph does not read, under any of its names."""
     aliases: dict[int, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(parameter), set()).add(name)
     return tuple(
         name
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Conv2d, nn.Linear))
+        if isinstance(module, (nn.Conv2d, nn.Linear, nn.Embedding))
         and not any(aliases[id(parameter)] & read for parameter in module.parameters())
     )
 
 
-def _uncovered(module: fx.GraphModule) -> list[str]:
-    """A sentence for each operator with weights, or product of activations, that stays float."""
-    sentences = []
+def _uncovered(module: fx.GraphModule, products: dict[str, Product]) -> list[str]:
+    """A sentence for each kind of operator with weights, or product of activations, that stays float."""
+    places: dict[str, list[str]] = {}
+    quantized = {product.node for product in products.values()}
     for node in module.graph.nodes:
-        if node.op == "call_function" and node.target in _OTHER_WEIGHTED:
-            stack = list((node.meta.get("nn_module_stack") or {}).values())
-            where = f" in {stack[-1][0]}" if stack and stack[-1][0] else ""
-            sentences.append(f"operator {node.name} ({node.target}){where} stays float.")
+        if node.op == "call_function" and node.target in _OTHER_WEIGHTED and node not in quantized:
+            where = f" in {path_of(node)}" if path_of(node) else ""
+            places.setdefault(str(node.target), []).append(f"{node.name}{where}")
+    sentences = []
+    for operator, names in places.items():
+        if len(names) == 1:
+            name, _, where = names[0].partition(" ")
+            sentences.append(f"operator {name} ({operator}){' ' if where else ''}{where} stays float.")
+        else:
+            more = ", ..." if len(names) > SHOWN else ""
+            sentences.append(f"{len(names)} operators {operator} stay float: {', '.join(names[:SHOWN])}{more}.")
     return sentences
 
 

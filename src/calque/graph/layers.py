@@ -13,10 +13,11 @@ from torch import Tensor, nn
 class Geometry:
     """Where a layer's weight meets its input.
 
-    `padding` is (top, left, bottom, right), zeros; kind "linear" ignores everything but `kind`.
+    `padding` is (top, left, bottom, right), zeros; the kinds "linear" and "embedding" ignore everything but `kind`. An
+    embedding's channels are its rows, its inputs are their numbers, and it has no bias.
     """
 
-    kind: Literal["convolution", "linear"]
+    kind: Literal["convolution", "linear", "embedding"]
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int, int, int] = (0, 0, 0, 0)
     dilation: tuple[int, int] = (1, 1)
@@ -26,10 +27,16 @@ class Geometry:
         """The layer's output: (N, C_out, H_out, W_out), or (..., C_out) for a linear layer."""
         if self.kind == "linear":
             return F.linear(x, weight, bias)
+        if self.kind == "embedding":
+            return F.embedding(x, weight)
         top, left, bottom, right = self.padding
         if (top, left) == (bottom, right):
             return F.conv2d(x, weight, bias, self.stride, (top, left), self.dilation, self.groups)
         return F.conv2d(self.pad(x), weight, bias, self.stride, 0, self.dilation, self.groups)
+
+    def biases(self, weight: Tensor) -> int:
+        """How many biases a layer with that weight has."""
+        return 0 if self.kind == "embedding" else weight.shape[0]
 
     def pad(self, x: Tensor) -> Tensor:
         top, left, bottom, right = self.padding
@@ -40,6 +47,10 @@ class Geometry:
         if self.kind == "linear":
             return output[0].numel() // output.shape[-1]
         return output.shape[-2] * output.shape[-1]
+
+    def macs(self, output: Tensor, weight: Tensor) -> int:
+        """Multiply-accumulates for one row of the batch; looking a row up takes none."""
+        return 0 if self.kind == "embedding" else self.positions(output) * weight.numel()
 
     def along_channels(self, values: Tensor) -> Tensor:
         """Values (C_out,) reshaped to broadcast against the layer's output."""
@@ -113,7 +124,7 @@ class Activation:
 
 
 class WeightedLayer(nn.Module):
-    """A float layer of the captured network: `geometry.apply(x, weight, bias)`; the bias always exists."""
+    """A float layer of the captured network: `geometry.apply(x, weight, bias)`; the bias always exists, empty for a table."""
 
     weight: Tensor
     bias: Tensor
@@ -122,7 +133,7 @@ class WeightedLayer(nn.Module):
         super().__init__()
         self.geometry = geometry
         self.register_buffer("weight", weight.detach().clone())
-        zeros = weight.new_zeros(weight.shape[0])
+        zeros = weight.new_zeros(geometry.biases(weight))
         self.register_buffer("bias", zeros if bias is None else bias.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:

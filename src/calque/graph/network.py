@@ -133,6 +133,15 @@ class Layer:
 
 
 @dataclass(frozen=True, slots=True)
+class Product:
+    """A matrix product of two tensors that both come from weighted layers: its name, its node and both operands."""
+
+    name: str
+    node: fx.Node
+    operands: tuple[fx.Node, fx.Node]
+
+
+@dataclass(frozen=True, slots=True)
 class FlatInput:
     """One flat input of a captured network: the example's shape and dtype, and the axes that may change."""
 
@@ -151,10 +160,12 @@ class Network:
         inputs: the placeholders' forms, in order; None for an input that is no tensor.
         constants: the values of those inputs, which tracing fixed; None for tensors.
         layers: by name, in execution order.
+        products: of two computed tensors, by name, in execution order.
         shared: layer -> the earlier layer that has the same weights (one module called twice).
         trained: layer -> the trained statistics of the batch norm that was folded into it.
-        unreached: Conv2d and Linear modules that forward never reads.
+        unreached: Conv2d, Linear and Embedding modules that forward never reads.
         left_float: what will not be quantized, one sentence each.
+        scaled: groups of layers in front of whose input the channels have factors (calque.smoothing).
     """
 
     module: fx.GraphModule
@@ -164,16 +175,22 @@ class Network:
     inputs: tuple[FlatInput | None, ...]
     constants: tuple[object, ...]
     layers: dict[str, Layer]
+    products: dict[str, Product]
     shared: dict[str, str]
     trained: dict[str, TrainedNorm]
     unreached: tuple[str, ...]
     left_float: tuple[str, ...]
+    scaled: tuple[tuple[str, ...], ...] = ()
 
     def weighted(self, name: str) -> WeightedLayer:
         """The float module of the layer `name`."""
         module = self.module.get_submodule(str(self.layers[name].node.target))
         assert isinstance(module, WeightedLayer)
         return module
+
+    def is_table(self, name: str) -> bool:
+        """Whether the layer looks rows up (an embedding): its input is never on a grid."""
+        return self.weighted(name).geometry.kind == "embedding"
 
     def nodes(self) -> Iterator[fx.Node]:
         return iter(self.module.graph.nodes)

@@ -103,6 +103,12 @@ def _line(node: fx.Node) -> str:
     return ": ".join(trace[-2:]) if len(trace) > 1 else node.name
 
 
+def path_of(node: fx.Node) -> str:
+    """The path of the innermost module in whose forward the node was traced; "" for the network itself."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return str(stack[-1][0]) if stack else ""
+
+
 def constant_value(module: fx.GraphModule, argument: object) -> Tensor | None:
     """The tensor of a node that depends on no input: a parameter, or computed from parameters (weight norm, say)."""
     if isinstance(argument, Tensor):

@@ -20,14 +20,18 @@ def _nothing(node: fx.Node, value: Any) -> None:
 
 
 class Executable:
-    """A quantized graph module with the nodes that call its layers; stand-ins may take the place of its modules."""
+    """A quantized graph module with the nodes that call its layers, tables aside; stand-ins may take the place of its modules."""
 
     def __init__(self, module: fx.GraphModule):
         self.module = module
         self.placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
         self.nodes = [node for node in module.graph.nodes if node.op != "placeholder"]
         called = {node: module.get_submodule(str(node.target)) for node in self.nodes if node.op == "call_module"}
-        self.layers = [node for node, part in called.items() if isinstance(part, QuantizedLayer)]
+        self.layers = [
+            node
+            for node, part in called.items()
+            if isinstance(part, QuantizedLayer) and part.geometry.kind != "embedding"
+        ]
         self.quantizers = {str(node.target): part for node, part in called.items() if isinstance(part, Quantizer)}
         names = {part: name for name, part in self.quantizers.items()}
         grids = {str(node.target): grid_of(module, node.all_input_nodes[0]) for node in self.layers}

@@ -1,5 +1,6 @@
 """One layer's least-squares problem on sampled output positions, and what a solver returns for it."""
 
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
@@ -88,6 +89,7 @@ def layer_problem(
     *,
     inputs: int,
     generator: torch.Generator,
+    masks: Iterable[Tensor | None] = itertools.repeat(None),
 ) -> LayerProblem:
     """The problem of a layer, sampled from its values on all batches.
 
@@ -95,6 +97,7 @@ def layer_problem(
         weight: (C_out, ...) float.  bias: (C_out,) float.
         pairs: per batch, the input from the quantized prefix and the float output before the activation.
         inputs: size of the calibration set.
+        masks: per batch, bool (N, positions), which of the positions may be sampled; None for all.
     """
     grouped = geometry.grouped(weight)
     groups, outputs, length = grouped.shape
@@ -103,8 +106,12 @@ def layer_problem(
     patches, targets = weight.new_empty(groups, room, length), weight.new_empty(groups, room, outputs)
     owners = []
     start = filled = 0
-    for x, output in pairs:
-        positions = sample_positions(x.shape[0], geometry.positions(output), width, inputs, generator).to(x.device)
+    for (x, output), mask in zip(pairs, masks, strict=False):
+        available = geometry.positions(output)
+        positions = sample_positions(x.shape[0], available, width, inputs, generator)
+        if mask is not None and mask.shape == (x.shape[0], available) and mask.any(1).all():
+            positions = torch.multinomial(mask.cpu().float(), positions.shape[1], replacement=True, generator=generator)
+        positions = positions.to(x.device)
         rows = geometry.channels_last(output)  # (N, positions, C_out)
         chosen = rows.gather(1, positions[:, :, None].expand(-1, -1, rows.shape[-1]))
         part = slice(filled, filled + positions.numel())

@@ -21,6 +21,7 @@ from calque.model import QuantizedModel, assemble
 from calque.placement import place
 from calque.quantizers import QuantizedLayer, Quantizer
 from calque.report import Report
+from calque.smoothing import insert_factor
 from calque.spec import Bits, Plan
 from calque.storage.architecture import (
     describe_input,
@@ -60,6 +61,7 @@ def save(q: QuantizedModel, path: FilePath) -> None:
         "layers": {name: {"bits": part.bits, "shape": list(part.codes.shape)} for name, part in q.layers.items()},
         "operators": operators(q.graph_module),
         "grids": grids(q),
+        "scaled": q.facts["scaled"],
         "aliases": aliases,
     }
     write(path, table, tensors)
@@ -83,6 +85,8 @@ def load(path: FilePath, model: nn.Module) -> QuantizedModel:
     generator = torch.Generator().manual_seed(EXAMPLE_SEED)
     example = {name: example_input(form, tensors, generator, device) for name, form in table["inputs"].items()}
     network = _capture(path, model, example, table)
+    for index, names in enumerate(table.get("scaled", ())):
+        insert_factor(network, tuple(names), index)
     problems = mismatches(network, table, tensors) or differences(table["operators"], operators(network.module))
     if problems:
         raise _misfit(path, problems)

@@ -1,0 +1,121 @@
+"""Products of two computed tensors (attention), and fused attention taken apart into them."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from calque.graph.layers import WeightedLayer
+from calque.graph.network import Product, value_of
+from calque.graph.rewrite import path_of
+
+aten = torch.ops.aten
+
+_PRODUCTS = frozenset({aten.matmul.default, aten.bmm.default, aten.mm.default, aten.einsum.default})
+
+
+def operands_of(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """Both factors of a product of two float tensors; None for any other node."""
+    if node.op != "call_function" or node.target not in _PRODUCTS:
+        return None
+    arguments = node.args[1] if node.target is aten.einsum.default else node.args[:2]
+    assert isinstance(arguments, (list, tuple))
+    pair = [argument for argument in arguments if isinstance(argument, fx.Node)]
+    if len(pair) != 2 or not all((v := value_of(each)) is not None and v.is_floating_point() for each in pair):
+        return None
+    return pair[0], pair[1]
+
+
+def find_products(module: fx.GraphModule) -> dict[str, Product]:
+    """The products of a captured graph whose operands both come from weighted layers, in execution order.
+
+    Others are tables of angles or masks, on which no grid belongs. A product's name is the path of the module that computes it
+    and the operator, "#2" appended to its second one.
+    """
+    layered: set[fx.Node] = set()
+    found: dict[str, Product] = {}
+    for node in module.graph.nodes:
+        called = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(called, WeightedLayer) or any(source in layered for source in node.all_input_nodes):
+            layered.add(node)
+        pair = operands_of(node)
+        if pair is not None and all(operand in layered for operand in pair):
+            operator = str(node.target).split(".")[1]
+            stem = ".".join(filter(None, (path_of(node), operator)))
+            name, count = stem, 1
+            while name in found:
+                count += 1
+                name = f"{stem}#{count}"
+            found[name] = Product(name, node, pair)
+    return found
+
+
+def decompose_attention(graph: fx.Graph) -> None:
+    """Replaces, in place, scaled_dot_product_attention by its products, mask and softmax.
+
+    Rows that a boolean mask leaves nothing of become zero, as the fused operator returns them.
+    """
+    for node in list(graph.nodes):
+        if node.target is aten.scaled_dot_product_attention.default:
+            with graph.inserting_before(node):
+                result = _attention(graph, node)
+            node.replace_all_uses_with(result)
+            graph.erase_node(node)
+
+
+def _attention(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    meta: dict[str, Any] = {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
+
+    def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        made = graph.call_function(target, args, kwargs)
+        made.meta = dict(meta)
+        values = fx.map_arg((args, kwargs), lambda each: each.meta["val"])
+        mode = next(v.fake_mode for v in torch.utils._pytree.tree_leaves(values) if hasattr(v, "fake_mode"))
+        with mode:
+            made.meta["val"] = target(*values[0], **values[1])
+        return made
+
+    query, key, value = (given[name] for name in names[:3])
+    mask = given.get("attn_mask")
+    width, heads = query.meta["val"].shape[-1], query.meta["val"].shape[-3]
+    if given.get("enable_gqa") and key.meta["val"].shape[-3] != heads:
+        groups = heads // key.meta["val"].shape[-3]
+        key, value = (call(aten.repeat_interleave.self_int, each, groups, -3) for each in (key, value))
+    scale = given.get("scale")
+    scores = call(aten.matmul.default, query, call(aten.transpose.int, key, -2, -1))
+    scores = call(aten.mul.Tensor, scores, 1 / math.sqrt(width) if scale is None else scale)
+    kept = mask if mask is not None and mask.meta["val"].dtype == torch.bool else None
+    if given.get("is_causal"):
+        rows, columns = (_size(graph, each, meta) for each in (query, key))
+        kept = call(aten.tril.default, _ones(graph, query, rows, columns, meta))
+    if kept is not None:
+        dropped = call(aten.logical_not.default, kept)
+        lowest = torch.finfo(scores.meta["val"].dtype).min
+        scores = call(aten.masked_fill.Scalar, scores, dropped, lowest)
+        weights = call(aten.softmax.int, scores, -1)
+        weights = call(aten.masked_fill.Scalar, weights, dropped, 0.0)
+    else:
+        weights = call(aten.softmax.int, scores if mask is None else call(aten.add.Tensor, scores, mask), -1)
+    return call(aten.matmul.default, weights, value)
+
+
+def _size(graph: fx.Graph, node: fx.Node, meta: dict[str, Any]) -> Any:
+    """The length of the tensor's second last axis: a number, or a node where tracing left it open."""
+    size = node.meta["val"].shape[-2]
+    if isinstance(size, int):
+        return size
+    made = graph.call_function(aten.sym_size.int, (node, -2))
+    made.meta = {**meta, "val": size}
+    return made
+
+
+def _ones(graph: fx.Graph, like: fx.Node, rows: Any, columns: Any, meta: dict[str, Any]) -> fx.Node:
+    value: Tensor = like.meta["val"]
+    sizes = [each.meta["val"] if isinstance(each, fx.Node) else each for each in (rows, columns)]
+    made = graph.call_function(aten.ones.default, ([rows, columns],), {"dtype": torch.bool, "device": value.device})
+    with value.fake_mode:  # type: ignore[attr-defined]
+        made.meta = {**meta, "val": torch.ones(sizes, dtype=torch.bool, device=value.device)}
+    return made

@@ -1,0 +1,273 @@
+"""Channel scales in front of linear layers: what is hard in their inputs moves into their weights.
+
+The outputs of layer norms (and products, and GELUs) have a few channels many times larger than the others, and one grid for
+all of them leaves the small ones a few codes. x W^T = (x / s) (W s)^T for any positive scales s, one per channel: 1 / s goes
+into the layer norm's gain and bias where nothing else reads it, into the value projection where only attention is between, and
+is a factor of its own elsewhere. The network computes what it computed before.
+
+Sources: SmoothQuant (2211.10438), with the exponents of each group of layers chosen by the error of their quantized outputs, as
+AWQ (2306.00978) chooses them.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, fx
+
+from calque.arithmetic import affine_grid, fake_quantize, per_channel, weight_limits
+from calque.calibration import Execution, real_tokens
+from calque.graph import Network, WeightedLayer
+from calque.graph.network import AVERAGE_POOLS, MAX_POOLS, is_movement, is_spatial_mean
+from calque.job import Job
+from calque.placement import root, shared_tensors
+from calque.ranges import weight_scale
+from calque.spec import Bits, Placement
+
+log = logging.getLogger(__name__)
+aten = torch.ops.aten
+
+EXPONENTS = ((0.0, 0.0), (0.25, 0.0), (0.5, 0.0), (0.75, 0.0), (1.0, 0.0), (0.5, 0.5), (0.75, 0.25))
+"""Tried: s = |x|^a / |W|^b by channel, largest values. The first leaves everything as it is."""
+CLIPS = (1.0, 0.8, 0.6, 0.45)  # shares of the range of x that are tried with each
+GAIN = 0.9  # of the error without scales: a smaller gain is not worth an operator
+ROWS = 1024  # that judge
+SCALES = "channel_scales"  # the sub-module that holds factors of their own
+POOLS = AVERAGE_POOLS | MAX_POOLS
+LARGEST = 1e4  # ratio of two scales
+
+Group = tuple[str, ...]  # layers that read one tensor
+
+
+def smooth(job: Job, choices: Mapping[str, Sequence[Bits]]) -> Network:
+    """The job's network with channel scales wherever they help the linear layers whose inputs will be quantized.
+
+    The network's module is changed in place. One float pass.
+
+    Args:
+        choices: the bits that each layer has, or may have; the middle one judges.
+    """
+    network = job.network
+    groups = linear_groups(network, choices, job.placement)
+    added: list[Group] = []
+    with job.store() as store:
+        execution = Execution(network.module, job.batches, store)
+        found: dict[Group, Tensor] = {}
+        for node in network.nodes():
+            if node.op == "output":
+                break
+            execution.step(node)
+            names = groups.get(node)
+            if names is not None:
+                values = real_tokens(execution.values(node), job.masks)
+                rows = _rows(values, len(job.batches), job.generator(f"scales {names[0]}"))
+                scale = best_scale(rows, [network.weighted(name).weight for name in names], _bits(choices, names))
+                if scale is not None:
+                    found[names] = scale
+            execution.release(node)
+    for names, scale in found.items():
+        if not (_into_norm(network, names, scale) or _into_value(network, job, names, scale)):
+            _multiply(network, names, scale, len(added))
+            added.append(names)
+        for name in names:
+            layer = network.weighted(name)
+            network.module.set_submodule(name, WeightedLayer(layer.geometry, layer.weight * scale, layer.bias))
+    network.module.recompile()
+    return replace(network, scaled=tuple(added))
+
+
+def linear_groups(
+    network: Network, choices: Mapping[str, Sequence[Bits]], placement: Placement
+) -> dict[fx.Node, Group]:
+    """By the tensor that they read, the linear layers that may share channel scales.
+
+    None that shares its weights, reads a clipped layer (`calque.migration` has these), a pool, or what is on a grid anyway.
+    """
+    tied = {*network.shared, *network.shared.values()}
+    clipped = {layer.result for layer in network.layers.values() if layer.result is not layer.node}
+    gridded = set(shared_tensors(network)) if placement == "integer" else set()
+    readers: dict[fx.Node, list[str]] = {}
+    for name, layer in network.layers.items():
+        quantized = any(bits.activation is not None for bits in choices[name])
+        source = layer.node.args[0]
+        if network.weighted(name).geometry.kind == "linear" and quantized and name not in tied:
+            assert isinstance(source, fx.Node)
+            origin = root(source)
+            pooled = origin.target in POOLS or is_spatial_mean(origin)
+            if origin.op != "placeholder" and not pooled and origin not in clipped | gridded:
+                readers.setdefault(source, []).append(name)
+    return {source: tuple(names) for source, names in readers.items()}
+
+
+def _bits(choices: Mapping[str, Sequence[Bits]], names: Group) -> Bits:
+    options = [bits for bits in choices[names[0]] if bits.activation is not None]
+    return options[len(options) // 2]
+
+
+def _rows(values: Iterator[Tensor], batches: int, generator: torch.Generator) -> Tensor:
+    """About ROWS random rows (R, K), as many of each batch."""
+    parts = []
+    for value in values:
+        rows = value.reshape(-1, value.shape[-1])
+        parts.append(rows[torch.randint(len(rows), (-(-ROWS // batches),), generator=generator).to(rows.device)])
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def best_scale(rows: Tensor, weights: Sequence[Tensor], bits: Bits) -> Tensor | None:
+    """The scales (K,) with the least output error of layers with these weights at these bits; None where none helps.
+
+    Args:
+        rows: inputs (R, K).  weights: (C_out, K) each.
+    """
+    width = bits.activation
+    assert width is not None
+    large = rows.abs().amax(0).clamp(min=1e-6)
+    weighty = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0).clamp(min=1e-6)
+    exact = [rows @ weight.mT for weight in weights]
+    powers = [(target - target.mean(0)).square().mean().clamp(min=1e-30) for target in exact]
+
+    def error(scale: Tensor) -> float:
+        moved = [weight * scale for weight in weights]
+        rounded = [_rounded(weight, bits.weight) for weight in moved]
+        x = rows / scale
+        low, high = x.min().clamp(max=0), x.max().clamp(min=0)
+        totals = []
+        for clip in CLIPS:
+            grid = affine_grid(low * clip, high * clip, width)
+            codes = fake_quantize(x, *grid, 0, 2**width - 1)
+            errors = [
+                ((codes @ weight.mT - target).square().mean() / power).item()
+                for weight, target, power in zip(rounded, exact, powers, strict=True)
+            ]
+            totals.append(sum(errors))
+        return min(totals)
+
+    candidates = []
+    for a, b in EXPONENTS:
+        scale = large**a / weighty**b
+        scale = scale / scale.log().mean().exp()
+        candidates.append(scale.clamp(LARGEST**-0.5, LARGEST**0.5))
+    errors = [error(scale) for scale in candidates]
+    best = min(range(len(errors)), key=errors.__getitem__)
+    log.info("channel scales: error %.3g -> %.3g with exponents %s", errors[0], errors[best], EXPONENTS[best])
+    return candidates[best] if errors[best] < GAIN * errors[0] else None
+
+
+def _rounded(weight: Tensor, bits: int | None) -> Tensor:
+    if bits is None:
+        return weight
+    scale = weight_scale(weight[None], bits, "minmax")[0]
+    codes = (weight / per_channel(scale, weight)).round().clamp(*weight_limits(bits))
+    return codes * per_channel(scale, weight)
+
+
+def _into_norm(network: Network, names: Group, scale: Tensor) -> bool:
+    """Divides, in place, the gain and bias of a norm that these layers alone read; whether there is such a norm."""
+    norm = network.layers[names[0]].node.args[0]
+    assert isinstance(norm, fx.Node)
+    if norm.target not in (aten.layer_norm.default, aten.rms_norm.default):
+        return False
+    if set(norm.users) != {network.layers[name].node for name in names} or norm.args[1] != [len(scale)]:
+        return False
+    positions = (2, 3) if norm.target is aten.layer_norm.default else (2,)
+    parts = [norm.args[position] if len(norm.args) > position else None for position in positions]
+    if not isinstance(parts[0], fx.Node) or any(isinstance(part, fx.Node) and part.op != "get_attr" for part in parts):
+        return False
+    for part in parts:
+        if isinstance(part, fx.Node):
+            _replace_constant(network, norm, part, scale)
+    return True
+
+
+def _replace_constant(network: Network, reader: fx.Node, constant: fx.Node, scale: Tensor) -> None:
+    """Gives the reader the constant over the scale: in place where it alone reads it, else under a name of its own."""
+    path, _, leaf = str(constant.target).rpartition(".")
+    owner = network.module.get_submodule(path)
+    value = getattr(owner, leaf) / scale
+    others = [
+        node
+        for node in network.nodes()
+        if node.op == "get_attr" and node.target == constant.target and node is not constant
+    ]
+    if set(constant.users) == {reader} and not others:
+        setattr(owner, leaf, value)
+        return
+    name = f"{reader.name}_{leaf}"
+    network.module.register_buffer(name, value)
+    with network.module.graph.inserting_before(reader):
+        own = network.module.graph.get_attr(name)
+    own.meta = dict(constant.meta)
+    reader.replace_input_with(constant, own)
+
+
+def _into_value(network: Network, job: Job, names: Group, scale: Tensor) -> bool:
+    """Divides, in place, the value projection behind which only attention stands; whether the outputs stayed the same."""
+    read = network.layers[names[0]].node.args[0]
+    assert isinstance(read, fx.Node)
+    source = root(read)
+    product = next((each for each in network.products.values() if each.node is source), None)
+    if product is None or len(names) > 1:
+        return False
+    value = root(product.operands[-1])
+    name = str(value.target)
+    if (
+        name not in network.layers
+        or not _leads_only_to(value, product.node)
+        or not _leads_only_to(source, network.layers[names[0]].node)
+    ):
+        return False
+    before, reader = network.weighted(name), network.weighted(names[0])
+    tied = {*network.shared, *network.shared.values()}
+    if before.geometry.kind != "linear" or before.weight.shape[0] != len(scale) or name in tied:
+        return False
+    batch = job.example
+    with torch.no_grad():
+        expected = network.module(*batch)[0]
+        module = network.module
+        module.set_submodule(name, WeightedLayer(before.geometry, before.weight / scale[:, None], before.bias / scale))
+        module.set_submodule(names[0], WeightedLayer(reader.geometry, reader.weight * scale, reader.bias))
+        found = module(*batch)[0]
+        module.set_submodule(names[0], reader)
+    if torch.allclose(expected, found, rtol=0.0, atol=1e-4 * expected.abs().max().item() + 1e-7):
+        return True
+    network.module.set_submodule(name, before)
+    return False
+
+
+def _leads_only_to(node: fx.Node, reader: fx.Node) -> bool:
+    """Whether every value of the node ends in the reader, through operators that only move values (or ask for sizes)."""
+    pending = list(node.users)
+    while pending:
+        user = pending.pop()
+        if user is reader or user.target is aten.sym_size.int:
+            continue
+        if not is_movement(user):
+            return False
+        pending.extend(user.users)
+    return True
+
+
+def _multiply(network: Network, names: Group, scale: Tensor, index: int) -> None:
+    """Puts 1 / scale in front of the layers as a factor of its own."""
+    insert_factor(network, names, index)
+    network.module.get_submodule(SCALES).register_buffer(f"{index:03d}", 1 / scale)
+
+
+def insert_factor(network: Network, names: Group, index: int) -> None:
+    """Multiplies, in place, the input of these layers by a tensor of ones under `channel_scales`."""
+    module, graph = network.module, network.module.graph
+    readers = [network.layers[name].node for name in names]
+    source = readers[0].args[0]
+    assert isinstance(source, fx.Node)
+    if not isinstance(getattr(module, SCALES, None), torch.nn.Module):
+        module.add_module(SCALES, torch.nn.Module())
+    weight = network.weighted(names[0]).weight
+    module.get_submodule(SCALES).register_buffer(f"{index:03d}", torch.ones_like(weight[0]))
+    with graph.inserting_before(readers[0]):
+        factor = graph.get_attr(f"{SCALES}.{index:03d}")
+        product = graph.call_function(aten.mul.Tensor, (source, factor))
+    product.meta = {key: item for key, item in source.meta.items() if key in ("val", "tensor_meta", "nn_module_stack")}
+    for reader in readers:
+        reader.replace_input_with(source, product)
