@@ -9,6 +9,7 @@ from torch.utils import _pytree as pytree
 
 from calque.errors import CaptureError
 from calque.graph.fold import fold_batch_norms
+from calque.graph.forms import unify_layers
 from calque.graph.layers import Geometry, WeightedLayer
 from calque.graph.network import Network, Product, find_layers, flat_inputs, padding_of, value_of
 from calque.graph.products import decompose_attention, find_products
@@ -24,6 +25,14 @@ from calque.graph.trace import DynamicAxes, distinct, private_copy, require_floa
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
+_LAYER_TYPES = (
+    "Conv1d",
+    "Conv2d",
+    "ConvTranspose2d",
+    "Linear",
+    "Embedding",
+    "Conv1D",
+)  # the last is transformers' linear layer
 SHOWN = 3  # operators of a kind that are named where all of them stay float
 
 # Other operators with a trained weight. They stay float, and are listed.
@@ -59,6 +68,7 @@ def capture(model: nn.Module, example: Batch, dynamic: DynamicAxes | None = None
     assert out_spec is not None
     read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr" and node.users}
     graph = functionalize(module.graph)
+    unify_layers(module, graph)
     decompose_attention(graph)
     flat = _flatten_calls(module, graph)
     sources = _introduce_layers(flat)
@@ -219,7 +229,7 @@ def _layer_name(node: fx.Node, calls: dict[str, int], taken: set[str]) -> str:
 
 def _is_layer_type(kind: object) -> bool:
     text = kind if isinstance(kind, str) else getattr(kind, "__qualname__", "")
-    return text.rpartition(".")[2].removeprefix("Parametrized") in ("Conv2d", "Linear", "Embedding")
+    return text.rpartition(".")[2].removeprefix("Parametrized") in _LAYER_TYPES
 
 
 def _add_submodule(module: fx.GraphModule, name: str, layer: WeightedLayer) -> None:

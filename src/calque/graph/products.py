@@ -4,8 +4,9 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
+from calque.graph.build import Builder
 from calque.graph.layers import WeightedLayer
 from calque.graph.network import Product, value_of
 from calque.graph.rewrite import path_of
@@ -58,29 +59,18 @@ def decompose_attention(graph: fx.Graph) -> None:
     """
     for node in list(graph.nodes):
         if node.target is aten.scaled_dot_product_attention.default:
-            with graph.inserting_before(node):
-                result = _attention(graph, node)
-            node.replace_all_uses_with(result)
-            graph.erase_node(node)
+            build = Builder(node)
+            build.replace(_attention(build))
 
 
-def _attention(graph: fx.Graph, node: fx.Node) -> fx.Node:
+def _attention(build: Builder) -> fx.Node:
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    meta: dict[str, Any] = {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
-
-    def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        made = graph.call_function(target, args, kwargs)
-        made.meta = dict(meta)
-        values = fx.map_arg((args, kwargs), lambda each: each.meta["val"])
-        mode = next(v.fake_mode for v in torch.utils._pytree.tree_leaves(values) if hasattr(v, "fake_mode"))
-        with mode:
-            made.meta["val"] = target(*values[0], **values[1])
-        return made
-
+    given: dict[str, Any] = {**dict(zip(names, build.node.args, strict=False)), **build.node.kwargs}
+    call = build.call
     query, key, value = (given[name] for name in names[:3])
     mask = given.get("attn_mask")
-    width, heads = query.meta["val"].shape[-1], query.meta["val"].shape[-3]
+    example = query.meta["val"]
+    width, heads = example.shape[-1], example.shape[-3]
     if given.get("enable_gqa") and key.meta["val"].shape[-3] != heads:
         groups = heads // key.meta["val"].shape[-3]
         key, value = (call(aten.repeat_interleave.self_int, each, groups, -3) for each in (key, value))
@@ -89,33 +79,15 @@ def _attention(graph: fx.Graph, node: fx.Node) -> fx.Node:
     scores = call(aten.mul.Tensor, scores, 1 / math.sqrt(width) if scale is None else scale)
     kept = mask if mask is not None and mask.meta["val"].dtype == torch.bool else None
     if given.get("is_causal"):
-        rows, columns = (_size(graph, each, meta) for each in (query, key))
-        kept = call(aten.tril.default, _ones(graph, query, rows, columns, meta))
-    if kept is not None:
-        dropped = call(aten.logical_not.default, kept)
-        lowest = torch.finfo(scores.meta["val"].dtype).min
-        scores = call(aten.masked_fill.Scalar, scores, dropped, lowest)
-        weights = call(aten.softmax.int, scores, -1)
-        weights = call(aten.masked_fill.Scalar, weights, dropped, 0.0)
-    else:
-        weights = call(aten.softmax.int, scores if mask is None else call(aten.add.Tensor, scores, mask), -1)
+        sizes = [build.size(each, -2) for each in (query, key)]
+        kept = call(aten.tril.default, call(aten.ones.default, sizes, dtype=torch.bool, device=example.device))
+    if kept is None:
+        return call(
+            aten.matmul.default,
+            call(aten.softmax.int, scores if mask is None else call(aten.add.Tensor, scores, mask), -1),
+            value,
+        )
+    dropped = call(aten.logical_not.default, kept)
+    scores = call(aten.masked_fill.Scalar, scores, dropped, torch.finfo(example.dtype).min)
+    weights = call(aten.masked_fill.Scalar, call(aten.softmax.int, scores, -1), dropped, 0.0)
     return call(aten.matmul.default, weights, value)
-
-
-def _size(graph: fx.Graph, node: fx.Node, meta: dict[str, Any]) -> Any:
-    """The length of the tensor's second last axis: a number, or a node where tracing left it open."""
-    size = node.meta["val"].shape[-2]
-    if isinstance(size, int):
-        return size
-    made = graph.call_function(aten.sym_size.int, (node, -2))
-    made.meta = {**meta, "val": size}
-    return made
-
-
-def _ones(graph: fx.Graph, like: fx.Node, rows: Any, columns: Any, meta: dict[str, Any]) -> fx.Node:
-    value: Tensor = like.meta["val"]
-    sizes = [each.meta["val"] if isinstance(each, fx.Node) else each for each in (rows, columns)]
-    made = graph.call_function(aten.ones.default, ([rows, columns],), {"dtype": torch.bool, "device": value.device})
-    with value.fake_mode:  # type: ignore[attr-defined]
-        made.meta = {**meta, "val": torch.ones(sizes, dtype=torch.bool, device=value.device)}
-    return made
