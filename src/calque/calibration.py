@@ -135,14 +135,14 @@ def varying_axes(batches: list[Batch]) -> dict[str, dict[int, Any]]:
     return found
 
 
-def largest_output(outputs: Iterable[Tensor], layer: str) -> Tensor:
-    """The largest output of a float layer, by the values of one input.
+def largest_output(outputs: Iterable[Tensor], sizes: Iterable[int], layer: str) -> int:
+    """How many values a float layer returns for one input at most, given the inputs of each batch.
 
     Raises:
         CalibrationError: some output is not finite, or so large that its squares are not.
     """
-    largest: Tensor | None = None
-    for output in outputs:
+    largest = 0
+    for output, size in zip(outputs, sizes, strict=True):
         if not torch.isfinite(torch.linalg.vector_norm(output)):  # one pass tells both; the reason is rarely asked for
             if not torch.isfinite(output).all():
                 raise CalibrationError(
@@ -153,9 +153,7 @@ def largest_output(outputs: Iterable[Tensor], layer: str) -> Tensor:
                 f"layer {layer}: the float network's output reaches {output.abs().max().item():.0e} on calibration inputs, "
                 "and the sum of its squares leaves float32. Scale the inputs as they were in training."
             )
-        if largest is None or output[0].numel() > largest[0].numel():
-            largest = output
-    assert largest is not None
+        largest = max(largest, output.numel() // size)
     return largest
 
 

@@ -65,10 +65,7 @@ def costs(network: Network, choices: Mapping[str, Sequence[Bits]], placement: Pl
     for name, layer in network.layers.items():
         weighted = network.weighted(name)
         codes = 0 if name in network.shared else weighted.weight.numel()
-        channels = weighted.weight.shape[0]
-        shape = shapes[layer.node]
-        positions = 0 if network.is_table(name) else shape.numel() // shape[0] // channels
-        macs[name] = positions * weighted.weight.numel()
+        macs[name] = weighted.geometry.macs(shapes[layer.node].numel(), weighted.weight)
         size[name] = tuple(_size(weighted, codes, bits) for bits in choices[name])
         bops[name] = tuple(macs[name] * (b.weight or FLOAT_BITS) * (b.activation or FLOAT_BITS) for b in choices[name])
     steps = activation_steps(network, choices, placement, shapes)

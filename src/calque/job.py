@@ -59,6 +59,11 @@ class Job:
         return max(self.batches, key=lambda batch: values(batch) / rows(batch))
 
     @cached_property
+    def sizes(self) -> list[int]:
+        """The inputs of each batch."""
+        return [rows(batch) for batch in self.batches]
+
+    @cached_property
     def masks(self) -> list[Tensor | None]:
         """Which tokens of each batch are no padding."""
         return token_masks(self.batches)

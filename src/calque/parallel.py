@@ -142,7 +142,7 @@ def _tasks(
     pairs = zip(execution.values(source), execution.values(layer.node), strict=True)
     problem = layer_problem(
         weighted.geometry, weighted.weight, weighted.bias, layer.activate, pairs,
-        inputs=job.inputs, generator=job.generator(layer.name), masks=job.masks,
+        inputs=job.inputs, generator=job.generator(layer.name), masks=job.masks, sizes=job.sizes,
     )  # fmt: skip
     whole = steps > 0 and job.recipe.patches == "all"
     path = results.within(PROBLEMS).path(layer.name)

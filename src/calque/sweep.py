@@ -17,7 +17,6 @@ from calque.calibration import Execution, largest_output, real_tokens
 from calque.checkpoint import Checkpoint
 from calque.graph import Layer
 from calque.graph.network import find_shortcuts
-from calque.graph.signature import rows
 from calque.job import Job
 from calque.migration import Migration
 from calque.placement import Edge, root
@@ -147,11 +146,11 @@ class Sweep:
         started = time.perf_counter()
         bits = self.bits[layer.name]
         weighted = self.network.weighted(layer.name)
-        output = largest_output(self.reference.values(layer.node), layer.name)
+        values = largest_output(self.reference.values(layer.node), self.job.sizes, layer.name)
         if bits.weight is None:
             self.shadow.step(layer.node)
             tied = self.bits.get(self.network.shared.get(layer.name, "")) == bits
-            self.swept.report_float(layer.name, weighted, output, tied=tied, seconds=time.perf_counter() - started)
+            self.swept.report_float(layer.name, weighted, values, tied=tied, seconds=time.perf_counter() - started)
             return
         fit = self._fit(layer, bits)
         if self.recipe.steps and not self.network.is_table(layer.name):
@@ -169,7 +168,7 @@ class Sweep:
             self.swept.statistics[layer.name] = ChannelStatistics.of(outputs, weighted.geometry)
         tied = self._tied(layer.name, bits.weight) is not None
         seconds = time.perf_counter() - started
-        self.swept.report(layer.name, bits, fit, output, tied=tied, grid=quantizer, seconds=seconds)
+        self.swept.report(layer.name, bits, fit, values, tied=tied, grid=quantizer, seconds=seconds)
         log.info("%s %s error %.2e -> %.2e", layer.name, bits, fit.before, fit.after)
 
     def _targets(self, layer: Layer) -> Iterator[Tensor]:
@@ -189,6 +188,7 @@ class Sweep:
         return layer_problem(
             weighted.geometry, weighted.weight, weighted.bias, layer.activate, pairs,
             inputs=self.job.inputs, generator=self.job.generator(layer.name), masks=self.job.masks,
+            sizes=self.job.sizes,
         )  # fmt: skip
 
     def _fit(self, layer: Layer, bits: Bits) -> Fit:
@@ -227,8 +227,7 @@ class Sweep:
         def at(index: int) -> tuple[Tensor, Tensor]:
             return self.shadow.at(source, index), self.reference.at(layer.node, index)
 
-        sizes = [rows(batch) for batch in self.job.batches]
-        return whole_inputs(weighted.geometry, weighted.weight.shape, sizes, at)
+        return whole_inputs(weighted.geometry, weighted.weight.shape, self.job.sizes, at)
 
     def _note_fit(self, layer: Layer, fit: Fit) -> None:
         """Remembers a layer with fewer equations than unknowns, and one whose fit gained nothing."""

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
 from calque.costs import FLOAT_BITS, layer_size
 from calque.graph import WeightedLayer
 from calque.quantizers import QuantizedLayer, Quantizer
@@ -28,27 +26,27 @@ class Swept:
     unmoved: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def report_float(self, name: str, layer: WeightedLayer, output: Tensor, *, tied: bool, seconds: float) -> None:
+    def report_float(self, name: str, layer: WeightedLayer, values: int, *, tied: bool, seconds: float) -> None:
         """Adds a layer that stays float.
 
         Args:
-            output: of one batch.  tied: whether an earlier layer stores the weights.
+            values: that it returns for one input.  tied: whether an earlier layer stores the weights.
         """
-        macs = layer.geometry.macs(output, layer.weight)
+        macs = layer.geometry.macs(values, layer.weight)
         size = 4 * ((0 if tied else layer.weight.numel()) + layer.bias.numel())
         operations = macs * FLOAT_BITS * FLOAT_BITS
         self.reports.append(LayerReport(name, "float", None, None, None, None, seconds, size, macs, operations))
 
     def report(
-        self, name: str, bits: Bits, fit: Fit, output: Tensor, *, tied: bool, grid: Quantizer | None, seconds: float
+        self, name: str, bits: Bits, fit: Fit, values: int, *, tied: bool, grid: Quantizer | None, seconds: float
     ) -> None:
         """Adds a layer that was fitted, and is in `layers`.
 
         Args:
-            output: of one batch.  tied: whether an earlier layer stores the codes.  grid: of the input.
+            values: that it returns for one input.  tied: whether an earlier layer stores the codes.  grid: of the input.
         """
         layer = self.layers[name]
-        macs = layer.geometry.macs(output, layer.codes)
+        macs = layer.geometry.macs(values, layer.codes)
         codes = 0 if tied else layer.codes.numel()
         low, high = grid.range if grid is not None else (None, None)
         self.reports.append(

@@ -48,9 +48,9 @@ class Geometry:
             return output[0].numel() // output.shape[-1]
         return output.shape[-2] * output.shape[-1]
 
-    def macs(self, output: Tensor, weight: Tensor) -> int:
-        """Multiply-accumulates for one row of the batch; looking a row up takes none."""
-        return 0 if self.kind == "embedding" else self.positions(output) * weight.numel()
+    def macs(self, values: int, weight: Tensor) -> int:
+        """Multiply-accumulates of so many output values; looking a row up takes none."""
+        return 0 if self.kind == "embedding" else values // weight.shape[0] * weight.numel()
 
     def along_channels(self, values: Tensor) -> Tensor:
         """Values (C_out,) reshaped to broadcast against the layer's output."""

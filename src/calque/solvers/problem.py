@@ -90,6 +90,7 @@ def layer_problem(
     inputs: int,
     generator: torch.Generator,
     masks: Iterable[Tensor | None] = itertools.repeat(None),
+    sizes: Iterable[int] | None = None,
 ) -> LayerProblem:
     """The problem of a layer, sampled from its values on all batches.
 
@@ -97,6 +98,8 @@ def layer_problem(
         weight: (C_out, ...) float.  bias: (C_out,) float.
         pairs: per batch, the input from the quantized prefix and the float output before the activation.
         inputs: size of the calibration set.
+        sizes: inputs of each batch, where they are not the rows of its values: a window of an image is a row of its own to
+            some linear layers.
         masks: per batch, bool (N, positions), which of the positions may be sampled; None for all.
     """
     grouped = geometry.grouped(weight)
@@ -106,7 +109,9 @@ def layer_problem(
     patches, targets = weight.new_empty(groups, room, length), weight.new_empty(groups, room, outputs)
     owners = []
     start = filled = 0
-    for (x, output), mask in zip(pairs, masks, strict=False):
+    for (x, output), mask, size in zip(pairs, masks, itertools.repeat(None) if sizes is None else sizes, strict=False):
+        if geometry.kind == "linear" and size is not None and x.shape[0] > size and x.shape[0] % size == 0:
+            x, output = x.reshape(size, -1, x.shape[-1]), output.reshape(size, -1, output.shape[-1])
         available = geometry.positions(output)
         positions = sample_positions(x.shape[0], available, width, inputs, generator)
         if mask is not None and mask.shape == (x.shape[0], available) and mask.any(1).all():
@@ -115,6 +120,10 @@ def layer_problem(
         rows = geometry.channels_last(output)  # (N, positions, C_out)
         chosen = rows.gather(1, positions[:, :, None].expand(-1, -1, rows.shape[-1]))
         part = slice(filled, filled + positions.numel())
+        if part.stop > patches.shape[1]:  # rows that are no inputs
+            patches, targets = (
+                torch.cat([each, each.new_empty(groups, part.stop, each.shape[2])], 1) for each in (patches, targets)
+            )
         patches[:, part] = geometry.patches(x, weight, positions)
         targets[:, part] = chosen.reshape(-1, groups, outputs).transpose(0, 1)
         owners.append(torch.arange(start, start + x.shape[0]).repeat_interleave(positions.shape[1]))

@@ -1,0 +1,144 @@
+"""Layers in other forms: one-dimensional and transposed convolutions, products with constant matrices."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import calque
+from calque.graph import capture
+from calque.solvers.problem import layer_problem
+
+
+def seeded(build: type[nn.Module] | nn.Module) -> nn.Module:
+    model = build() if isinstance(build, type) else build
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) / max(1, parameter[0].numel()) ** 0.5
+    return model
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+CONVOLUTIONS = [
+    nn.Conv1d(4, 6, 3, stride=2, padding=1),
+    nn.Conv1d(4, 6, 3, padding="same", groups=2),
+    nn.Conv1d(4, 6, 2, dilation=3, bias=False),
+]
+TRANSPOSED = [
+    nn.ConvTranspose2d(4, 6, 3, stride=stride, padding=padding, output_padding=extra, groups=groups)
+    for stride in (1, 2, 3)
+    for padding in (0, 1)
+    for extra in (0, 1)
+    for groups in (1, 2)
+    if extra < stride
+] + [
+    nn.ConvTranspose2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(2, 1), bias=False),
+    nn.ConvTranspose2d(4, 6, 2, stride=2, padding=2),
+]
+
+
+@pytest.mark.parametrize("layer", CONVOLUTIONS, ids=str)
+def test_one_dimensional_convolutions_are_layers(layer: nn.Module) -> None:
+    network = capture(nn.Sequential(seeded(layer)), {"input": noise(5, 4, 11)})  # compares the outputs
+
+    assert list(network.layers) == ["0"]
+    assert network.left_float == ()
+
+
+@pytest.mark.parametrize("layer", TRANSPOSED, ids=str)
+def test_transposed_convolutions_are_layers(layer: nn.Module) -> None:
+    network = capture(nn.Sequential(seeded(layer)), {"input": noise(5, 4, 6, 7)})
+
+    assert list(network.layers) == ["0"]
+    assert network.left_float == ()
+
+
+class Matrices(nn.Module):
+    """GPT-2's Conv1D, and a product with a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.zeros(8, 12)), nn.Parameter(torch.zeros(12))
+        self.last = nn.Parameter(torch.zeros(12, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], 12)
+        return F.relu(y) @ self.last
+
+
+def test_products_with_constants_are_linear_layers() -> None:
+    network = capture(seeded(Matrices), {"x": noise(5, 3, 8)})
+
+    assert [network.weighted(name).geometry.kind for name in network.layers] == ["linear", "linear"]
+    assert [tuple(network.weighted(name).weight.shape) for name in network.layers] == [(12, 8), (5, 12)]
+    assert network.products == {}
+
+
+class Decoder(nn.Module):
+    """Up and down again, with a head that tells stripes apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(1, 8, 3, stride=2, padding=1), nn.ConvTranspose2d(8, 4, 4, stride=2, padding=1)
+        self.last = nn.Conv2d(4, 1, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(F.relu(self.up(F.relu(self.down(x)))))
+        return y
+
+
+def test_transposed_convolution_runs_on_integers(tmp_path: Path) -> None:
+    x = noise(64, 1, 8, 8)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Decoder()
+    q = calque.quantize(model, x, bits="w8a8", recipe="fast")
+    found = calque.verify(calque.export_onnx(q, tmp_path / "q.onnx"), q, x)
+
+    assert found.agreement == 1.0
+    assert "float kernels: none" in str(found)
+    with torch.no_grad():
+        assert F.mse_loss(q(x), model(x)) < 1e-2 * model(x).var()
+
+
+class Windows(nn.Module):
+    """A linear layer on windows, which lie on the batch axis, as Swin cuts them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        windows = self.first(x).unflatten(1, (3, 2)).flatten(0, 1)
+        y: Tensor = F.gelu(self.inner(windows)).reshape(x.shape)
+        return y
+
+
+@pytest.mark.parametrize("recipe", ["nearest", "fast", "sequential"])
+def test_windows_on_the_batch_axis_are_rows_of_their_input(recipe: str) -> None:
+    x = noise(60, 6, 4)
+    model = seeded(Windows)
+    q = calque.quantize(model, x, bits="w8a8", recipe=recipe, placement="inputs")
+
+    with torch.no_grad():
+        assert F.mse_loss(q(x), model(x)) < 1e-3 * model(x).var()
+    counts = {layer.name: layer.macs for layer in q.report.layers}
+    assert counts == {"first": 6 * 16, "inner": 6 * 16}
+
+
+def test_held_out_rows_are_those_of_whole_inputs() -> None:
+    weight = noise(4, 4)
+    x = torch.arange(10.0).repeat_interleave(3)[:, None, None].expand(30, 2, 4)  # 10 inputs of 3 windows
+    problem = layer_problem(
+        calque.graph.Geometry("linear"), weight, weight[0], lambda y: y, [(x, x @ weight.mT)], inputs=10,
+        generator=torch.Generator(), sizes=[10],
+    )  # fmt: skip
+
+    fitted, held_out = ({*problem.patches[0, rows, 0].tolist()} for rows in (problem.fitted, problem.held_out))
+    assert not fitted & held_out
+    assert fitted | held_out == {*range(10)}
