@@ -42,6 +42,7 @@ ROOMS = (
     "stages",
     "search",
     "summary",
+    "parts",
     "pipeline",
     "storage",
     "export",

@@ -5,6 +5,7 @@ from importlib.metadata import version
 from calque import errors
 from calque.budget import Budget
 from calque.export import Latency, Verification, export_onnx, verify
+from calque.parts import PartlyQuantized
 from calque.pipeline import quantize
 from calque.prices import Prices
 from calque.recipe import Recipe
@@ -17,6 +18,7 @@ __version__ = version("calque")
 __all__ = [
     "Budget",
     "Latency",
+    "PartlyQuantized",
     "Plan",
     "Prices",
     "Recipe",

@@ -1,6 +1,7 @@
 """The method on one screen: capture, decide the bits, quantize layer by layer, re-estimate statistics, tune biases, report."""
 
 import copy
+import glob
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 from calque.budget import Budget
 from calque.calibration import prepare, varying_axes
 from calque.checkpoint import Checkpoint, FilePath, alone, fingerprint, open_run
-from calque.decisions import decide_bits, decide_choices
-from calque.errors import SpecError
+from calque.decisions import DEFAULT_BITS, decide_bits, decide_choices
+from calque.errors import CaptureError, SpecError
 from calque.estimate import estimate
 from calque.graph import Batch, DynamicAxes, Network, Signature, capture
 from calque.graph.signature import flatten, rows, select
@@ -23,6 +24,7 @@ from calque.job import Job, Progress, silent
 from calque.losses import LossName, OutputLoss, find_loss
 from calque.model import QuantizedModel
 from calque.parallel import Choices
+from calque.parts import PartlyQuantized, quantize_parts
 from calque.recipe import Recipe, find_recipe
 from calque.search import check_budget, search
 from calque.smoothing import smooth
@@ -89,12 +91,14 @@ def quantize(
         progress: called with (phase, steps done, steps in all).
 
     Returns:
-        An nn.Module with the original's signature, in eval mode, with `report`, `plan` and, under a budget, `prices`.
+        An nn.Module with the original's signature, in eval mode, with `report`, `plan` and, under a budget, `prices`. Where the
+        network cannot be captured whole, a `PartlyQuantized`: its largest sub-modules that can be are quantized in place, at
+        fixed bits and the default loss, and the report says what stays float and why.
 
     Raises:
         SpecError: bits, plan, override or an option that breaks a rule; a `run` folder of another run.
         InfeasibleBudgetError: a budget that no allocation keeps; the smallest feasible one is named.
-        CaptureError: a network that cannot be captured.
+        CaptureError: a network of which nothing can be captured, or not the whole where there is a budget, a plan or a `run`.
         CalibrationError: inputs that are empty, not finite or of the wrong form.
 
     >>> net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(16, 2))
@@ -104,7 +108,18 @@ def quantize(
     """
     started = time.perf_counter()
     _check_options(bits, budget, plan, placement, workers, seed)
-    network, batches, axes = _captured(model, calibration, dynamic, device)
+    batches = prepare(calibration, Signature.of(model), _target(model, device))
+    axes = {**varying_axes(batches), **(dynamic or {})}
+    try:
+        network = _captured(model, batches, axes)
+    except CaptureError as error:
+        if budget is not None or plan is not None or run is not None:
+            raise
+        options = {"bits": bits, "recipe": recipe, "placement": placement, "loss": None, "seed": seed, "memory": memory}
+        return _in_parts(
+            model, batches, error, override or {}, first_last,
+            {**options, "device": device, "workers": workers, "progress": progress},
+        )  # fmt: skip
     choices, entries = _decided(
         network, bits, plan, override=override, first_last=first_last, search=budget is not None
     )
@@ -138,20 +153,41 @@ def quantize(
     return result
 
 
-def _captured(
-    model: nn.Module, calibration: object, dynamic: DynamicAxes | None, device: str | torch.device | None
-) -> tuple[Network, list[Batch], dict[str, Any]]:
-    """The network, its inputs and the axes that may change, on the device."""
+def _target(model: nn.Module, device: str | torch.device | None) -> torch.device:
+    """Where to compute."""
     first = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    target = _device(device) if device is not None else first
-    batches = prepare(calibration, Signature.of(model), target)
-    axes = {**varying_axes(batches), **(dynamic or {})}
-    network = capture(_moved(model, target), batches[0], axes)
+    return _device(device) if device is not None else first
+
+
+def _captured(model: nn.Module, batches: list[Batch], axes: DynamicAxes) -> Network:
+    """The network, where its inputs are."""
+    leaves = [leaf for leaf in flatten(batches[0])[0] if isinstance(leaf, Tensor)]
+    network = capture(_moved(model, leaves[0].device), batches[0], axes)
     if not network.layers:
         raise SpecError(
             "the network has no Conv2d or Linear layer with constant weights: there is nothing to quantize."
         )
-    return network, batches, axes
+    return network
+
+
+def _in_parts(
+    model: nn.Module,
+    batches: list[Batch],
+    reason: CaptureError,
+    override: Mapping[str, str | None],
+    first_last: str | None,
+    options: Mapping[str, Any],
+) -> PartlyQuantized:
+    """The network quantized in its largest capturable sub-modules."""
+    parsed = Bits.parse(options["bits"] or DEFAULT_BITS)
+    automatic = "w8" if parsed.activation is None else "w8a8"
+    ends = automatic if first_last == "auto" else first_last
+
+    def whole(part: nn.Module, inputs: list[Batch], chosen: Mapping[str, str | None]) -> QuantizedModel:
+        exact = {glob.escape(name): text for name, text in chosen.items()}
+        return quantize(part, inputs, override=exact, first_last=None, **options)
+
+    return quantize_parts(model, batches, whole, reason, override=override, ends=ends)
 
 
 def _decided(

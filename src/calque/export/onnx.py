@@ -25,6 +25,7 @@ from calque.export.qonnx import QONNX_DOMAIN, QuantExpander
 from calque.graph.network import FlatInput, value_of
 from calque.graph.rewrite import silent_tracing
 from calque.model import QuantizedModel
+from calque.parts import PartlyQuantized, whole_only
 
 OPSET = 21  # the first with INT4
 Target = Literal["onnxruntime", "openvino", "qonnx"]
@@ -42,10 +43,12 @@ def export_onnx(model: QuantizedModel, path: str | os.PathLike[str], *, target: 
 
     Raises:
         ExportError: an operator without a translation, which is named.
-        SpecError: an unknown target.
+        SpecError: an unknown target; a network quantized in parts, which are exported one by one.
         OSError: the path cannot be written.
     """
     path = Path(path)
+    if isinstance(model, PartlyQuantized):
+        raise whole_only(model, "export_onnx", "export_onnx(q.parts[path], file)")
     if target not in get_args(Target):
         raise SpecError(f"target is one of {', '.join(get_args(Target))}. Got {target!r}.")
     if not path.parent.is_dir():

@@ -18,6 +18,7 @@ from calque.checkpoint import FilePath
 from calque.errors import CalibrationError, CaptureError, LoadError
 from calque.graph import Batch, Network, Signature, capture
 from calque.model import QuantizedModel, assemble
+from calque.parts import PartlyQuantized, whole_only
 from calque.placement import place
 from calque.quantizers import QuantizedLayer, Quantizer
 from calque.report import Report
@@ -42,9 +43,12 @@ def save(q: QuantizedModel, path: FilePath) -> None:
     """Writes `q` to the safetensors file `path`, whole or not at all.
 
     Raises:
-        SpecError: forward takes something else than tensors, numbers, strings, None, lists, tuples, dicts.
+        SpecError: a network quantized in parts; forward takes something else than tensors, numbers, strings, None, lists,
+            tuples, dicts.
         OSError: `path` cannot be written.
     """
+    if isinstance(q, PartlyQuantized):
+        raise whole_only(q, "save", "save(q.parts[path], file)")
     tensors = _tensors(q)
     example: Tensors = {}
     form = {name: describe_input(value, example) for name, value in q.facts["example"].items()}

@@ -1,0 +1,213 @@
+"""A network that cannot be captured whole: its largest sub-modules that can be are quantized in place, one after the other.
+
+Control flow on data, or an operator that cannot be traced, costs the module that it stands in, and the modules around it.
+"""
+
+import copy
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from calque.errors import CalibrationError, CaptureError, SpecError
+from calque.graph import Batch, Network, Signature, capture
+from calque.graph.trace import private_copy
+from calque.integer import IntegerModel
+from calque.model import QuantizedModel
+from calque.quantizers import QuantizedLayer, Quantizer
+from calque.report import Report
+from calque.spec import Plan
+
+log = logging.getLogger(__name__)
+
+Quantize = Callable[[nn.Module, list[Batch], Mapping[str, str | None]], QuantizedModel]
+"""A part, its inputs and the bits of single layers -> the quantized part."""
+
+
+class PartlyQuantized(QuantizedModel):
+    """A network with quantized parts in place of the sub-modules that could be captured; the rest of it runs as it is.
+
+    Attributes:
+        model: a copy of the network with its parts replaced.
+        parts: by the path of the sub-module; each can be saved, exported and verified by itself.
+        plan, report, layers, quantizers: of all parts, names behind the part's path.
+    """
+
+    def __init__(self, model: nn.Module, parts: Mapping[str, QuantizedModel], report: Report):
+        nn.Module.__init__(self)
+        self.model = model
+        self.parts = dict(parts)
+        self.signature = Signature.of(model)
+        self.plan = Plan({f"{path}.{name}": bits for path, part in parts.items() for name, bits in part.plan.items()})
+        self.facts: dict[str, Any] = {"parts": tuple(parts)}
+        self.report = report
+        self.prices = None
+        self.eval()
+
+    def forward(self, *args: object, **kwargs: object) -> Any:
+        return self.model(*args, **kwargs)
+
+    @property
+    def layers(self) -> dict[str, QuantizedLayer]:
+        """The quantized layers by name, part by part."""
+        return {f"{path}.{name}": layer for path, part in self.parts.items() for name, layer in part.layers.items()}
+
+    @property
+    def quantizers(self) -> dict[str, Quantizer]:
+        """The quantizers by the name of their edge, part by part."""
+        return {f"{path}.{name}": grid for path, part in self.parts.items() for name, grid in part.quantizers.items()}
+
+    def integer(self) -> IntegerModel:
+        """Raises SpecError: each part has its own exact evaluation."""
+        raise whole_only(self, "q.integer()", "q.parts[path].integer()")
+
+
+def whole_only(q: PartlyQuantized, what: str, instead: str) -> SpecError:
+    """The error of what needs a network that was captured whole."""
+    return SpecError(
+        f"{what} needs a network that was captured whole; this one was quantized in parts ({', '.join(q.parts)}). Use {instead}."
+    )
+
+
+@dataclass(frozen=True)
+class _Part:
+    path: str
+    network: Network
+
+
+def quantize_parts(
+    model: nn.Module,
+    calibration: list[Batch],
+    quantize: Quantize,
+    reason: CaptureError,
+    *,
+    override: Mapping[str, str | None],
+    ends: str | None,
+) -> PartlyQuantized:
+    """The network with its largest capturable sub-modules quantized, each on inputs from the parts before it.
+
+    Args:
+        calibration: batches by argument name.
+        quantize: of one part.
+        reason: why the whole network could not be captured.
+        override: pattern of full names -> bits.  ends: bits of the first and the last layer of all parts; None: nothing special.
+
+    Raises:
+        CaptureError: `reason`, where no sub-module with layers can be captured either.
+        SpecError: a pattern that matches nothing.
+    """
+    work = private_copy(model)
+    skipped: list[str] = []
+    found = list(_capturable(work, "", calibration, skipped))
+    if not found:
+        raise reason
+    chosen = _overrides(found, override, ends)
+    parts: dict[str, QuantizedModel] = {}
+    for part in found:
+        inputs = _inputs_of(work, part.path, calibration)
+        parts[part.path] = quantize(work.get_submodule(part.path), inputs, chosen[part.path])
+        work.set_submodule(part.path, parts[part.path])
+        log.info("part %s quantized: %d layers", part.path, len(parts[part.path].layers))
+    notes = [f"the network cannot be captured whole, so that its parts were: {', '.join(parts)}. {reason}", *skipped]
+    return PartlyQuantized(work, parts, _joined(work, parts, notes))
+
+
+def _capturable(model: nn.Module, path: str, calibration: list[Batch], skipped: list[str]) -> Iterator[_Part]:
+    """The largest sub-modules below `path` that can be captured and have layers, in the order of registration."""
+    for name, child in model.get_submodule(path).named_children():
+        where = f"{path}.{name}" if path else name
+        if not any(True for _ in child.parameters()):
+            continue
+        inputs = _inputs_of(model, where, calibration[:1])
+        network, leaf = None, not any(True for _ in child.children())
+        if not inputs and leaf:
+            skipped.append(f"module {where} is never called on these inputs; it stays float.")
+        if inputs:
+            try:
+                network = capture(child, inputs[0])
+            except (CaptureError, CalibrationError) as error:
+                if leaf:
+                    skipped.append(f"module {where} stays float: {error}")
+        if network is None:
+            yield from _capturable(model, where, calibration, skipped)
+        elif network.layers:
+            yield _Part(where, network)
+
+
+@torch.no_grad()
+def _inputs_of(model: nn.Module, path: str, calibration: list[Batch]) -> list[Batch]:
+    """What a sub-module is called with while the network runs on all batches, by argument name; a batch for each call."""
+    module = model.get_submodule(path)
+    found: list[Batch] = []
+
+    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(copy.copy(signature.bind(args, kwargs)))
+
+    try:
+        signature = Signature.of(module)
+    except CaptureError:
+        return []
+    handle = module.register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        for batch in calibration:
+            model(**batch)
+    except CalibrationError:  # a call whose arguments have no names
+        return []
+    finally:
+        handle.remove()
+    return found
+
+
+def _overrides(
+    found: Sequence[_Part], override: Mapping[str, str | None], ends: str | None
+) -> dict[str, dict[str, str | None]]:
+    """By part, the bits of single layers and tensors: those of the ends, then of the patterns."""
+    names = {
+        f"{part.path}.{name}": (part.path, name)
+        for part in found
+        for name in (*part.network.layers, *part.network.products)
+    }
+    result: dict[str, dict[str, str | None]] = {part.path: {} for part in found}
+    if ends is not None:
+        multiplying = [
+            (part.path, name) for part in found for name in part.network.layers if not part.network.is_table(name)
+        ]
+        for path, name in {*multiplying[:1], *multiplying[-1:]}:
+            result[path][name] = ends
+    for pattern, text in override.items():
+        matched = [full for full in names if fnmatchcase(full, pattern)]
+        if not matched:
+            raise SpecError(
+                f"override pattern {pattern!r} matches no layer of a part. The names are: {', '.join(names)}."
+            )
+        for full in matched:
+            path, name = names[full]
+            is_layer = name in next(part for part in found if part.path == path).network.layers
+            if text is None or text.startswith("w") == is_layer:
+                result[path][name] = text
+    return result
+
+
+def _joined(model: nn.Module, parts: Mapping[str, QuantizedModel], notes: list[str]) -> Report:
+    """One report of all parts."""
+    reports: dict[str, Report] = {path: part.report for path, part in parts.items()}
+    first = next(iter(reports.values()))
+    inside = {id(value) for part in parts.values() for value in (*part.parameters(), *part.buffers())}
+    outside = sum(value.numel() for value in model.parameters() if id(value) not in inside)
+    phases: dict[str, float] = {}
+    for report in reports.values():
+        for name, seconds in report.phases.items():
+            phases[name] = phases.get(name, 0.0) + seconds
+    own = [f"part {path}: {note}" for path, report in reports.items() for note in report.notes]
+    return replace(
+        first,
+        layers=tuple(replace(layer, name=f"{path}.{layer.name}") for path, r in reports.items() for layer in r.layers),
+        tensors={f"{path}.{name}": grid for path, r in reports.items() for name, grid in r.tensors.items()},
+        float_size=sum(report.float_size for report in reports.values()) + 4 * outside,
+        other_size=sum(report.other_size for report in reports.values()) + 4 * outside,
+        phases=phases, notes=(*notes, *own), finalists=(), tuned=None, distilled=None,
+    )  # fmt: skip
