@@ -142,3 +142,53 @@ def test_held_out_rows_are_those_of_whole_inputs() -> None:
     fitted, held_out = ({*problem.patches[0, rows, 0].tolist()} for rows in (problem.fitted, problem.held_out))
     assert not fitted & held_out
     assert fitted | held_out == {*range(10)}
+
+
+class Scaled(nn.Embedding):
+    """An embedding with a constant of its own below its name, as Gemma's."""
+
+    factor: Tensor
+
+    def __init__(self) -> None:
+        super().__init__(20, 4)
+        self.register_buffer("factor", torch.tensor(3.0), persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        y: Tensor = super().forward(ids) * self.factor
+        return y
+
+
+def test_constants_below_a_layers_name_stay(tmp_path: Path) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.head = Scaled(), nn.Linear(4, 4)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            y: Tensor = self.head(self.words(ids))
+            return y
+
+    ids = torch.randint(20, (16, 3), generator=torch.Generator().manual_seed(0))
+    q = calque.quantize(seeded(Net), ids, bits="w8a8", recipe="nearest")
+
+    assert list(q.layers) == ["words", "head"]
+    calque.save(q, tmp_path / "q.safetensors")
+    assert torch.equal(calque.load(tmp_path / "q.safetensors", seeded(Net))(ids), q(ids))
+
+
+def test_a_file_with_one_layer_called_twice_loads_with_exact_products(tmp_path: Path) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.layer(F.gelu(self.layer(x)))
+            return y
+
+    x = noise(32, 3, 8)
+    q = calque.quantize(seeded(Twice), x, bits="w8a8", recipe="nearest", placement="inputs")
+    path = calque.export_onnx(q, tmp_path / "q.onnx")
+
+    assert list(q.layers) == ["layer", "layer#2"]
+    assert calque.verify(path, q, x).agreement > 0.9

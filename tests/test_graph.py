@@ -175,7 +175,6 @@ def test_a_weight_computed_from_the_input_makes_no_layer_and_is_listed() -> None
 @pytest.mark.parametrize(
     ("part", "where"),
     [
-        (nn.ConvTranspose2d(4, 4, 3), "conv_transpose2d"),
         (nn.GroupNorm(2, 4), "group_norm"),
         (nn.LayerNorm(8), "layer_norm"),
     ],

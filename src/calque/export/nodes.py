@@ -144,9 +144,15 @@ class Expander:
 
     def _codes(self, values: Array, bits: int, name: str) -> Generator[onnx.NodeProto, None, str]:
         """The nodes that decode these codes to int8; returns the value's name."""
-        if bits == 8:
-            return self._stored(values, bits, name)
         output = f"{name}/int8"
+        if bits == 8:
+            codes = self._stored(values, bits, name)
+            if self._owner(values, bits, name) == name:
+                return codes
+            # ONNX Runtime converts a layer's codes to uint8 under one name, and fails where two layers read the same ones
+            shape = self._constant(f"shape/{values.shape}", np.array(values.shape))
+            yield helper.make_node("Reshape", [codes, shape], [output], f"{name}/shared")
+            return output
         if bits == 4:
             codes = self._stored(values, bits, name)
             yield helper.make_node("Cast", [codes], [output], f"{name}/unpack", to=TensorProto.INT8)

@@ -11,7 +11,7 @@ from calque.errors import CaptureError
 from calque.graph.fold import fold_batch_norms
 from calque.graph.forms import unify_layers
 from calque.graph.layers import Geometry, WeightedLayer
-from calque.graph.network import Network, Product, find_layers, flat_inputs, padding_of, value_of
+from calque.graph.network import Network, find_layers, flat_inputs, padding_of, value_of
 from calque.graph.products import decompose_attention, find_products
 from calque.graph.rewrite import (
     constant_value,
@@ -22,6 +22,7 @@ from calque.graph.rewrite import (
 )
 from calque.graph.signature import Batch, Signature, flatten, rows, select
 from calque.graph.trace import DynamicAxes, distinct, private_copy, require_float32, trace
+from calque.graph.uncovered import uncovered, unreached
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -33,18 +34,6 @@ _LAYER_TYPES = (
     "Embedding",
     "Conv1D",
 )  # the last is transformers' linear layer
-SHOWN = 3  # operators of a kind that are named where all of them stay float
-
-# Other operators with a trained weight. They stay float, and are listed.
-_OTHER_WEIGHTED = frozenset(
-    {
-        aten.conv1d.default, aten.conv3d.default, aten.conv_transpose1d.default, aten.conv_transpose2d.input,
-        aten.conv_transpose3d.input, aten.embedding.default, aten.lstm.input, aten.gru.input, aten.matmul.default,
-        aten.bmm.default, aten.mm.default, aten.einsum.default, aten.scaled_dot_product_attention.default,
-        aten.bilinear.default, aten.conv2d.default, aten.conv2d.padding, aten.linear.default, aten.addmm.default,
-        aten.layer_norm.default, aten.group_norm.default, aten.instance_norm.default, aten.rms_norm.default,
-    }
-)  # fmt: skip
 
 
 def capture(model: nn.Module, example: Batch, dynamic: DynamicAxes | None = None) -> Network:
@@ -86,8 +75,8 @@ def capture(model: nn.Module, example: Batch, dynamic: DynamicAxes | None = None
         products=products,
         shared=_shared(flat, sources),
         trained=trained,
-        unreached=_unreached(model, read),
-        left_float=tuple(kept + _uncovered(flat, products)),
+        unreached=unreached(model, read),
+        left_float=tuple(kept + uncovered(flat, products)),
     )
     for size in (2, 3):  # the traced batch size, and another
         picked = select(example, torch.arange(size) % count)
@@ -141,6 +130,7 @@ def _introduce_layers(module: fx.GraphModule) -> dict[str, str]:
         replacement.meta = dict(node.meta)
         node.replace_all_uses_with(replacement)
         erase_with_constants(node)
+    _free_names(module, set(layers))
     for name, layer in layers.items():  # only now: a parametrized module's tensors lie under the layer's own name
         _add_submodule(module, name, layer)
     module.graph.eliminate_dead_code()
@@ -148,6 +138,19 @@ def _introduce_layers(module: fx.GraphModule) -> dict[str, str]:
     drop_unread_buffers(module)
     module.recompile()
     return sources
+
+
+def _free_names(module: fx.GraphModule, layers: set[str]) -> None:
+    """Moves, in place, constants that are read from below a layer's own name to the root: the layer will replace that module."""
+    for node in module.graph.nodes:
+        path, _, leaf = str(node.target).rpartition(".")
+        if node.op != "get_attr" or not any(path == name or path.startswith(f"{name}.") for name in layers):
+            continue
+        own = str(node.target).replace(".", "_")
+        while hasattr(module, own):
+            own += "_"
+        module.register_buffer(own, getattr(module.get_submodule(path), leaf))
+        node.target = own
 
 
 def _shared(module: fx.GraphModule, sources: dict[str, str]) -> dict[str, str]:
@@ -241,38 +244,6 @@ def _add_submodule(module: fx.GraphModule, name: str, layer: WeightedLayer) -> N
             owner.add_module(part, nn.Module())
         owner = owner.get_submodule(part)
     owner.add_module(leaf, layer)
-
-
-def _unreached(model: nn.Module, read: set[str]) -> tuple[str, ...]:
-    """Conv2d, Linear and Embedding modules whose weight the graph does not read, under any of its names."""
-    aliases: dict[int, set[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        aliases.setdefault(id(parameter), set()).add(name)
-    return tuple(
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Conv2d, nn.Linear, nn.Embedding))
-        and not any(aliases[id(parameter)] & read for parameter in module.parameters())
-    )
-
-
-def _uncovered(module: fx.GraphModule, products: dict[str, Product]) -> list[str]:
-    """A sentence for each kind of operator with weights, or product of activations, that stays float."""
-    places: dict[str, list[str]] = {}
-    quantized = {product.node for product in products.values()}
-    for node in module.graph.nodes:
-        if node.op == "call_function" and node.target in _OTHER_WEIGHTED and node not in quantized:
-            where = f" in {path_of(node)}" if path_of(node) else ""
-            places.setdefault(str(node.target), []).append(f"{node.name}{where}")
-    sentences = []
-    for operator, names in places.items():
-        if len(names) == 1:
-            name, _, where = names[0].partition(" ")
-            sentences.append(f"operator {name} ({operator}){' ' if where else ''}{where} stays float.")
-        else:
-            more = ", ..." if len(names) > SHOWN else ""
-            sentences.append(f"{len(names)} operators {operator} stay float: {', '.join(names[:SHOWN])}{more}.")
-    return sentences
 
 
 def _compare(model: nn.Module, network: Network, batch: Batch) -> None:
