@@ -192,3 +192,51 @@ def test_a_file_with_one_layer_called_twice_loads_with_exact_products(tmp_path: 
 
     assert list(q.layers) == ["layer", "layer#2"]
     assert calque.verify(path, q, x).agreement > 0.9
+
+
+class Bag(nn.Module):
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.bag, self.head = nn.EmbeddingBag(20, 8, mode=mode), nn.Linear(8, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        y: Tensor = self.head(self.bag(ids))
+        return y
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+def test_bags_of_one_length_are_embeddings(mode: str, tmp_path: Path) -> None:
+    ids = torch.randint(20, (32, 4), generator=torch.Generator().manual_seed(0))
+    q = calque.quantize(seeded(Bag(mode)), ids, bits="w8a8", recipe="nearest", placement="inputs")
+
+    assert list(q.layers) == ["bag", "head"]
+    assert calque.verify(calque.export_onnx(q, tmp_path / "q.onnx"), q, ids).agreement == 1.0
+
+
+def test_bags_of_another_kind_stay_float_and_are_listed() -> None:
+    ids = torch.randint(20, (32, 4), generator=torch.Generator().manual_seed(0))
+    network = capture(seeded(Bag("max")), {"ids": ids})
+
+    assert list(network.layers) == ["head"]
+    assert "embedding_bag" in network.left_float[0]
+
+
+def test_layers_of_multihead_attention_have_its_names() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.block(x)
+            return y
+
+    network = capture(seeded(Net), {"x": noise(6, 5, 8)})
+
+    assert list(network.layers) == [
+        "block.self_attn.in_proj",
+        "block.self_attn.out_proj",
+        "block.linear1",
+        "block.linear2",
+    ]
+    assert len(network.products) == 2

@@ -42,7 +42,7 @@ def export_onnx(model: QuantizedModel, path: str | os.PathLike[str], *, target: 
     nothing half-written is ever left at `path`.
 
     Raises:
-        ExportError: an operator without a translation, which is named.
+        ExportError: an operator without a translation, which is named, or with one that is no valid ONNX.
         SpecError: an unknown target; a network quantized in parts, which are exported one by one.
         OSError: the path cannot be written.
     """
@@ -59,7 +59,10 @@ def export_onnx(model: QuantizedModel, path: str | os.PathLike[str], *, target: 
     if target == "qonnx":
         proto.opset_import.append(helper.make_opsetid(QONNX_DOMAIN, 1))
     _clean(proto, model)
-    onnx.checker.check_model(proto)
+    try:
+        onnx.checker.check_model(proto)
+    except onnx.checker.ValidationError as error:
+        raise ExportError(f"torch.onnx wrote a file that is not valid ONNX: {str(error).splitlines()[0]}") from error
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

@@ -215,12 +215,16 @@ def _layer_name(node: fx.Node, calls: dict[str, int], taken: set[str]) -> str:
     """The path of the module that is called, "#2" appended to its second call; the node's name where none is the layer.
 
     A module is the layer where the weight is its own, or where it is a Conv2d or Linear whose weight is computed or shared.
+    Weights below the module that reads them name the layer themselves, as those of nn.MultiheadAttention: `in_proj`, `out_proj`.
     A node whose name is `taken` gets an underscore.
     """
     weight, _ = _weight_and_bias(node)
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     path = path_of(node)
-    own = isinstance(weight, fx.Node) and weight.op == "get_attr" and weight.target == f"{path}.weight"
+    target = str(weight.target) if isinstance(weight, fx.Node) and weight.op == "get_attr" else ""
+    own = target == f"{path}.weight"
+    if path and not own and target.startswith(f"{path}.") and target.endswith("weight"):
+        path, own = target.removesuffix("weight").rstrip("._"), True
     if not path or not (own or _is_layer_type(stack[-1][1])):
         name = node.name
         while name in taken:

@@ -2,9 +2,10 @@
 
 A Conv1d is a Conv2d of height one. A product with a constant matrix (torch.addmm, GPT-2's Conv1D, x @ w) is a linear layer. A
 transposed convolution is a convolution of its input with zeros put between the values; runtimes have integer kernels for
-that one only.
+that one only. Bags of embeddings of one length are embeddings and their sum or mean.
 """
 
+import operator
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ def unify_layers(module: fx.GraphModule, graph: fx.Graph) -> None:
             _transposed(module, Builder(node))
         elif node.target is aten.addmm.default:
             _addmm(module, node)
+        elif node.target is aten.embedding_bag.padding_idx:
+            _bag(node)
         elif node.target in (aten.matmul.default, aten.mm.default):
             _matmul(module, node)
 
@@ -116,6 +119,31 @@ def _addmm(module: fx.GraphModule, node: fx.Node) -> None:
     turned = build.call(aten.transpose.int, weight, 0, 1)
     build.replace(build.call(aten.linear.default, source, turned, bias))
     node.graph.erase_node(node)
+
+
+def _bag(node: fx.Node) -> None:
+    """Bags of one length, one in a row: their embeddings' sum or mean."""
+    names = ("weight", "indices", "offsets", "scale", "mode", "sparse", "weights", "last", "padding")
+    given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    indices, offsets = given["indices"], given["offsets"]
+    rows = indices.args[0] if indices.target in _VIEWS else None
+    value = value_of(rows)
+    readers = [reader for reader in node.users if reader.users]
+    regular = (
+        value is not None
+        and value.dim() == 2
+        and offsets.target is aten.arange.start_step
+        and offsets.args[2] == value.shape[1]
+        and given.get("mode", 0) in (0, 1)
+        and given.get("weights") is None
+        and given.get("padding") in (None, -1)
+        and not given.get("last", False)
+    )
+    if not regular or len(readers) != 1 or readers[0].target is not operator.getitem or readers[0].args[1] != 0:
+        return
+    build = Builder(readers[0])
+    found = build.call(aten.embedding.default, given["weight"], rows)
+    build.replace(build.call(aten.mean.dim if given.get("mode", 0) else aten.sum.dim_IntList, found, [1]))
 
 
 def _matmul(module: fx.GraphModule, node: fx.Node) -> None:

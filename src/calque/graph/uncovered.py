@@ -13,7 +13,8 @@ SHOWN = 3  # operators of a kind that are named where all of them stay float
 _OTHER_WEIGHTED = frozenset(
     {
         aten.conv1d.default, aten.conv3d.default, aten.conv_transpose1d.default, aten.conv_transpose2d.input,
-        aten.conv_transpose3d.input, aten.embedding.default, aten.lstm.input, aten.gru.input, aten.matmul.default,
+        aten.conv_transpose3d.input, aten.embedding.default, aten.embedding_bag.padding_idx, aten.embedding_bag.default,
+        aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input, aten.matmul.default,
         aten.bmm.default, aten.mm.default, aten.einsum.default, aten.scaled_dot_product_attention.default,
         aten.bilinear.default, aten.conv2d.default, aten.conv2d.padding, aten.linear.default, aten.addmm.default,
         aten.layer_norm.default, aten.group_norm.default, aten.instance_norm.default, aten.rms_norm.default,
