@@ -40,6 +40,8 @@ PLANS: dict[str, dict[str, Any]] = {
     "w4a4": {"bits": "w4a4"},
     "w4": {"bits": "w4"},
     "w3": {"bits": "w3"},
+    "w4g32": {"bits": "w4g32"},
+    "w3g32": {"bits": "w3g32"},
     "18%": {"bits": SHARES, "budget": calque.Budget(size="18%")},
 }
 RECIPES = ("fast", "nearest", "sequential", "accurate")

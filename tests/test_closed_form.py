@@ -97,7 +97,7 @@ def test_the_initial_scale_is_the_best_of_the_fractions() -> None:
             for fraction in FRACTIONS:
                 step = fraction * widest
                 errors[step] = (d * (np.clip(np.round(w / step), QMIN, QMAX) * step - w) ** 2).sum()
-            assert scale[group, row].item() == pytest.approx(min(errors, key=errors.__getitem__), rel=1e-4)
+            assert scale[group, 0, row].item() == pytest.approx(min(errors, key=errors.__getitem__), rel=1e-4)
 
 
 def reference_gptq(matrix: Array, weight: Array, scale: float) -> Array:
@@ -113,7 +113,7 @@ def reference_gptq(matrix: Array, weight: Array, scale: float) -> Array:
 @pytest.mark.parametrize("size", [1, 9, 150])  # within one block of columns and over several
 def test_gptq_is_optimal_brain_quantization(size: int) -> None:
     matrix, weight = definite(2, size), random(2, size, 3, seed=2)
-    scale = torch.tensor([[0.5, 0.6, 0.7], [0.4, 0.5, 0.55]])
+    scale = torch.tensor([[[0.5, 0.6, 0.7]], [[0.4, 0.5, 0.55]]])
 
     codes = gptq(Metric.of(matrix.double()), weight.double(), scale.double(), BITS)
 
@@ -122,7 +122,7 @@ def test_gptq_is_optimal_brain_quantization(size: int) -> None:
             expected = reference_gptq(
                 matrix[group].double().numpy(),
                 weight[group, :, row].double().numpy(),
-                scale[group, row].double().item(),
+                scale[group, 0, row].double().item(),
             )
             np.testing.assert_array_equal(codes[group, :, row], expected)
 
@@ -130,7 +130,7 @@ def test_gptq_is_optimal_brain_quantization(size: int) -> None:
 @pytest.mark.parametrize("size", [9, 150])
 def test_descent_ends_where_no_single_code_can_be_bettered(size: int) -> None:
     metric = Metric.of(definite(1, size).double())
-    weight, scale = random(1, size, 2, seed=2).double(), torch.full((1, 2), 0.5).double()
+    weight, scale = random(1, size, 2, seed=2).double(), torch.full((1, 1, 2), 0.5).double()
     codes = (weight / 0.5).round().clamp(QMIN, QMAX)
     errors = [metric.error(codes * 0.5 - weight)]
 
@@ -151,19 +151,19 @@ def test_the_refitted_scale_is_the_least_squares_one() -> None:
     metric, weight = Metric.of(definite(1, 9).double()), random(1, 9, 2).double()
     codes = (weight / 0.4).round().clamp(QMIN, QMAX)
 
-    scale = refitted_scale(metric, weight, codes, torch.full((1, 2), 0.4).double())
+    scale = refitted_scale(metric, weight, codes, torch.full((1, 1, 2), 0.4).double())
 
-    least = metric.error(codes * scale[:, None] - weight)
+    least = metric.error(codes * scale - weight)
     for factor in (0.4 / scale, 0.999, 1.001):
-        assert (metric.error(codes * (scale * factor)[:, None] - weight) >= least).all()
+        assert (metric.error(codes * (scale * factor) - weight) >= least).all()
 
 
 def test_codes_of_zeros_keep_their_scale() -> None:
     metric = Metric.of(definite(1, 5))
 
-    scale = refitted_scale(metric, random(1, 5, 2), torch.zeros(1, 5, 2), torch.full((1, 2), 0.4))
+    scale = refitted_scale(metric, random(1, 5, 2), torch.zeros(1, 5, 2), torch.full((1, 1, 2), 0.4))
 
-    assert scale.tolist() == [[pytest.approx(0.4)] * 2]
+    assert scale.tolist() == [[[pytest.approx(0.4)] * 2]]
 
 
 def test_weights_on_a_grid_are_found() -> None:

@@ -88,12 +88,28 @@ def learned_fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: in
 
 
 def per_channel(values: Tensor, like: Tensor) -> Tensor:
-    """`values` (C,) reshaped to broadcast along axis 0 of `like` (C, ...)."""
-    return values.reshape(-1, *[1] * (like.dim() - 1))
+    """`values` (C,) reshaped to broadcast along axis 0 of `like` (C, ...); (C, G), each repeated for a group of K / G of (C, K).
+
+    >>> per_channel(torch.tensor([[1.0, 2.0]]), torch.zeros(1, 4))
+    tensor([[1., 1., 2., 2.]])
+    """
+    return values.reshape(-1, *[1] * (like.dim() - 1)) if values.dim() == 1 else by_input(values, like)
+
+
+def by_input(scale: Tensor, like: Tensor) -> Tensor:
+    """Scales of weight rows (..., K) that broadcast against them.
+
+    Args:
+        scale: (...), one for a row, or (..., G), one for each group of K / G inputs of a row.
+        like: (..., K).
+    """
+    if scale.dim() < like.dim():
+        return scale[..., None]
+    return scale.repeat_interleave(like.shape[-1] // scale.shape[-1], -1)
 
 
 def weight_codes(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """Codes (int8) of a weight (C_out, ...) with one scale per output channel (C_out,).
+    """Codes (int8) of a weight (C_out, ...) with one scale per output channel (C_out,), or per group (C_out, G).
 
     >>> weight_codes(torch.tensor([[0.5, -3.0], [0.3, 0.1]]), torch.tensor([0.5, 0.1]), 2)
     tensor([[ 1, -2],

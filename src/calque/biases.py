@@ -136,7 +136,7 @@ def _learnable(network: Executable, tuning: Tuning, part: Rows) -> dict[str, Lea
     if tuning.optimizer == "adam":
         units = network.output_units(part)
     else:
-        units = {name: torch.ones_like(layer.scale) for name, layer in network.modules().items()}
+        units = {name: torch.ones_like(layer.real_bias) for name, layer in network.modules().items()}
     return {name: kind(layer, units[name]) for name, layer in network.modules().items()}
 
 

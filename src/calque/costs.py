@@ -13,20 +13,23 @@ from calque.placement import place, root, shared_tensors
 from calque.spec import Bits, Placement
 
 CHANNEL_BYTES = 12  # scale, bias and bias scale of an output channel (docs/method.md)
-ROW_BYTES = 4  # scale of an embedding's row
+SCALE_BYTES = 4  # of an embedding's row, and of each group of inputs but a channel's first
 FLOAT_BITS = 32
 
 Step = tuple[int, dict[str, tuple[int, ...]]]
 """One execution step: bytes that no choice changes, and by layer name the bytes of each of its choices."""
 
 
-def layer_size(codes: int, channels: int, bits: int, geometry: Geometry) -> int:
-    """Bytes of a layer with that many codes: packed, and CHANNEL_BYTES per output channel, ROW_BYTES per row of a table.
+def layer_size(codes: int, channels: int, bits: int, geometry: Geometry, groups: int = 1) -> int:
+    """Bytes of a layer with that many codes: packed, and CHANNEL_BYTES per output channel, SCALE_BYTES per row of a table.
+
+    Args:
+        groups: of inputs that have a scale of their own in each channel.
 
     >>> layer_size(100, 4, 4, Geometry("linear"))
     98
     """
-    each = ROW_BYTES if geometry.kind == "embedding" else CHANNEL_BYTES
+    each = SCALE_BYTES if geometry.kind == "embedding" else CHANNEL_BYTES + SCALE_BYTES * (groups - 1)
     return -(-codes * bits // 8) + each * channels
 
 
@@ -96,7 +99,8 @@ def float_size(network: Network) -> int:
 def _size(layer: WeightedLayer, codes: int, bits: Bits) -> int:
     if bits.weight is None:
         return 4 * (codes + layer.bias.numel())
-    return layer_size(codes, layer.weight.shape[0], bits.weight, layer.geometry)
+    groups = 1 if bits.group is None else layer.weight.shape[1] // bits.group
+    return layer_size(codes, layer.weight.shape[0], bits.weight, layer.geometry, groups)
 
 
 @torch.no_grad()

@@ -47,7 +47,8 @@ def decide_bits(
     if ends is not None:
         both = check_entry("first_last", Bits.parse(ends), is_layer=True)
         entries.update(dict.fromkeys(_ends(network), both))
-    return _suited(network, apply_overrides(entries, override or {}, tensors))
+    decided = apply_overrides(entries, override or {}, tensors)
+    return {name: _suited(network, name, bits) if name in network.layers else bits for name, bits in decided.items()}
 
 
 def decide_choices(
@@ -82,8 +83,8 @@ def decide_choices(
         name: (overridden[name],) if name in touched else (fixed[name],) if name in fixed else candidates
         for name in names
     }
-    for name in filter(network.is_table, names):
-        choices[name] = tuple(dict.fromkeys(Bits(option.weight, None) for option in choices[name]))
+    for name in names:
+        choices[name] = tuple(dict.fromkeys(_suited(network, name, option) for option in choices[name]))
     return choices, {name: entry for name, entry in overridden.items() if name not in undecided}
 
 
@@ -93,12 +94,19 @@ def _ends(network: Network) -> tuple[str, ...]:
     return (names[0], names[-1]) if names else ()
 
 
-def _suited(network: Network, entries: dict[str, Bits]) -> dict[str, Bits]:
-    """The entries, those of embeddings without activations: what they read are numbers of rows."""
-    return {
-        name: Bits(bits.weight, None) if name in network.layers and network.is_table(name) else bits
-        for name, bits in entries.items()
-    }
+def _suited(network: Network, name: str, bits: Bits) -> Bits:
+    """What these bits are for that layer.
+
+    Without activations for embeddings: what they read are numbers of rows. Without groups for all but linear layers whose
+    inputs are whole groups; a layer that shares the codes of a table has the table's scales.
+    """
+    layer = network.weighted(name)
+    if network.is_table(name):
+        return Bits(bits.weight, None)
+    linear = layer.geometry.kind == "linear" and not network.is_table(network.shared.get(name, name))
+    if bits.group is None or (linear and layer.weight.shape[1] % bits.group == 0):
+        return bits
+    return Bits(bits.weight, bits.activation)
 
 
 def _suits_layers(text: str | None) -> bool:

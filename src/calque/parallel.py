@@ -45,6 +45,7 @@ class Task:
     activation: Activation
     geometry: Geometry
     shape: torch.Size  # of the layer's weight
+    group: int | None  # of inputs that share a weight scale
 
 
 def fit_choices(job: Job, choices: Choices, steps: int) -> Fits:
@@ -155,15 +156,18 @@ def _tasks(
     )
     settings = job.recipe.settings(steps)
     tasks = []
-    for width in dict.fromkeys(bits.activation for bits in options):
-        keys = {bits.weight: _key(layer.name, bits) for bits in options if bits.activation == width}
+    for width, group in dict.fromkeys((bits.activation, bits.group) for bits in options):
+        alike = [bits for bits in options if (bits.activation, bits.group) == (width, group)]
+        keys = {bits.weight: _key(layer.name, bits) for bits in alike}
         choices = tuple(
             (bits, results.path(key), job.generator(key).initial_seed())
             for bits, key in keys.items()
             if bits is not None
         )
         grid = _grid(job, problem, sample, width, network_input=root(source).op == "placeholder")
-        tasks.append(Task(path, choices, grid, settings, layer.activate, weighted.geometry, weighted.weight.shape))
+        tasks.append(
+            Task(path, choices, grid, settings, layer.activate, weighted.geometry, weighted.weight.shape, group)
+        )
     return tasks
 
 
@@ -209,7 +213,7 @@ def fit_task(task: Task) -> None:
     device = torch.device(piece.facts["device"])
     tensors = {name: value.to(device) for name, value in piece.tensors.items()}
     parts = {name: tensors[name] for name in ("patches", "targets", "weight", "bias", "fitted", "held_out")}
-    problem = LayerProblem(**parts, activation=task.activation)
+    problem = LayerProblem(**parts, activation=task.activation, group=task.group)
     grid = None
     if task.grid is not None:
         scale, zero_point, qmax = task.grid

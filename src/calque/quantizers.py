@@ -60,7 +60,7 @@ class QuantizedLayer(nn.Module):
     of whole numbers are exact below 2^24, so that the evaluation parts from the integer one at rounding edges only.
 
     Attributes:
-        codes: int8 (C_out, ...), within `bits`.  scale: float32 (C_out,).
+        codes: int8 (C_out, ...), within `bits`.  scale: float32 (C_out,), or (C_out, G) for G groups of inputs.
         bias: int32 (C_out,) in units of `bias_scale` = s_x * s_w, or float32 where the input is float.
         bias_scale: float32 (C_out,), or None where the input is float.
     """
@@ -82,10 +82,21 @@ class QuantizedLayer(nn.Module):
     ):
         super().__init__()
         biases = (geometry.biases(codes),)
-        if codes.dtype != torch.int8 or scale.shape != codes.shape[:1] or bias.shape != biases:
+        if codes.dtype != torch.int8 or scale.shape[:1] != codes.shape[:1] or bias.shape != biases:
             raise SpecError(
                 "a quantized layer needs int8 codes (C_out, ...), a scale (C_out,) and a bias (C_out,), (0,) for a table. Got "
                 f"{codes.dtype} {tuple(codes.shape)}, {tuple(scale.shape)} and {tuple(bias.shape)}."
+            )
+        grouped = (
+            scale.dim() == 2
+            and geometry.kind == "linear"
+            and bias_scale is None
+            and codes.shape[1] % scale.shape[1] == 0
+        )
+        if scale.dim() != 1 and not grouped:
+            raise SpecError(
+                "scales of groups (C_out, G) are for linear layers on float inputs, of a multiple of G. Got "
+                f"{tuple(scale.shape)} for codes {tuple(codes.shape)}."
             )
         self.geometry = geometry
         self.bits = bits
@@ -106,6 +117,11 @@ class QuantizedLayer(nn.Module):
     def alone(self) -> "QuantizedLayer":
         """A copy of the layer that feeds no grid: its `forward` returns the real sums."""
         return QuantizedLayer(self.geometry, self.codes, self.scale, self.bias, self.bias_scale, bits=self.bits)
+
+    @property
+    def group(self) -> int | None:
+        """How many inputs share a scale; None: all of a channel."""
+        return None if self.scale.dim() == 1 else self.codes.shape[1] // self.scale.shape[1]
 
     @property
     def weight(self) -> Tensor:

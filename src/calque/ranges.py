@@ -145,15 +145,25 @@ def off_ties(values: Tensor, scale: Tensor) -> Tensor:
     return next((candidate for candidate in candidates if ties(candidate) <= TIES), min(candidates, key=ties))
 
 
-def weight_scale(weight: Tensor, bits: int, kind: WeightRange, covariance: Tensor | None = None) -> Tensor:
-    """Scales (groups, rows) of weights (groups, rows, K), one per row.
+def weight_scale(
+    weight: Tensor, bits: int, kind: WeightRange, covariance: Tensor | None = None, group: int | None = None
+) -> Tensor:
+    """Scales (groups, rows) of weights (groups, rows, K), one per row; (1, rows, K / group) of weights (1, rows, K) in groups.
 
     "minmax" is the smallest scale that clips nothing. The others try WEIGHT_CANDIDATES fractions of it and keep, per row,
     the one with the smallest rounding error e = q - w: e e^T ("least_squares"), or e H e^T ("output").
 
     Args:
         covariance: H (groups, K, K), the centred second moments of the layer's input patches; for "output".
+        group: how many neighbouring weights of a row share a scale; of H their own block counts.
     """
+    if group is not None:
+        apart = weight[0].reshape(len(weight[0]), -1, group).transpose(0, 1)
+        blocks = covariance
+        if covariance is not None:
+            count = len(apart)
+            blocks = covariance[0].reshape(count, group, count, group).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        return weight_scale(apart, bits, kind, blocks).mT[None]
     qmin, qmax = weight_limits(bits)
     largest = torch.maximum(weight.amax(-1) / qmax, weight.amin(-1) / qmin).clamp(min=SMALLEST_SCALE)
     if kind == "minmax":

@@ -19,7 +19,9 @@ LOWEST_BITS, HIGHEST_BITS = 2, 8
 
 Placement = Literal["inputs", "integer"]
 
-_PATTERN = re.compile(r"(?:w(?P<w>\d+))?(?:a(?P<a>\d+))?")
+GROUPS = (16, 32, 64, 128, 256)  # inputs that may share a weight scale: what MatMulNBits reads
+
+_PATTERN = re.compile(r"(?:w(?P<w>\d+))?(?:a(?P<a>\d+)|g(?P<g>\d+))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,38 +30,48 @@ class Bits:
 
     A tensor that no layer owns (the result of a residual add, say) has activation bits only.
 
+    Attributes:
+        group: how many inputs of an output channel share a weight scale, in linear layers on float activations; None: all.
+
     Raises:
-        SpecError: bits outside [2, 8].
+        SpecError: bits outside [2, 8]; a group that is none of GROUPS, or whose activations are not float.
 
     >>> Bits.parse("w4a8")
     Bits(weight=4, activation=8)
-    >>> str(Bits(4, None)), str(Bits(None, 8)), str(Bits(None, None))
-    ('w4', 'a8', 'float')
+    >>> str(Bits(4, None)), str(Bits(4, None, 32)), str(Bits(None, 8)), str(Bits(None, None))
+    ('w4', 'w4g32', 'a8', 'float')
     """
 
     weight: int | None
     activation: int | None
+    group: int | None = None
 
     def __post_init__(self) -> None:
         for value in (self.weight, self.activation):
             if value is not None and not (type(value) is int and LOWEST_BITS <= value <= HIGHEST_BITS):
                 raise SpecError(f"bits must be an int in [{LOWEST_BITS}, {HIGHEST_BITS}]. Got {value}.")
+        if self.group is not None and (self.group not in GROUPS or self.weight is None or self.activation is not None):
+            sizes = ", ".join(map(str, GROUPS))
+            raise SpecError(f'groups are of {sizes} weights of a layer on float activations: "w4g32". Got "{self}".')
 
     @classmethod
     def parse(cls, text: str) -> "Bits":
-        """The bits that `text` names: "w4a8", "w4" (float activations), "a8" (a tensor) or "float"."""
+        """The bits that `text` names: "w4a8", "w4" or "w4g32" (float activations), "a8" (a tensor) or "float"."""
         if text == "float":
             return FLOAT
         match = _PATTERN.fullmatch(str(text))
         if not match or not match[0]:
-            raise SpecError(f'bits are written "w<bits>a<bits>", "w<bits>", "a<bits>" or "float". Got {text!r}.')
-        weight, activation = match["w"], match["a"]
-        return cls(int(weight) if weight else None, int(activation) if activation else None)
+            raise SpecError(
+                f'bits are written "w<bits>a<bits>", "w<bits>", "w<bits>g<group>", "a<bits>" or "float". Got {text!r}.'
+            )
+        weight, activation, group = (None if match[key] is None else int(match[key]) for key in "wag")
+        return cls(weight, activation, group)
 
     def __str__(self) -> str:
         weight = "" if self.weight is None else f"w{self.weight}"
         activation = "" if self.activation is None else f"a{self.activation}"
-        return weight + activation or "float"
+        group = "" if self.group is None else f"g{self.group}"
+        return weight + activation + group or "float"
 
 
 FLOAT = Bits(None, None)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from calque.arithmetic import SMALLEST_SCALE, bias_codes
+from calque.arithmetic import SMALLEST_SCALE, bias_codes, per_channel
 from calque.calibration import Execution, real_tokens
 from calque.graph import Batch, Geometry, Network, WeightedLayer
 from calque.graph.fold import folded
@@ -77,7 +77,7 @@ def absorb(layer: Rescalable, gain: Tensor, offset: Tensor, input_scale: Tensor 
     if isinstance(layer, WeightedLayer):
         return folded(layer, gain, offset)
     bias = layer.real_bias.double() * gain + offset
-    scale = (layer.scale.double() * gain).to(layer.scale.dtype).clamp(min=SMALLEST_SCALE)
+    scale = (layer.scale.double() * per_channel(gain, layer.scale)).to(layer.scale.dtype).clamp(min=SMALLEST_SCALE)
     if layer.bias_scale is None:
         return QuantizedLayer(layer.geometry, layer.codes, scale, bias.to(scale.dtype), None, bits=layer.bits)
     if input_scale is None:

@@ -166,7 +166,7 @@ class Sweep:
         if self.recipe.statistics in ("float", "guarded") and not self.network.is_table(layer.name):
             outputs = self.migration.outputs(layer.name, real_tokens(self._targets(layer), self.job.masks))
             self.swept.statistics[layer.name] = ChannelStatistics.of(outputs, weighted.geometry)
-        tied = self._tied(layer.name, bits.weight) is not None
+        tied = self._tied(layer.name, bits) is not None
         seconds = time.perf_counter() - started
         self.swept.report(layer.name, bits, fit, values, tied=tied, grid=quantizer, seconds=seconds)
         log.info("%s %s error %.2e -> %.2e", layer.name, bits, fit.before, fit.after)
@@ -199,13 +199,14 @@ class Sweep:
             self.migration.restore(layer.name, self.checkpoint)
             return fit_from_piece(kept, self.network.weighted(layer.name).weight.device)
         if self.network.is_table(layer.name):
-            weight, tied = self.network.weighted(layer.name).weight, self._tied(layer.name, bits.weight)
+            weight, tied = self.network.weighted(layer.name).weight, self._tied(layer.name, bits)
             fit = fit_table(weight, bits.weight, self.recipe.weight_range, tied)
             self.checkpoint.put(key, fit_to_piece(fit))
             return fit
         problem = self.migration.chosen(layer, self._problem(layer, self._targets(layer)))
+        problem = replace(problem, group=bits.group)
         grid, learn_grid = self._grid(layer, problem)
-        tied = self._tied(layer.name, bits.weight)
+        tied = self._tied(layer.name, bits)
         ready = self.fits.get(layer.name)
         if ready is not None:
             fit = placed(problem, ready, grid, bits.weight, tied or (ready.codes, ready.scale))
@@ -240,13 +241,13 @@ class Sweep:
         if layer.name not in self.fits and fit.after >= fit.before:
             self.swept.unmoved.append(layer.name)
 
-    def _tied(self, name: str, bits: int) -> tuple[Tensor, Tensor] | None:
-        """Codes (groups, O, K) and scales (groups, O) of an earlier call of the same module at the same bits."""
+    def _tied(self, name: str, bits: Bits) -> tuple[Tensor, Tensor] | None:
+        """Codes (groups, O, K) and scales of an earlier call of the same module at the same bits, as a fit has them."""
         earlier = self.swept.layers.get(self.network.shared.get(name, ""))
-        if earlier is None or earlier.bits != bits:
+        if earlier is None or (earlier.bits, earlier.group) != (bits.weight, bits.group):
             return None
         codes = earlier.geometry.grouped(earlier.codes)
-        return codes, earlier.scale.reshape(codes.shape[:2])
+        return codes, earlier.scale.reshape(*codes.shape[:2], *earlier.scale.shape[1:])
 
     def _grid(self, layer: Layer, problem: LayerProblem) -> tuple[Grid | None, bool]:
         """The grid of the layer's input, and whether the layer may move it."""

@@ -48,11 +48,12 @@ class Swept:
         layer = self.layers[name]
         macs = layer.geometry.macs(values, layer.codes)
         codes = 0 if tied else layer.codes.numel()
+        groups = layer.scale.numel() // len(layer.scale)
         low, high = grid.range if grid is not None else (None, None)
         self.reports.append(
             LayerReport(
                 name, str(bits), low, high, fit.before, fit.after, seconds,
-                layer_size(codes, layer.codes.shape[0], layer.bits, layer.geometry), macs,
+                layer_size(codes, layer.codes.shape[0], layer.bits, layer.geometry, groups), macs,
                 macs * layer.bits * (bits.activation or FLOAT_BITS),
             )
         )  # fmt: skip

@@ -2,7 +2,7 @@
 
 uint8 activations with an integer Min below 8 bits, symmetric int8 weights per channel (4 bits packed as INT4 behind a Cast,
 other widths as packed fields of 4, 2 and 1 bits behind Div and Mod, all of which fold at load), int32 biases, linear layers as
-Reshape, Gemm, Reshape.
+Reshape, Gemm, Reshape; MatMulNBits where groups of weights have scales of their own.
 """
 
 from collections.abc import Generator, Iterator
@@ -20,6 +20,7 @@ from calque.quantizers import QuantizedLayer, Quantizer
 Array = np.ndarray[Any, Any]
 
 CONTAINER_MAX = 255  # of uint8, where runtimes saturate
+MICROSOFT = "com.microsoft"  # ONNX Runtime's own operators
 FIELDS = (4, 2, 1)  # widths of the packed parts of a code, the highest bits first
 
 
@@ -77,6 +78,8 @@ class Expander:
         layer = self.layers[name]
         if layer.geometry.kind == "embedding":
             yield from self._table(layer, x, y, name)
+        elif layer.group is not None:
+            yield self._blocks(layer, layer.group, x, y, name)
         elif layer.bias_scale is None:
             yield from self._weight_only(layer, x, y, name)
         else:
@@ -132,6 +135,23 @@ class Expander:
         else:
             yield helper.make_node("MatMul", [x, weight], [f"{name}/product"], name)
             yield helper.make_node("Add", [f"{name}/product", bias], [y], f"{name}/add")
+
+    def _blocks(self, layer: QuantizedLayer, group: int, x: str, y: str, name: str) -> onnx.NodeProto:
+        """A linear layer whose weights have a scale per group: ONNX Runtime's MatMulNBits, which decodes them as it multiplies.
+
+        It has kernels for codes of 4 and of 8 bits; narrower ones are stored as these. Its sums are float32 ones
+        (accuracy_level 1), not the int8 ones of ONNX Runtime's own quantizer.
+        """
+        outputs, inputs = layer.codes.shape
+        bits = 4 if layer.bits <= 4 else 8
+        codes = layer.codes.cpu().numpy().astype(np.int32) + (1 << (bits - 1))
+        packed = _pack(codes, bits).reshape(outputs, inputs // group, group * bits // 8)
+        stored = self._constant(f"{self._owner(packed, bits, name)}/codes", packed)
+        operands = [x, stored, self._constant(f"{name}/scale", layer.scale.cpu().numpy()), "", ""]
+        return helper.make_node(
+            "MatMulNBits", [*operands, self._constant(f"{name}/bias", layer.bias.cpu().numpy())], [y], name,
+            domain=MICROSOFT, K=inputs, N=outputs, bits=bits, block_size=group, accuracy_level=1,
+        )  # fmt: skip
 
     def _weight(self, layer: QuantizedLayer, name: str, output: str) -> Iterator[onnx.NodeProto]:
         values = layer.codes.cpu().numpy()
@@ -250,7 +270,7 @@ def convolution(geometry: Geometry, inputs: list[str], y: str, name: str) -> onn
 
 
 def _pack(values: Array, width: int) -> Array:
-    """Codes of 1, 2 or 4 bits in bytes, the first in the lowest bits, as ONNX stores INT4."""
+    """Codes of 1, 2, 4 or 8 bits in bytes, the first in the lowest bits, as ONNX stores INT4."""
     per = 8 // width
     low = (values.reshape(-1) & ((1 << width) - 1)).astype(np.uint8)
     low = np.pad(low, (0, -low.size % per)).reshape(-1, per)

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from calque.errors import ExportError, SpecError
 from calque.export.lowering import DOMAIN, TRANSLATIONS, lower
-from calque.export.nodes import Expander
+from calque.export.nodes import MICROSOFT, Expander
 from calque.export.qonnx import QONNX_DOMAIN, QuantExpander
 from calque.graph.network import FlatInput, value_of
 from calque.graph.rewrite import silent_tracing
@@ -58,6 +58,8 @@ def export_onnx(model: QuantizedModel, path: str | os.PathLike[str], *, target: 
     expander.expand(proto.graph)
     if target == "qonnx":
         proto.opset_import.append(helper.make_opsetid(QONNX_DOMAIN, 1))
+    elif any(node.domain == MICROSOFT for node in proto.graph.node):
+        proto.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
     _clean(proto, model)
     try:
         onnx.checker.check_model(proto)

@@ -31,8 +31,14 @@ class QuantExpander(Expander):
         linear = layer.geometry.kind == "linear"
         weight, bias = f"{name}/weight", f"{name}/bias"
         codes, scale = layer.codes.cpu().numpy(), layer.scale.cpu().numpy()
-        codes, scale = (codes.T, scale) if linear else (codes, scale.reshape(-1, *[1] * (codes.ndim - 1)))
-        yield from self._weights(codes, scale, layer, weight)
+        codes, scale = (codes.T, scale.T) if linear else (codes, scale.reshape(-1, *[1] * (codes.ndim - 1)))
+        if layer.group is None:
+            yield from self._weights(codes, scale, layer, weight)
+        else:
+            apart = f"{weight}/apart"
+            yield from self._weights(codes.reshape(-1, layer.group, codes.shape[1]), scale[:, None], layer, apart)
+            shape = self._constant(f"shape/{codes.shape}", np.array(codes.shape))
+            yield helper.make_node("Reshape", [apart, shape], [weight], f"{weight}/joined")
         if layer.geometry.kind == "embedding":
             yield helper.make_node("Gather", [weight, x], [y], name, axis=0)
             return

@@ -187,7 +187,8 @@ def _notes(kernels: list[Kernel], model: QuantizedModel, target: Target) -> tupl
     notes = []
     if any(kernel.operator == PACKED for kernel in kernels):
         notes.append(
-            f"{PACKED} computes in float32 here ({LEVEL[0]} = {LEVEL[1]}); the runtime's default rounds its inputs to 8 bits."
+            f"{PACKED} computes in float32 here ({LEVEL[0]} = {LEVEL[1]}); the runtime's default rounds the inputs of those "
+            "that it fuses itself to 8 bits."
         )
     wide = [name for name, layer in model.layers.items() if layer.bits == 8 and layer.bias_scale is not None]
     if wide and target != "qonnx" and saturates(target):

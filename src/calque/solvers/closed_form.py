@@ -19,7 +19,7 @@ from torch import Tensor
 
 from calque.arithmetic import SMALLEST_SCALE
 from calque.solvers.problem import Fit, Grid, LayerProblem, round_to_nearest
-from calque.solvers.rounding import Metric, descend, gptq, initial_scale, refitted_scale
+from calque.solvers.rounding import Metric, descend, gptq, initial_scale, refitted_groups, refitted_scale
 
 RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # of the mean power of an input
 CLIP_STEPS = 4  # of the majorization; later ones gain little
@@ -101,7 +101,8 @@ class _Clips:
 class ClosedForm:
     """One layer's fits to its float output, at any number of weight bits: its moments and the factorizations of M serve all.
 
-    Weights and codes are (groups, K, O) with the strongest inputs first.
+    Weights and codes are (groups, K, O) with the strongest inputs first; scales (groups, 1, O), or (1, K, O) where the problem
+    has groups of inputs.
 
     Args:
         grid: of the input, which stays.
@@ -121,6 +122,7 @@ class ClosedForm:
         self.x = fitted.gather(2, index.expand_as(fitted))
         self.held_out = held_out.gather(2, index.expand_as(held_out))
         self.moments = moments.ordered(self.order)
+        self.inverse = self.order.argsort(1)
         self.weight = problem.weight.gather(2, index.expand_as(problem.weight)).mT.contiguous()
         self.unit = power.mean().clamp(min=SMALLEST_SCALE)
         # of all ridges together, and of the last one; each with its H
@@ -133,8 +135,8 @@ class ClosedForm:
         What was chosen on them is then fitted to all rows; the error `after` is that of the choice, before it.
         """
         problem = self.problem
-        scale = initial_scale(self.weight, self.moments.power.diagonal(dim1=1, dim2=2), bits)
-        start = round_to_nearest(problem, scale, self.grid, bits)
+        scale = self._initial(self.weight, self.moments.power, bits)
+        start = round_to_nearest(problem, self._stored(scale), self.grid, bits)
         ridge, error = self._best_ridge(bits)
         held_out = problem.targets[:, problem.held_out]
         everything = self.moments.merged(Moments.of(self.held_out, held_out))
@@ -150,7 +152,27 @@ class ClosedForm:
             return start
         codes, scale, bias = self._rounded(everything, ridge, bits)
         real = torch.empty_like(codes).scatter_(1, self.order[:, :, None].expand_as(codes), codes)
-        return Fit(real.mT.to(torch.int8).contiguous(), scale, bias, self.grid, start.before, error)
+        return Fit(real.mT.to(torch.int8).contiguous(), self._stored(scale), bias, self.grid, start.before, error)
+
+    def _initial(self, weight: Tensor, matrix: Tensor, bits: int) -> Tensor:
+        """`initial_scale` of weights (B, K, O) in the metric of a matrix (B, K, K), B a multiple of the groups."""
+        diagonal, size = matrix.diagonal(dim1=1, dim2=2), self.problem.group
+        if size is None:
+            return initial_scale(weight, diagonal, bits)
+        inverse = self.inverse[0]
+        grouped, power = weight[:, inverse].reshape(-1, size, weight.shape[2]), diagonal[:, inverse].reshape(-1, size)
+        scale = initial_scale(grouped, power, bits).expand(-1, size, -1)
+        return scale.reshape(weight.shape)[:, self.order[0]]
+
+    def _refitted(self, metric: Metric, target: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+        if self.problem.group is None:
+            return refitted_scale(metric, target, codes, scale)
+        return refitted_groups(metric, target, codes, scale, list(torch.split(self.inverse[0], self.problem.group)))
+
+    def _stored(self, scale: Tensor) -> Tensor:
+        """The scales as a fit has them: (groups, O), or (1, O, G)."""
+        size = self.problem.group
+        return scale[:, 0] if size is None else scale[:, self.inverse[0, ::size]].mT.contiguous()
 
     def _solved(self, moments: Moments, ridges: tuple[float, ...]) -> tuple[Metric, Tensor]:
         """M and W* (ridges * groups, K, O)."""
@@ -197,7 +219,7 @@ class ClosedForm:
         for start in range(0, len(ridges), together):
             part = ridges[start : start + together]
             metric, target = self._solved(moments, part)
-            scales = initial_scale(target, metric.matrix.diagonal(dim1=1, dim2=2), bits)
+            scales = self._initial(target, metric.matrix, bits)
             found = gptq(metric, target, scales, bits)
             for codes, scale in zip(torch.split(found, groups), torch.split(scales, groups), strict=True):
                 error = self._error(codes, scale, _bias(moments, codes, scale))
@@ -207,26 +229,29 @@ class ClosedForm:
     def _rounded(self, moments: Moments, ridge: float, bits: int) -> tuple[Tensor, Tensor, Tensor]:
         """Codes, scales and bias: each row's scale from a grid by its error after GPTQ, then rounds of descent and refit."""
         metric, target = self._solved(moments, (ridge,))
-        initial = initial_scale(target, metric.matrix.diagonal(dim1=1, dim2=2), bits)
-        groups, size, rows = target.shape
-        trial_scales = torch.cat([factor * initial for factor in FACTORS], 1)
+        initial = self._initial(target, metric.matrix, bits)
+        groups, _, rows = target.shape
+        trial_scales = torch.cat([factor * initial for factor in FACTORS], 2)
         repeated = target.repeat(1, 1, len(FACTORS))
         trials = gptq(metric, repeated, trial_scales, bits)
-        errors = metric.error(trials * trial_scales[:, None] - repeated)
+        errors = metric.error(trials * trial_scales - repeated)
         best = errors.reshape(groups, -1, rows).argmin(1, keepdim=True)
-        scale = trial_scales.reshape(groups, -1, rows).gather(1, best)[:, 0]
-        index = best[:, None].expand(-1, size, -1, -1)
-        codes = trials.reshape(groups, size, -1, rows).gather(2, index)[:, :, 0]
+        scale, codes = (_chosen(each.reshape(groups, -1, len(FACTORS), rows), best) for each in (trial_scales, trials))
         for _ in range(self.rounds):
-            scale = refitted_scale(metric, target, codes, scale)
+            scale = self._refitted(metric, target, codes, scale)
             codes = descend(metric, target, codes, scale, bits)
-        scale = refitted_scale(metric, target, codes, scale)
+        scale = self._refitted(metric, target, codes, scale)
         return codes, scale, _bias(moments, codes, scale)
 
     def _error(self, codes: Tensor, scale: Tensor, bias: Tensor) -> float:
-        return self.problem.held_out_error(self.held_out, (codes * scale[:, None]).mT, bias)
+        return self.problem.held_out_error(self.held_out, (codes * scale).mT, bias)
 
 
 def _bias(moments: Moments, codes: Tensor, scale: Tensor) -> Tensor:
     """(groups, 1, O), which makes the mean output right."""
-    return moments.outputs - moments.inputs.mT @ (codes * scale[:, None])
+    return moments.outputs - moments.inputs.mT @ (codes * scale)
+
+
+def _chosen(trials: Tensor, best: Tensor) -> Tensor:
+    """(B, K, R) of (B, K, trials, R), by the row's number (B, 1, R)."""
+    return trials.gather(2, best[:, None].expand(-1, trials.shape[1], -1, -1))[:, :, 0]

@@ -46,14 +46,14 @@ def solve(
     Args:
         grid: where the fit of the input's grid starts; None where the input is float.
         learn_grid: whether the grid may move.
-        tied: codes (groups, O, K) and scales (groups, O) of an earlier call of the same module; its codes are kept.
+        tied: codes (groups, O, K) and scales of an earlier call of the same module; its codes are kept.
         rows: what each step of AdaQuant sees; see `fit_layer`.
     """
     if settings.solver == "closed_form" and tied is None and settings.steps:
         return ClosedForm(problem, grid, rounds=settings.steps).fit(bits)
     if tied is None:
         moments = covariance(problem) if settings.weight_range == "output" else None
-        codes, scale = None, weight_scale(problem.weight, bits, settings.weight_range, moments)
+        codes, scale = None, weight_scale(problem.weight, bits, settings.weight_range, moments, problem.group)
     else:
         codes, scale = tied
     start = round_to_nearest(problem, scale, grid, bits, codes)
@@ -110,7 +110,7 @@ def integer_layer(
 
     Returns the layer and a sentence about such channels ("" if there are none).
     """
-    codes, scale, bias = fit.codes.reshape(weight.shape), fit.scale.reshape(-1), fit.bias.reshape(-1)
+    codes, scale, bias = fit.codes.reshape(weight.shape), fit.scale.flatten(0, 1), fit.bias.reshape(-1)
     if input_scale is None:
         return QuantizedLayer(geometry, codes, scale, bias, None, bits=bits), ""
     smallest = (bias.abs() / BIAS_LIMIT / input_scale) * (1 + 1e-6)

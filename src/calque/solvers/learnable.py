@@ -86,7 +86,7 @@ class LearnableLayer(ABC):
     def __init__(self, layer: QuantizedLayer, unit: Tensor):
         self._start = layer
         self._unit = unit
-        self._moved = torch.zeros_like(layer.scale).requires_grad_()  # the bias's way from its start, in units
+        self._moved = torch.zeros_like(unit).requires_grad_()  # the bias's way from its start, in units
 
     @abstractmethod
     def leaves(self) -> dict[Kind, Tensor]:

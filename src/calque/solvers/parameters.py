@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from calque.arithmetic import SMALLEST_SCALE, learned_fake_quantize, round_through, weight_limits
+from calque.arithmetic import SMALLEST_SCALE, by_input, learned_fake_quantize, round_through, weight_limits
 from calque.solvers.problem import Fit, Grid, LayerProblem
 
 
@@ -55,7 +55,7 @@ class Parameters(ABC):
 
     @abstractmethod
     def scale(self) -> Tensor:
-        """The weights' scales (groups, O), with gradient."""
+        """The weights' scales, of the start's shape, with gradient."""
 
     @abstractmethod
     def levels(self, scale: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class Parameters(ABC):
 
     def weight(self) -> Tensor:
         """The quantized weights (groups, O, K) in real units."""
-        scale = self.scale()[..., None]
+        scale = by_input(self.scale(), self.problem.weight)
         if self.fixed_codes is not None:
             return self.fixed_codes.float() * scale
         return torch.clamp(round_through(self.levels(scale)), *self.limits) * scale
@@ -86,7 +86,7 @@ class Parameters(ABC):
         scale = self.scale().clamp(min=SMALLEST_SCALE)
         codes = self.fixed_codes
         if codes is None:
-            codes = self.levels(scale[..., None]).round().clamp(*self.limits)
+            codes = self.levels(by_input(scale, self.problem.weight)).round().clamp(*self.limits)
         grid = self.start.grid
         if grid is not None and self.learn_grid:
             step, zero_point = self.input_grid()
@@ -95,7 +95,7 @@ class Parameters(ABC):
             )
         x = self.problem.patches[:, self.problem.held_out]
         inputs, bias = x if grid is None else grid.quantize(x), self.bias * self.bias_unit
-        after = self.problem.held_out_error(inputs, codes.float() * scale[..., None], bias)
+        after = self.problem.held_out_error(inputs, codes.float() * by_input(scale, codes), bias)
         return Fit(codes.to(torch.int8).clone(), scale.clone(), bias.clone(), grid, self.start.before, after)
 
 
@@ -104,7 +104,7 @@ class Relative(Parameters):
 
     def __init__(self, problem: LayerProblem, start: Fit, bits: int, *, codes: Tensor | None, learn_grid: bool):
         super().__init__(problem, start, bits, codes=codes, learn_grid=learn_grid)
-        self._levels = (problem.weight / start.scale[..., None]).clone()
+        self._levels = (problem.weight / by_input(start.scale, problem.weight)).clone()
         self._log_scale = torch.zeros_like(start.scale)
         self._log_input = torch.zeros((), device=start.scale.device)
         self._zero_point = start.grid.zero_point.float() if start.grid is not None else torch.zeros(())

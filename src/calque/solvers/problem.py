@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from calque.arithmetic import SMALLEST_SCALE, fake_quantize, weight_limits
+from calque.arithmetic import SMALLEST_SCALE, by_input, fake_quantize, weight_limits
 from calque.graph import Geometry
 
 POSITIONS = 32  # sampled output positions per input: 32 to 64 are enough (docs/method.md)
@@ -26,6 +26,7 @@ class LayerProblem:
         weight: (groups, O, K) float.  bias: (groups, 1, O) float.
         fitted, held_out: int64 row numbers; rows of one input are never in both.
         activation: what follows the layer, elementwise.
+        group: how many neighbouring inputs share a weight scale; None: all of a row.
         unknowns, equations: K, and the rows that the whole calibration set would give.
     """
 
@@ -36,6 +37,7 @@ class LayerProblem:
     fitted: Tensor
     held_out: Tensor
     activation: Callable[[Tensor], Tensor]
+    group: int | None = None
 
     @property
     def clipped(self) -> bool:
@@ -159,7 +161,7 @@ class Fit:
     """A layer as a solver leaves it.
 
     Attributes:
-        codes: int8 (groups, O, K).  scale: (groups, O).  bias: (groups, 1, O) float.
+        codes: int8 (groups, O, K).  scale: (groups, O), or (1, O, G) for G groups of inputs.  bias: (groups, 1, O) float.
         grid: of the layer's input; None where the input is float.
         before, after: relative squared error on the held-out rows, of the start and of this fit.
     """
@@ -175,16 +177,18 @@ class Fit:
 def round_to_nearest(
     problem: LayerProblem, scale: Tensor, grid: Grid | None, bits: int, codes: Tensor | None = None
 ) -> Fit:
-    """The layer with its weights rounded to nearest on the given scales (groups, O), or with the codes that it must have.
+    """The layer with its weights rounded to nearest on the given scales, or with the codes that it must have.
 
     The bias is the float one.
     """
     qmin, qmax = weight_limits(bits)
     scale = scale.clamp(min=SMALLEST_SCALE)
-    codes = (problem.weight / scale[..., None]).round().clamp(qmin, qmax) if codes is None else codes.float()
+    codes = (
+        (problem.weight / by_input(scale, problem.weight)).round().clamp(qmin, qmax) if codes is None else codes.float()
+    )
     x = problem.patches[:, problem.held_out]
     inputs = x if grid is None else grid.quantize(x)
-    error = problem.held_out_error(inputs, codes * scale[..., None], problem.bias)
+    error = problem.held_out_error(inputs, codes * by_input(scale, codes), problem.bias)
     return Fit(codes.to(torch.int8), scale, problem.bias, grid, error, error)
 
 
@@ -192,7 +196,7 @@ def round_to_nearest(
 def correct_bias(problem: LayerProblem, fit: Fit, rows: int = 4096) -> Fit:
     """The fit with each channel's mean error on up to `rows` fitted rows, before the activation, taken off the bias."""
     chosen = problem.fitted[:: max(1, len(problem.fitted) // rows)]
-    x, weight = problem.patches[:, chosen], fit.codes.float() * fit.scale[..., None]
+    x, weight = problem.patches[:, chosen], fit.codes.float() * by_input(fit.scale, fit.codes)
     output = (x if fit.grid is None else fit.grid.quantize(x)) @ weight.transpose(1, 2) + fit.bias
     bias = fit.bias + (problem.targets[:, chosen] - output).mean(1, keepdim=True)
     x = problem.patches[:, problem.held_out]

@@ -2,6 +2,7 @@
 
 All of it minimizes tr (Q - W) M (Q - W)^T over codes and scales, Q = diag(s) codes, for many matrices at once: tensors are
 (B, K, R), B matrices M of size K and R rows of weights each, which lie in columns so that one step of a sweep is contiguous.
+Scales are (B, 1, R), or (B, K, R) where groups of inputs have scales of their own.
 
 Source: GPTQ (Frantar et al., 2210.17323): columns in the order of the activations' power, errors carried to those that follow.
 """
@@ -56,18 +57,18 @@ def _inverse_upper(matrix: Tensor) -> Tensor:
 
 
 def initial_scale(weight: Tensor, diagonal: Tensor, bits: int) -> Tensor:
-    """Scales (B, R) of weights (B, K, R): the fraction of the widest with the least rounding error, weighted by a diagonal.
+    """Scales (B, 1, R) of weights (B, K, R): the fraction of the widest with the least rounding error, weighted by a diagonal.
 
     Args:
         diagonal: (B, K) of the metric; the whole metric gains nothing here (docs/experiments.md).
     """
     qmin, qmax = weight_limits(bits)
-    widest = torch.maximum(weight.amax(1) / qmax, weight.amin(1) / qmin).clamp(min=SMALLEST_SCALE)
+    widest = torch.maximum(weight.amax(1, True) / qmax, weight.amin(1, True) / qmin).clamp(min=SMALLEST_SCALE)
     best, scale = torch.full_like(widest, torch.inf), widest
     for fraction in FRACTIONS:
         candidate = widest * fraction
-        rounded = (weight / candidate[:, None]).round_().clamp_(qmin, qmax).mul_(candidate[:, None])
-        error = rounded.sub_(weight).square_().mul_(diagonal[:, :, None]).sum(1)
+        rounded = (weight / candidate).round_().clamp_(qmin, qmax).mul_(candidate)
+        error = rounded.sub_(weight).square_().mul_(diagonal[:, :, None]).sum(1, keepdim=True)
         scale = torch.where(error < best, candidate, scale)
         best = torch.minimum(error, best)
     return scale
@@ -77,19 +78,19 @@ def gptq(metric: Metric, weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     """Codes (B, K, R), float: rounded one after the other, each error made up for by the columns that follow.
 
     Args:
-        weight: (B, K, R).  scale: (B, R).
+        weight: (B, K, R).
     """
     qmin, qmax = weight_limits(bits)
     root = metric.inverse_root
-    left = weight.clone()
+    left, scale = weight.clone(), scale.expand_as(weight)
     codes = torch.empty_like(left)
     for start in range(0, left.shape[1], BLOCK):
         end = min(start + BLOCK, left.shape[1])
         errors = torch.empty_like(left[:, start:end])
         for k in range(start, end):
             column = left[:, k]
-            codes[:, k] = (column / scale).round_().clamp_(qmin, qmax)
-            errors[:, k - start] = error = (column - codes[:, k] * scale) / root[:, k, k, None]
+            codes[:, k] = (column / scale[:, k]).round_().clamp_(qmin, qmax)
+            errors[:, k - start] = error = (column - codes[:, k] * scale[:, k]) / root[:, k, k, None]
             left[:, k + 1 : end] -= root[:, k, k + 1 : end, None] * error[:, None]
         left[:, end:] -= root[:, start:end, end:].mT @ errors
     return codes
@@ -99,24 +100,43 @@ def descend(metric: Metric, weight: Tensor, codes: Tensor, scale: Tensor, bits: 
     """One round of coordinate descent: each code in turn where its row's error is least, the others held."""
     qmin, qmax = weight_limits(bits)
     matrix = metric.matrix
-    codes = codes.clone()
-    slope = matrix @ (codes * scale[:, None] - weight)
+    codes, scale = codes.clone(), scale.expand_as(codes)
+    slope = matrix @ (codes * scale - weight)
     for start in range(0, codes.shape[1], BLOCK):
         end = min(start + BLOCK, codes.shape[1])
         inside, before = slope[:, start:end].clone(), codes[:, start:end].clone()
         for k in range(start, end):
-            step = inside[:, k - start] / (matrix[:, k, k, None] * scale)
+            step = inside[:, k - start] / (matrix[:, k, k, None] * scale[:, k])
             code = (codes[:, k] - step).round_().clamp_(qmin, qmax)
-            change = (code - codes[:, k]) * scale
+            change = (code - codes[:, k]) * scale[:, k]
             inside += matrix[:, start:end, k, None] * change[:, None]
             codes[:, k] = code
-        slope += matrix[:, :, start:end] @ ((codes[:, start:end] - before) * scale[:, None])
+        slope += matrix[:, :, start:end] @ ((codes[:, start:end] - before) * scale[:, start:end])
     return codes
 
 
 def refitted_scale(metric: Metric, weight: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    """The scales (B, R) that fit the codes best, s = q^T M w / q^T M q; the old one where that is not positive."""
+    """The scales (B, 1, R) that fit the codes best, s = q^T M w / q^T M q; the old one where that is not positive."""
     image = metric.matrix @ codes
-    numerator, denominator = (image * weight).sum(1), (image * codes).sum(1)
+    numerator, denominator = (image * weight).sum(1, keepdim=True), (image * codes).sum(1, keepdim=True)
     fitted = numerator / denominator.clamp(min=torch.finfo(codes.dtype).tiny)
     return torch.where((denominator > 0) & (fitted > SMALLEST_SCALE), fitted, scale)
+
+
+def refitted_groups(metric: Metric, weight: Tensor, codes: Tensor, scale: Tensor, groups: list[Tensor]) -> Tensor:
+    """`refitted_scale` of each group in turn, the others held.
+
+    Args:
+        scale: (B, K, R).  groups: the inputs of each, int64.
+    """
+    scale = scale.clone()
+    slope = metric.matrix @ (codes * scale - weight)
+    for group in groups:
+        inside, columns = codes[:, group], metric.matrix[:, :, group]
+        bend = ((columns[:, group] @ inside) * inside).sum(1, keepdim=True)
+        step = -(slope[:, group] * inside).sum(1, keepdim=True) / bend.clamp(min=torch.finfo(codes.dtype).tiny)
+        before = scale[:, group[:1]]
+        change = torch.where((bend > 0) & (before + step > SMALLEST_SCALE), step, 0.0)
+        scale[:, group] += change
+        slope += columns @ (inside * change)
+    return scale

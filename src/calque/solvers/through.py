@@ -61,8 +61,7 @@ class _Weights(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor, None, None]:
         codes, inside, scale = ctx.saved_tensors
-        rest = tuple(range(1, codes.dim()))
-        return (gradients[0] * scale).mul_(inside), (gradients[0] * codes).sum(rest, keepdim=True), None, None
+        return (gradients[0] * scale).mul_(inside), (gradients[0] * codes).sum_to_size(scale.shape), None, None
 
 
 def quantize_through(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
@@ -91,7 +90,7 @@ def learn_through(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax:
 
 
 def weights_through(levels: Tensor, scale: Tensor, limits: tuple[int, int]) -> Tensor:
-    """Weights on their grid, with gradients for their real levels and for the scale that broadcasts along axis 0.
+    """Weights on their grid, with gradients for their real levels and for the scale that broadcasts against them.
 
     >>> levels = torch.tensor([[0.6, 9.0]], requires_grad=True)
     >>> w = weights_through(levels, torch.tensor([[0.5]]), (-8, 7))
