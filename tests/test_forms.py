@@ -176,21 +176,21 @@ def test_constants_below_a_layers_name_stay(tmp_path: Path) -> None:
     assert torch.equal(calque.load(tmp_path / "q.safetensors", seeded(Net))(ids), q(ids))
 
 
-def test_a_file_with_one_layer_called_twice_loads_with_exact_products(tmp_path: Path) -> None:
-    class Twice(nn.Module):
+def test_a_file_with_one_layer_called_again_loads_with_exact_products(tmp_path: Path) -> None:
+    class Thrice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.layer = nn.Linear(8, 8)
 
         def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = self.layer(F.gelu(self.layer(x)))
+            y: Tensor = self.layer(F.gelu(self.layer(F.gelu(self.layer(x)))))
             return y
 
     x = noise(32, 3, 8)
-    q = calque.quantize(seeded(Twice), x, bits="w8a8", recipe="nearest", placement="inputs")
+    q = calque.quantize(seeded(Thrice), x, bits="w8a8", recipe="nearest", placement="inputs")
     path = calque.export_onnx(q, tmp_path / "q.onnx")
 
-    assert list(q.layers) == ["layer", "layer#2"]
+    assert list(q.layers) == ["layer", "layer#2", "layer#3"]
     assert calque.verify(path, q, x).agreement > 0.9
 
 

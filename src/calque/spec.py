@@ -37,7 +37,7 @@ class Bits:
         SpecError: bits outside [2, 8]; a group that is none of GROUPS, or whose activations are not float.
 
     >>> Bits.parse("w4a8")
-    Bits(weight=4, activation=8)
+    Bits(weight=4, activation=8, group=None)
     >>> str(Bits(4, None)), str(Bits(4, None, 32)), str(Bits(None, 8)), str(Bits(None, None))
     ('w4', 'w4g32', 'a8', 'float')
     """

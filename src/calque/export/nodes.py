@@ -33,6 +33,7 @@ class Expander:
         self.ranks = ranks
         self.initializers: dict[str, TensorProto] = {}
         self._by_content: dict[bytes, str] = {}
+        self._copies: dict[str, str] = {}  # owner of codes -> the last copy of them
         self._calls: dict[str, int] = {}
         self._grids: dict[str, Quantizer] = {}  # value name -> the grid it is on
 
@@ -167,12 +168,15 @@ class Expander:
         output = f"{name}/int8"
         if bits == 8:
             codes = self._stored(values, bits, name)
-            if self._owner(values, bits, name) == name:
-                return codes
-            # ONNX Runtime converts a layer's codes to uint8 under one name, and fails where two layers read the same ones
-            shape = self._constant(f"shape/{values.shape}", np.array(values.shape))
-            yield helper.make_node("Reshape", [codes, shape], [output], f"{name}/shared")
-            return output
+            owner = self._owner(values, bits, name)
+            if owner != name:
+                # ONNX Runtime converts a layer's codes to uint8 under one name, and fails where two layers read the same ones;
+                # each copy is one of the copy before, because it merges nodes with the same operands
+                shape = self._constant(f"shape/{values.shape}", np.array(values.shape))
+                source = self._copies.get(owner, codes)
+                yield helper.make_node("Reshape", [source, shape], [output], f"{name}/shared")
+                codes = self._copies[owner] = output
+            return codes
         if bits == 4:
             codes = self._stored(values, bits, name)
             yield helper.make_node("Cast", [codes], [output], f"{name}/unpack", to=TensorProto.INT8)
