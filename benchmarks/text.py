@@ -6,6 +6,7 @@ is written from them.
 """
 
 import argparse
+import io
 import platform
 import tempfile
 import time
@@ -131,8 +132,12 @@ def measured(plan: str, method: str, seed: int) -> Row:
     if method in PEERS:
         started = time.process_time()
         with tempfile.TemporaryDirectory() as folder:
-            proto = PEERS[method](original, calibration(seed), Path(folder))
+            proto = PEERS[method](task().model, original, calibration(seed), Path(folder))
         row["seconds"] = time.process_time() - started
+        if isinstance(proto, nn.Module):
+            simulated = embed(through(proto), task().test)
+            torch.save(proto.state_dict(), stored := io.BytesIO())
+            return row | {"bytes": stored.tell(), "score": task().score_outputs(simulated), "sqnr": decibels(simulated)}
     else:
         assert model.report is not None
         row |= {"packed": model.report.size, "notes": list(model.report.notes)}

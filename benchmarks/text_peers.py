@@ -1,20 +1,22 @@
-"""Other tools on the exported float32 encoder, each at 8 bits and its own recommended settings: a file for ONNX Runtime.
+"""Other tools on the float32 encoder, each at 8 bits and its own recommended settings.
 
-ONNX Runtime's own quantization, dynamic and static. Each function gets the float32 file, calibration batches and a folder.
+ONNX Runtime's own quantization, dynamic and static, and NNCF's, on the exported file; torchao's on the module. Each function gets
+both, calibration batches and a folder, and returns a file for ONNX Runtime or, where the tool has none, a module.
 """
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import onnx
-from torch import Tensor
+from torch import Tensor, nn
 
 Inputs = dict[str, Tensor]
-Peer = Callable[[onnx.ModelProto, list[Inputs], Path], onnx.ModelProto]
+Peer = Callable[[nn.Module, onnx.ModelProto, list[Inputs], Path], onnx.ModelProto | nn.Module]
 
 
-def dynamic_int8(model: onnx.ModelProto, calibration: list[Inputs], folder: Path) -> onnx.ModelProto:
+def dynamic_int8(module: nn.Module, model: onnx.ModelProto, calibration: list[Inputs], folder: Path) -> onnx.ModelProto:
     """int8 weights per channel; activations are put on grids of their own at run time."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -22,7 +24,7 @@ def dynamic_int8(model: onnx.ModelProto, calibration: list[Inputs], folder: Path
     return onnx.load(folder / "q.onnx")
 
 
-def static_int8(model: onnx.ModelProto, calibration: list[Inputs], folder: Path) -> onnx.ModelProto:
+def static_int8(module: nn.Module, model: onnx.ModelProto, calibration: list[Inputs], folder: Path) -> onnx.ModelProto:
     """int8 weights per channel, uint8 activations from least and largest values, QDQ."""
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
@@ -43,7 +45,7 @@ def static_int8(model: onnx.ModelProto, calibration: list[Inputs], folder: Path)
     return onnx.load(folder / "q.onnx")
 
 
-def nncf_int8(model: onnx.ModelProto, calibration: list[Inputs], folder: Path) -> onnx.ModelProto:
+def nncf_int8(module: nn.Module, model: onnx.ModelProto, calibration: list[Inputs], folder: Path) -> onnx.ModelProto:
     """NNCF's post-training quantization for transformers, with its fast bias correction and SmoothQuant."""
     import nncf
 
@@ -52,6 +54,20 @@ def nncf_int8(model: onnx.ModelProto, calibration: list[Inputs], folder: Path) -
     result: onnx.ModelProto = nncf.quantize(
         model, data, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(calibration)
     )
+    for node in result.graph.node:  # an attribute of opset 21, which NNCF writes into files of older ones as well
+        if node.op_type == "QuantizeLinear":
+            kept = [attribute for attribute in node.attribute if attribute.name != "output_dtype"]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+    return result
+
+
+def torchao_int8(module: nn.Module, model: onnx.ModelProto, calibration: list[Inputs], folder: Path) -> nn.Module:
+    """torchao: int8 weights per channel; activations are put on a grid per row at run time. It needs no calibration."""
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    result = copy.deepcopy(module)
+    quantize_(result, Int8DynamicActivationInt8WeightConfig())
     return result
 
 
@@ -61,4 +77,9 @@ def _written(model: onnx.ModelProto, folder: Path) -> Path:
     return path
 
 
-PEERS: dict[str, Peer] = {"ort-dynamic": dynamic_int8, "ort-static": static_int8, "nncf": nncf_int8}
+PEERS: dict[str, Peer] = {
+    "ort-dynamic": dynamic_int8,
+    "ort-static": static_int8,
+    "nncf": nncf_int8,
+    "torchao": torchao_int8,
+}
