@@ -110,6 +110,19 @@ def test_positions_are_sampled_not_all_taken() -> None:
     )
 
     assert problem.patches.shape == (1, 3 * POSITIONS, 9)
+    assert len({tuple(row) for row in problem.patches[0].tolist()}) == 3 * POSITIONS  # none twice
+
+
+def test_of_masked_tokens_each_real_one_is_taken_once() -> None:
+    x, weight = torch.arange(30.0).reshape(5, 6, 1), torch.ones(1, 1)
+    mask = torch.arange(6) < torch.tensor([2, 6, 1, 5, 3])[:, None]
+
+    problem = layer_problem(
+        Geometry("linear"), weight, torch.zeros(1), same, [(x, x)], inputs=5, generator=generator(), masks=[mask]
+    )
+
+    assert problem.patches.flatten().sort().values.tolist() == x[mask].flatten().tolist()
+    assert problem.patches[0, problem.held_out].flatten().sort().values.tolist() == [24, 25, 26]  # the last input's
 
 
 def test_the_error_is_relative_to_the_variance_of_the_targets() -> None:

@@ -210,10 +210,10 @@ def test_channel_scales_take_the_outliers_out(trained: Encoder) -> None:
     plain = replace(FAST, migration=0.0)
 
     with_scales, without = (
-        decibels(trained, quantized(trained, bits="w4a8", recipe=recipe)) for recipe in ("fast", plain)
+        decibels(trained, quantized(trained, bits="w8a8", recipe=recipe)) for recipe in ("fast", plain)
     )
 
-    assert with_scales > without + 1
+    assert with_scales > without + 5  # at 8 bits the outliers are most of the error; at 4 the weights are
 
 
 def test_best_scale_leaves_even_channels_alone() -> None:

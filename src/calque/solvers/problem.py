@@ -66,15 +66,20 @@ class LayerProblem:
         return (error / power.clamp(min=1e-30)).item()
 
 
-def sample_positions(count: int, available: int, width: int, inputs: int, generator: torch.Generator) -> Tensor:
-    """Random output positions (count, P) for `count` inputs, P the same for all: at most POSITIONS, fewer for wide layers.
+def sample_positions(
+    count: int, available: int, sampled: int, generator: torch.Generator, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Random output positions of `count` inputs, int64 (count, sampled), none twice, and which of them count, bool.
 
     Args:
         available: output positions of one input.
-        width: values per row: groups * K of the patch, and the outputs.
-        inputs: size of the calibration set, over which LARGEST is shared.
+        mask: bool (count, available), the positions that may be sampled; an input with fewer than `sampled` has all of them.
     """
-    return torch.randint(available, (count, per_input(available, width, inputs)), generator=generator)
+    order = torch.rand(count, available, generator=generator)
+    if mask is not None:
+        order = order.masked_fill(~mask.cpu(), -1.0)
+    found = order.topk(sampled, dim=1)
+    return found.indices, found.values >= 0
 
 
 def per_input(available: int, width: int, inputs: int) -> int:
@@ -115,20 +120,22 @@ def layer_problem(
         if geometry.kind == "linear" and size is not None and x.shape[0] > size and x.shape[0] % size == 0:
             x, output = x.reshape(size, -1, x.shape[-1]), output.reshape(size, -1, output.shape[-1])
         available = geometry.positions(output)
-        positions = sample_positions(x.shape[0], available, width, inputs, generator)
-        if mask is not None and mask.shape == (x.shape[0], available) and mask.any(1).all():
-            positions = torch.multinomial(mask.cpu().float(), positions.shape[1], replacement=True, generator=generator)
-        positions = positions.to(x.device)
+        usable = mask is not None and mask.shape == (x.shape[0], available) and mask.any(1).all()
+        sampled = per_input(available, width, inputs)
+        drawn, counts = sample_positions(x.shape[0], available, sampled, generator, mask if usable else None)
+        positions, real = drawn.to(x.device), counts.flatten().nonzero()[:, 0].to(x.device)
         rows = geometry.channels_last(output)  # (N, positions, C_out)
         chosen = rows.gather(1, positions[:, :, None].expand(-1, -1, rows.shape[-1]))
-        part = slice(filled, filled + positions.numel())
+        part = slice(filled, filled + len(real))
         if part.stop > patches.shape[1]:  # rows that are no inputs
             patches, targets = (
                 torch.cat([each, each.new_empty(groups, part.stop, each.shape[2])], 1) for each in (patches, targets)
             )
-        patches[:, part] = geometry.patches(x, weight, positions)
-        targets[:, part] = chosen.reshape(-1, groups, outputs).transpose(0, 1)
-        owners.append(torch.arange(start, start + x.shape[0]).repeat_interleave(positions.shape[1]))
+        found = geometry.patches(x, weight, positions), chosen.reshape(-1, groups, outputs).transpose(0, 1)
+        patches[:, part], targets[:, part] = (
+            each if len(real) == positions.numel() else each[:, real] for each in found
+        )
+        owners.append(torch.arange(start, start + x.shape[0]).repeat_interleave(counts.sum(1)))
         start, filled = start + x.shape[0], part.stop
     owner = torch.cat(owners).to(weight.device)
     last = owner >= start - max(1, start // HELD_OUT) if start > 1 else torch.zeros_like(owner, dtype=torch.bool)
