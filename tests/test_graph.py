@@ -303,7 +303,7 @@ def read_twice(net: Net, x: Tensor) -> object:
     [
         (preactivation, "does not follow a weighted layer"),
         (behind_activation, "does not follow a weighted layer"),
-        (read_twice, "layer conv is read by other operators too"),
+        (read_twice, "follows a layer that other operators read too"),
     ],
 )
 def test_a_batch_norm_that_cannot_be_folded_stays_float_and_is_listed(
@@ -315,6 +315,15 @@ def test_a_batch_norm_that_cannot_be_folded_stays_float_and_is_listed(
     assert len(network.left_float) == 1
     assert "batch norm norm stays float" in network.left_float[0]
     assert reason in network.left_float[0]
+
+
+def test_batch_norms_that_stay_float_for_one_reason_are_one_sentence() -> None:
+    norms = nn.Sequential(*(nn.BatchNorm2d(4) for _ in range(5)))
+    network = captured(Net(lambda net, x: net.norms(F.relu(net.conv(x))), conv=nn.Conv2d(4, 4, 1), norms=norms))
+
+    assert network.left_float == (
+        "5 batch norms stay float: norms.0, norms.1, norms.2, ...: each does not follow a weighted layer.",
+    )
 
 
 def test_a_batch_norm_that_normalizes_with_the_batch_stays_float() -> None:

@@ -6,6 +6,7 @@ from torch import Tensor, fx
 from calque.graph.layers import TrainedNorm, WeightedLayer
 from calque.graph.network import value_of
 from calque.graph.rewrite import constant_value, drop_unread_buffers
+from calque.graph.uncovered import SHOWN
 
 aten = torch.ops.aten
 
@@ -13,12 +14,12 @@ aten = torch.ops.aten
 def fold_batch_norms(module: fx.GraphModule) -> tuple[list[str], dict[str, TrainedNorm]]:
     """Folds, in place, each batch norm that alone reads a weighted layer.
 
-    Returns a sentence for each that stays float, and by layer name the statistics of those that were folded.
+    Returns a sentence for each reason for which some stay float, and by layer name the statistics of those that were folded.
 
     With y = gamma (x - mean) / sqrt(var + eps) + beta behind W x + b:
     W' = W gamma / sqrt(var + eps),  b' = (b - mean) gamma / sqrt(var + eps) + beta.
     """
-    kept: list[str] = []
+    kept: dict[str, list[str]] = {}
     trained: dict[str, TrainedNorm] = {}
     for node in list(module.graph.nodes):
         if node.target is not aten.batch_norm.default:
@@ -26,7 +27,7 @@ def fold_batch_norms(module: fx.GraphModule) -> tuple[list[str], dict[str, Train
         producer = node.args[0]
         reason = _obstacle(module, node, producer)
         if reason:
-            kept.append(f"batch norm {_name(node)} stays float: {reason}")
+            kept.setdefault(reason, []).append(_name(node))
             continue
         layer = module.get_submodule(str(producer.target))
         assert isinstance(layer, WeightedLayer)
@@ -39,7 +40,14 @@ def fold_batch_norms(module: fx.GraphModule) -> tuple[list[str], dict[str, Train
     module.delete_all_unused_submodules()
     drop_unread_buffers(module)
     module.recompile()
-    return kept, trained
+    return [_sentence(names, reason) for reason, names in kept.items()], trained
+
+
+def _sentence(names: list[str], reason: str) -> str:
+    if len(names) == 1:
+        return f"batch norm {names[0]} stays float: it {reason}."
+    more = ", ..." if len(names) > SHOWN else ""
+    return f"{len(names)} batch norms stay float: {', '.join(names[:SHOWN])}{more}: each {reason}."
 
 
 def _trained(module: fx.GraphModule, node: fx.Node, like: Tensor) -> TrainedNorm:
@@ -73,19 +81,19 @@ def batch_norm_affine(module: fx.GraphModule, node: fx.Node) -> tuple[Tensor, Te
 
 def _obstacle(module: fx.GraphModule, node: fx.Node, producer: object) -> str | None:
     if not isinstance(producer, fx.Node) or producer.op != "call_module":
-        return "it does not follow a weighted layer."
+        return "does not follow a weighted layer"
     layer = module.get_submodule(str(producer.target))
     if not isinstance(layer, WeightedLayer):
-        return "it does not follow a weighted layer."
+        return "does not follow a weighted layer"
     if len(producer.users) > 1:
-        return f"layer {producer.target} is read by other operators too."
+        return "follows a layer that other operators read too"
     if node.args[3] is None or node.args[5]:
-        return "it normalizes with the statistics of the batch."
+        return "normalizes with the statistics of the batch"
     output = value_of(producer)
     if output is None or output.dim() != (4 if layer.geometry.kind == "convolution" else 2):
-        return f"its channels are not the output channels of layer {producer.target}."
+        return "has other channels than the layer that it follows"
     if any(constant_value(module, argument) is None for argument in node.args[1:5] if argument is not None):
-        return "its parameters depend on the input."
+        return "has parameters that depend on the input"
     return None
 
 

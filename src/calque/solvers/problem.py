@@ -201,11 +201,15 @@ def round_to_nearest(
 
 @torch.no_grad()
 def correct_bias(problem: LayerProblem, fit: Fit, rows: int = 4096) -> Fit:
-    """The fit with each channel's mean error on up to `rows` fitted rows, before the activation, taken off the bias."""
+    """The fit with the mean that its rounding adds to each channel, on up to `rows` fitted rows, taken off the bias.
+
+    Against the float layer on the same inputs, not against the float network: means that the prefix has lost are no matter
+    of a constant, and behind layer norms each one put back moves the others (docs/experiments.md).
+    """
     chosen = problem.fitted[:: max(1, len(problem.fitted) // rows)]
     x, weight = problem.patches[:, chosen], fit.codes.float() * by_input(fit.scale, fit.codes)
-    output = (x if fit.grid is None else fit.grid.quantize(x)) @ weight.transpose(1, 2) + fit.bias
-    bias = fit.bias + (problem.targets[:, chosen] - output).mean(1, keepdim=True)
+    inputs = x if fit.grid is None else fit.grid.quantize(x)
+    bias = problem.bias + (x @ problem.weight.mT - inputs @ weight.mT).mean(1, keepdim=True)
     x = problem.patches[:, problem.held_out]
     held_out = x if fit.grid is None else fit.grid.quantize(x)
     return replace(fit, bias=bias, after=problem.held_out_error(held_out, weight, bias))
