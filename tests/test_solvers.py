@@ -135,6 +135,12 @@ def test_the_error_is_relative_to_the_variance_of_the_targets() -> None:
     assert at_the_mean == pytest.approx(1, abs=0.1)  # the means of all rows, not of the fitted alone
 
 
+def test_the_error_of_rows_that_are_all_clipped_is_finite_and_bounded(problem: LayerProblem) -> None:
+    silent = replace(problem, targets=-problem.targets.abs() - 1, activation=torch.relu)
+
+    assert silent.error(problem.patches, problem.weight, problem.bias, problem.fitted) < 1e5
+
+
 def test_the_covariance_is_that_of_the_fitted_rows() -> None:
     problem = made("groups")
 

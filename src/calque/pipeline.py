@@ -63,7 +63,7 @@ def quantize(
     Source: Hubara et al. 2021 (ICML); see the recipe for deviations.
 
     Args:
-        model: a float32 network with Conv2d and Linear layers.
+        model: a float32 network; the README's Limits list the layers that are quantized.
         calibration: unlabelled inputs: a tensor (N, ...), a list or DataLoader of batches; a batch is a tensor, a tuple of
             positional arguments (cut to the parameters that forward requires) or a dict of keyword arguments.
         bits: "w<bits>a<bits>" with 2 to 8 bits, or "w<bits>" for weights alone. Several of them are the candidates that a

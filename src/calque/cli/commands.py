@@ -121,7 +121,9 @@ def quantize_command(
     calibration: Annotated[Path, typer.Option(help="unlabelled inputs: .npy, .npz, .safetensors or .pt")],
     output: Annotated[Path, typer.Option("-o", "--output", help="folder of the run")],
     weights: Annotated[Path | None, typer.Option(help="state dict: .safetensors or .pt")] = None,
-    bits: Annotated[str | None, typer.Option(help="w<bits>a<bits> or w<bits>; a comma list under a budget")] = None,
+    bits: Annotated[
+        str | None, typer.Option(help="w8a8 (default), w4, w4g32, ...; a comma list under a budget")
+    ] = None,
     plan: Annotated[Path | None, typer.Option(help="TOML file with the bits of every layer")] = None,
     size: Annotated[str | None, typer.Option(help="budget: a fraction of the float32 model, or 300kB")] = None,
     bops: Annotated[str | None, typer.Option(help="budget of bit-operations: a fraction, or 3.5G")] = None,

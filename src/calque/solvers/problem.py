@@ -10,6 +10,7 @@ from torch import Tensor
 from calque.arithmetic import SMALLEST_SCALE, by_input, fake_quantize, weight_limits
 from calque.graph import Geometry
 
+SILENT = 1e-4  # of the power: less variance behind an activation is none
 POSITIONS = 32  # sampled output positions per input: 32 to 64 are enough (docs/method.md)
 HELD_OUT = 5  # one row in so many, by input, judges the iterates
 SEARCHED = 2**21  # values of the patches that judge an activation range: wide depthwise layers need few rows
@@ -46,7 +47,8 @@ class LayerProblem:
         return bool((once != self.targets).any()) and torch.equal(self.activation(once), once)
 
     def error(self, inputs: Tensor, weight: Tensor, bias: Tensor, rows: Tensor) -> float:
-        """Squared error after the activation, over that of the targets about their channel means.
+        """Squared error after the activation, over that of the targets about their channel means or `SILENT` of their power
+        before the activation, whichever is more: rows on which all channels are clipped have no variance.
 
         Args:
             inputs: like `patches`, on the activation grid.
@@ -63,7 +65,8 @@ class LayerProblem:
         output = self.activation(inputs @ weight.transpose(1, 2) + bias)
         power = (target - target.mean(1, keepdim=True)).square().mean(dtype=torch.float64)
         error = (output - target).square().mean(dtype=torch.float64)
-        return (error / power.clamp(min=1e-30)).item()
+        least = (SILENT * targets.square().mean(dtype=torch.float64)).clamp(min=1e-30)
+        return (error / torch.maximum(power, least)).item()
 
 
 def sample_positions(
