@@ -59,6 +59,8 @@ def nncf_int8(module: nn.Module, model: onnx.ModelProto, calibration: list[Input
             kept = [attribute for attribute in node.attribute if attribute.name != "output_dtype"]
             del node.attribute[:]
             node.attribute.extend(kept)
+    # at opset 21 ONNX Runtime's optimizer fails on it ("output_dtype INT8 does not match y_zero_point type UINT8")
+    result.opset_import[0].version = min(result.opset_import[0].version, 20)
     return result
 
 
