@@ -44,7 +44,7 @@ def capture(model: nn.Module, example: Batch, dynamic: DynamicAxes | None = None
         dynamic: axes besides the batch that may change, e.g. {"x": {2: Dim.AUTO, 3: Dim.AUTO}}.
 
     Raises:
-        CaptureError: control flow on data, an operator that cannot be traced, an in-place write into a view, a batch
+        CaptureError: control flow on data, an operator that cannot be traced, a write into an input or a buffer, a batch
             axis that the network fixes, or a trace that computes something else than the model.
     """
     model = private_copy(model)
@@ -52,11 +52,10 @@ def capture(model: nn.Module, example: Batch, dynamic: DynamicAxes | None = None
     signature = Signature.of(model)
     count = rows(example)
     batch = distinct(select(example, torch.arange(max(count, 2)).clamp(max=count - 1)[:2]))
-    module = trace(model, batch, dynamic)
+    module, graph = _traced(model, batch, dynamic)
     in_spec, out_spec = module._in_spec, module._out_spec  # tree specs of (args, kwargs) and of the result
     assert out_spec is not None
     read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr" and node.users}
-    graph = functionalize(module.graph)
     unify_layers(module, graph)
     decompose_attention(graph)
     flat = _flatten_calls(module, graph)
@@ -82,6 +81,16 @@ def capture(model: nn.Module, example: Batch, dynamic: DynamicAxes | None = None
         picked = select(example, torch.arange(size) % count)
         _compare(model, network, picked)
     return network
+
+
+def _traced(model: nn.Module, batch: Batch, dynamic: DynamicAxes | None) -> tuple[fx.GraphModule, fx.Graph]:
+    """The model's operators, none of which writes into its arguments, and their graph."""
+    module = trace(model, batch, dynamic)
+    try:
+        return module, functionalize(module.graph)
+    except CaptureError:  # a write into a view: torch.export follows the aliases, but takes more operators apart
+        module = trace(model, batch, dynamic, functional=True)
+        return module, functionalize(module.graph)
 
 
 def _flatten_calls(module: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:

@@ -16,7 +16,7 @@ aten = torch.ops.aten
 # Operators after which every value is a value of the first argument, or zero: a grid survives them.
 MOVEMENTS = frozenset(
     {
-        aten.flatten.using_ints, aten.view.default, aten.reshape.default, aten.permute.default,
+        aten.flatten.using_ints, aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.permute.default,
         aten.transpose.int, aten.slice.Tensor, aten.select.int, aten.squeeze.default, aten.squeeze.dim,
         aten.squeeze.dims, aten.unsqueeze.default, aten.contiguous.default, aten.dropout.default,
         aten.feature_dropout.default, aten.alias.default, aten.detach.default, aten.clone.default,

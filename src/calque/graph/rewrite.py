@@ -43,7 +43,7 @@ def functionalize(graph: fx.Graph) -> fx.Graph:
     """The graph with every in-place operator replaced, in place, by the functional one that it names.
 
     Raises:
-        CaptureError: a write into a view, an input or a buffer, whose aliases a graph of values cannot follow.
+        CaptureError: a write into a view, an input or a buffer that is read behind it: a graph of values cannot follow aliases.
     """
     for node in list(graph.nodes):
         if node.op != "call_function" or not _writes(node):

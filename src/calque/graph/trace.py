@@ -45,8 +45,11 @@ def distinct(batch: Batch) -> Batch:
     }
 
 
-def trace(model: nn.Module, batch: Batch, dynamic: DynamicAxes | None) -> fx.GraphModule:
+def trace(model: nn.Module, batch: Batch, dynamic: DynamicAxes | None, *, functional: bool = False) -> fx.GraphModule:
     """The model as a graph of operators, its parameters under their own names; the batch axis and `dynamic` stay free.
+
+    Args:
+        functional: without operators that write into their arguments, views included; a few more are taken apart then.
 
     Raises:
         CaptureError: what cannot be traced, with the line; names in `dynamic` that are no inputs.
@@ -69,6 +72,8 @@ def trace(model: nn.Module, batch: Batch, dynamic: DynamicAxes | None) -> fx.Gra
     try:
         with silent_tracing(), torch.no_grad():
             program = torch.export.export(model, (), dict(batch), dynamic_shapes=shapes, strict=False)
+            if functional:
+                program = program.run_decompositions({})
             module = program.module(check_guards=False)
             assert isinstance(module, fx.GraphModule)
             return module
