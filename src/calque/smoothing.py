@@ -43,22 +43,22 @@ Group = tuple[str, ...]  # layers that read one tensor
 def smooth(job: Job, choices: Mapping[str, Sequence[Bits]]) -> Network:
     """The job's network with channel scales wherever they help the linear layers whose inputs will be quantized.
 
-    The network's module is changed in place. One float pass.
+    The network's module is changed in place. One float pass up to the last such layer; none where there is none.
 
     Args:
         choices: the bits that each layer has, or may have; the middle one judges.
     """
     network = job.network
     groups = linear_groups(network, choices, job.placement)
+    if not groups:
+        return network
     added: list[Group] = []
     with job.store() as store:
         execution = Execution(network.module, job.batches, store)
         found: dict[Group, Tensor] = {}
         for node in network.nodes():
-            if node.op == "output":
-                break
             execution.step(node)
-            names = groups.get(node)
+            names = groups.pop(node, None)
             if names is not None:
                 values = real_tokens(execution.values(node), job.masks)
                 rows = _rows(values, len(job.batches), job.generator(f"scales {names[0]}"))
@@ -66,6 +66,8 @@ def smooth(job: Job, choices: Mapping[str, Sequence[Bits]]) -> Network:
                 if scale is not None:
                     found[names] = scale
             execution.release(node)
+            if not groups:
+                break
     for names, scale in found.items():
         if not (_into_norm(network, names, scale) or _into_value(network, job, names, scale)):
             _multiply(network, names, scale, len(added))
