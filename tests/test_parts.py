@@ -119,3 +119,26 @@ def test_what_needs_the_whole_network_says_so(model: nn.Module, tmp_path: Path) 
 def test_network_of_which_nothing_can_be_captured_ends_in_the_first_reason() -> None:
     with pytest.raises(CaptureError, match="cannot be captured"):
         calque.quantize(Odd(), torch.randn(8, 4), recipe="nearest")
+
+
+class Either(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.plus, self.minus = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.past = nn.GRU(4, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.plus(x) if x.sum() > 0 else self.minus(x)
+        packed = nn.utils.rnn.pack_padded_sequence(y[:, None], torch.ones(len(y)), batch_first=True)
+        result: Tensor = self.past(packed)[1][0]
+        return result
+
+
+def test_a_module_that_later_batches_reach_is_quantized_and_a_recurrent_one_listed() -> None:
+    x = torch.rand(32, 4)
+
+    q = calque.quantize(networks.seeded(Either()), [x, -x], bits="w8a8", recipe="nearest", placement="inputs")
+
+    assert isinstance(q, calque.PartlyQuantized)
+    assert list(q.parts) == ["plus", "minus"]
+    assert "module past (GRU) stays float" in str(q.report)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from calque.errors import CalibrationError, CalibrationWarning
-from calque.graph.signature import Batch, Signature, flatten, rows, split, values
+from calque.graph.signature import MASK, Batch, Signature, flatten, rows, split, values
 from calque.store import Store
 
 ROWS = 50  # rows that are executed at a time, at most
@@ -76,7 +76,7 @@ def _check(batches: list[Batch]) -> None:
                     f"calibration inputs must have the same rank and dtype. Batch {position}: {leaf.dtype} "
                     f"{tuple(leaf.shape)}; batch 0: {first.dtype} {tuple(first.shape)}."
                 )
-            if leaf.is_floating_point():
+            if leaf.is_floating_point() and leaf is not batch.get(MASK):  # a mask may be -inf
                 if not torch.isfinite(leaf).all():
                     raise CalibrationError(
                         f"calibration inputs must be finite. Batch {position} has NaN or infinite values; remove these rows."
@@ -87,8 +87,16 @@ def _check(batches: list[Batch]) -> None:
                         f"{leaf.abs().max().item():.0e}; scale the inputs as they were in training."
                     )
                 constant[index] &= bool((leaf == first.reshape(-1)[0]).all())
+    for position, mask in enumerate(token_masks(batches)):
+        if mask is not None and not mask.any():
+            raise CalibrationError(
+                f"attention_mask calls every token of calibration batch {position} padding. 1 (True) is a real token and 0 "
+                "padding, or 0 and negative numbers where the mask is added to scores; a mask of another kind needs another name."
+            )
     if any(
-        c for c, leaf in zip(constant, leaves, strict=True) if isinstance(leaf, Tensor) and leaf.is_floating_point()
+        c
+        for c, leaf in zip(constant, leaves, strict=True)
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf is not batches[0].get(MASK)
     ):
         warnings.warn(
             "a calibration input has the same value everywhere: ranges cannot be estimated from it. Pass real inputs.",
@@ -97,13 +105,15 @@ def _check(batches: list[Batch]) -> None:
         )
 
 
-MASK = "attention_mask"  # the argument by which encoders tell tokens from padding
-
-
 def token_masks(batches: Iterable[Batch]) -> list[Tensor | None]:
-    """Which tokens of each batch are real, bool (N, T): the argument `attention_mask`; None where a batch has none."""
-    masks = (batch.get(MASK) for batch in batches)
-    return [mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None for mask in masks]
+    """Which tokens of each batch are real, bool (N, T): the argument `attention_mask`; None where a batch has none.
+
+    Padding is 0 (False), or negative where some value is: such masks are added to scores.
+    """
+    found = [batch.get(MASK) for batch in batches]
+    masks = [mask if isinstance(mask, Tensor) and mask.dim() == 2 else None for mask in found]
+    added = any(mask is not None and mask.dtype is not torch.bool and bool((mask < 0).any()) for mask in masks)
+    return [None if mask is None else mask >= 0 if added else mask != 0 for mask in masks]
 
 
 def real_tokens(values: Iterable[Tensor], masks: Iterable[Tensor | None]) -> Iterator[Tensor]:

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from calque.graph import Network
 from calque.graph.network import clamp_bounds, is_movement, result_of
 from calque.graph.products import operands_of
-from calque.graph.signature import Signature, flatten
+from calque.graph.signature import Batch, Signature, flatten
 from calque.integer import IntegerModel
 from calque.placement import Edge
 from calque.prices import Prices
@@ -61,16 +61,34 @@ class QuantizedModel(nn.Module):
         self.eval()
 
     def forward(self, *args: object, **kwargs: object) -> Any:
-        leaves, spec = flatten(self.signature.bind(args, kwargs))
+        batch = self.signature.bind(args, kwargs)
+        leaves, spec = flatten(batch)
         expected = self.in_spec.child(1)
         if spec != expected:
             raise TypeError(f"the network was captured with inputs of the form {expected}. Got {spec}.")
+        self._check_sizes(batch)
         for leaf, constant in zip(leaves, self.facts["constants"], strict=True):
             if not isinstance(leaf, Tensor) and leaf != constant:
                 raise TypeError(
                     f"the network was captured with the argument {constant!r}. Got {leaf!r}; capture it anew."
                 )
         return pytree.tree_unflatten(self.graph_module(*leaves), self.out_spec)
+
+    def _check_sizes(self, batch: Batch) -> None:
+        """Raises ValueError where an axis has another size than at capture, and is neither the batch's nor free."""
+        example, free = self.facts.get("example", {}), self.facts.get("dynamic", {})
+        for name, value in batch.items():
+            known, axes = example.get(name), free.get(name, {})
+            if not isinstance(value, Tensor) or not isinstance(known, Tensor) or not isinstance(axes, Mapping):
+                continue
+            if value.dim() != known.dim():
+                raise ValueError(f"{name} was captured with {known.dim()} axes. Got {value.dim()}.")
+            for axis in range(1, value.dim()):
+                if axis not in axes and value.shape[axis] != known.shape[axis]:
+                    raise ValueError(
+                        f"axis {axis} of {name} was captured as {known.shape[axis]}. Got {value.shape[axis]}. Calibrate with "
+                        f'several sizes, or quantize with dynamic={{"{name}": {{{axis}: Dim.AUTO}}}}.'
+                    )
 
     @property
     def in_spec(self) -> pytree.TreeSpec:

@@ -127,7 +127,10 @@ def _capturable(model: nn.Module, path: str, calibration: list[Batch], skipped: 
         where = f"{path}.{name}" if path else name
         if not any(True for _ in child.parameters()):
             continue
-        inputs = _inputs_of(model, where, calibration[:1])
+        if isinstance(child, nn.RNNBase):
+            skipped.append(f"module {where} ({type(child).__name__}) stays float.")
+            continue
+        inputs = _inputs_of(model, where, calibration[:1]) or _inputs_of(model, where, calibration)
         network, leaf = None, not any(True for _ in child.children())
         if not inputs and leaf:
             skipped.append(f"module {where} is never called on these inputs; it stays float.")

@@ -18,6 +18,7 @@ from calque.graph.network import (
     result_of,
     value_of,
 )
+from calque.graph.signature import MASK
 from calque.spec import Bits, Placement
 
 SHARED_TENSOR_BITS = 8
@@ -185,7 +186,7 @@ def _operands(node: fx.Node) -> Iterator[fx.Node]:
     if node.target in ADDITIONS:
         both = [argument for argument in node.args if isinstance(argument, fx.Node)]
         floating = all((v := value_of(operand)) is not None and v.is_floating_point() for operand in both)
-        if len(both) == 2 and floating and not node.kwargs and all(_depends_on_input(operand) for operand in both):
+        if len(both) == 2 and floating and not node.kwargs and all(_carries_data(operand) for operand in both):
             yield from both
     elif node.target in CONCATENATIONS:
         tensors = node.args[0]
@@ -201,6 +202,22 @@ def _depends_on_input(node: fx.Node) -> bool:
     while pending:
         current = pending.pop()
         if current.op == "placeholder":
+            return True
+        if current not in seen:
+            seen.add(current)
+            pending.extend(current.all_input_nodes)
+    return False
+
+
+def _carries_data(node: fx.Node) -> bool:
+    """Whether values of a layer or of a float input flow into the node: masks, made of the others, are on no grid."""
+    pending, seen = [node], set()
+    while pending:
+        current = pending.pop()
+        if current.op == "call_module":
+            return True
+        value = value_of(current) if current.op == "placeholder" else None
+        if value is not None and value.is_floating_point() and current.target != MASK:
             return True
         if current not in seen:
             seen.add(current)

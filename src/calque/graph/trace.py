@@ -22,12 +22,16 @@ DynamicAxes = Mapping[str, Any]  # as torch.export's dynamic_shapes, without the
 def private_copy(model: nn.Module) -> nn.Module:
     """A deep copy in eval mode. Raises CaptureError where the model cannot be copied."""
     try:
-        return copy.deepcopy(model).eval()
+        result = copy.deepcopy(model).eval()
     except Exception as error:
         raise CaptureError(
             f"the network cannot be copied: {str(error).splitlines()[0]} Old-style weight norm must be removed first "
             "(torch.nn.utils.remove_weight_norm); torch.nn.utils.parametrizations.weight_norm works as it is."
         ) from error
+    for module in result.modules():
+        if isinstance(module, nn.TransformerEncoder):  # nested tensors, its shortcut around padding, cannot be traced
+            module.enable_nested_tensor = module.use_nested_tensor = False
+    return result
 
 
 def require_float32(model: nn.Module) -> None:
