@@ -410,7 +410,7 @@ def test_a_network_whose_squares_explode_is_refused_with_the_layer(recipe: str) 
 
 
 def test_inputs_of_a_shape_that_the_network_refuses_are_refused(net: nn.Module) -> None:
-    with pytest.raises(CaptureError, match="cannot be captured"):
+    with pytest.raises(CalibrationError, match="the model itself fails on the calibration inputs"):
         calque.quantize(net, networks.images(4, seed=0, channels=3))
 
 

@@ -100,7 +100,7 @@ def quantize(
         SpecError: bits, plan, override or an option that breaks a rule; a `run` folder of another run.
         InfeasibleBudgetError: a budget that no allocation keeps; the smallest feasible one is named.
         CaptureError: a network of which nothing can be captured, or not the whole where there is a budget, a plan or a `run`.
-        CalibrationError: inputs that are empty, not finite or of the wrong form.
+        CalibrationError: inputs that are empty, not finite or of the wrong form, or that the model itself refuses.
 
     >>> net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(16, 2))
     >>> q = quantize(net, torch.randn(64, 1, 4, 4), bits="w8a8", recipe="nearest")
