@@ -7,6 +7,7 @@ its own, so that a run can be stopped and goes on where it was; the table benchm
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -102,7 +103,7 @@ def measured(library: str, name: str) -> Row:
         q = quantize(model, batch, bits="w8a8", recipe=RECIPE, placement=LIBRARIES[library][2])
         row |= {"quantized": len({part.partition("#")[0] for part in q.layers}), "operands": len(q.quantizers)}
         if isinstance(q, PartlyQuantized):
-            row |= {"parts": len(q.parts), "left_float": [q.report.notes[0]] if q.report else []}
+            row |= {"parts": len(q.parts), "left_float": [without_paths(q.report.notes[0])] if q.report else []}
         else:
             row["left_float"] = list(q.facts["left_float"])
         step = "export"
@@ -114,7 +115,7 @@ def measured(library: str, name: str) -> Row:
             row |= {"failed": step, "reason": f"{row['runtime']:.1f} dB between ONNX Runtime and PyTorch"}
     except Exception as error:
         text = " ".join(str(error).split()) or traceback.format_exc().splitlines()[-1]
-        row |= {"failed": step, "reason": f"{type(error).__name__}: {text[:300]}"}
+        row |= {"failed": step, "reason": f"{type(error).__name__}: {without_paths(text)[:300]}"}
     return row | {"seconds": time.perf_counter() - started}
 
 
@@ -134,6 +135,11 @@ def wholes(q: QuantizedModel, batch: Any) -> list[tuple[QuantizedModel, Any]]:
     for handle in handles:
         handle.remove()
     return list(found.items())
+
+
+def without_paths(sentence: str) -> str:
+    """The sentence with files named from their package on."""
+    return re.sub(r'File "[^"]*/site-packages/', 'File "', sentence)
 
 
 def exported(q: QuantizedModel) -> onnx.ModelProto:

@@ -146,3 +146,12 @@ def test_a_size_that_was_fixed_at_capture_is_refused_elsewhere() -> None:
 def test_inputs_that_the_model_itself_refuses_are_told_so(x: Tensor) -> None:
     with pytest.raises(CalibrationError, match="the model itself fails on the calibration inputs: RuntimeError: mat1"):
         calque.quantize(networks.seeded(Means()), x, recipe="nearest")
+
+
+def test_a_mask_that_is_no_number_is_refused() -> None:
+    ids, keep = sentences()
+    mask = torch.zeros(keep.shape)
+    mask[3, 0] = torch.nan
+
+    with pytest.raises(CalibrationError, match="calibration inputs must be finite"):
+        calque.quantize(networks.seeded(Added()), {"input_ids": ids, "attention_mask": mask}, recipe="nearest")

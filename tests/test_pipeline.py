@@ -176,7 +176,7 @@ def test_an_option_that_breaks_a_rule_is_refused(net: nn.Module, options: dict[s
 
 
 def test_a_network_without_layers_is_refused() -> None:
-    with pytest.raises(SpecError, match="no Conv2d or Linear layer"):
+    with pytest.raises(SpecError, match="no convolution, linear layer or embedding"):
         calque.quantize(nn.Sequential(nn.ReLU()), INPUTS)
 
 

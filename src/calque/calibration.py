@@ -76,7 +76,9 @@ def _check(batches: list[Batch]) -> None:
                     f"calibration inputs must have the same rank and dtype. Batch {position}: {leaf.dtype} "
                     f"{tuple(leaf.shape)}; batch 0: {first.dtype} {tuple(first.shape)}."
                 )
-            if leaf.is_floating_point() and leaf is not batch.get(MASK):  # a mask may be -inf
+            if leaf.is_floating_point():
+                is_mask = leaf is batch.get(MASK)
+                leaf = leaf.clamp(min=-1) if is_mask else leaf  # what is added to scores may be -inf
                 if not torch.isfinite(leaf).all():
                     raise CalibrationError(
                         f"calibration inputs must be finite. Batch {position} has NaN or infinite values; remove these rows."
@@ -86,7 +88,7 @@ def _check(batches: list[Batch]) -> None:
                         f"the squares of calibration inputs must be finite. Batch {position} reaches "
                         f"{leaf.abs().max().item():.0e}; scale the inputs as they were in training."
                     )
-                constant[index] &= bool((leaf == first.reshape(-1)[0]).all())
+                constant[index] &= not is_mask and bool((leaf == first.reshape(-1)[0]).all())
     for position, mask in enumerate(token_masks(batches)):
         if mask is not None and not mask.any():
             raise CalibrationError(
@@ -94,9 +96,7 @@ def _check(batches: list[Batch]) -> None:
                 "padding, or 0 and negative numbers where the mask is added to scores; a mask of another kind needs another name."
             )
     if any(
-        c
-        for c, leaf in zip(constant, leaves, strict=True)
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf is not batches[0].get(MASK)
+        c for c, leaf in zip(constant, leaves, strict=True) if isinstance(leaf, Tensor) and leaf.is_floating_point()
     ):
         warnings.warn(
             "a calibration input has the same value everywhere: ranges cannot be estimated from it. Pass real inputs.",

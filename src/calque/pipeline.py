@@ -167,7 +167,7 @@ def _captured(model: nn.Module, batches: list[Batch], axes: DynamicAxes) -> Netw
     network = capture(_moved(model, leaves[0].device), batches[0], axes)
     if not network.layers:
         raise SpecError(
-            "the network has no Conv2d or Linear layer with constant weights: there is nothing to quantize."
+            "the network has no convolution, linear layer or embedding with constant weights: there is nothing to quantize."
         )
     return network
 

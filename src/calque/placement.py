@@ -137,7 +137,7 @@ def shared_tensors(network: Network) -> dict[fx.Node, str]:
     for node in network.nodes():
         operands = list(_operands(node))
         for operand in operands:
-            if _depends_on_input(operand):
+            if _carries_data(operand):
                 add(root(operand))
         if operands and node.target not in MAX_POOLS:
             add(result_of(node))
@@ -195,18 +195,6 @@ def _operands(node: fx.Node) -> Iterator[fx.Node]:
     elif node.target in MAX_POOLS | AVERAGE_POOLS or is_spatial_mean(node):
         assert isinstance(node.args[0], fx.Node)
         yield node.args[0]
-
-
-def _depends_on_input(node: fx.Node) -> bool:
-    pending, seen = [node], set()
-    while pending:
-        current = pending.pop()
-        if current.op == "placeholder":
-            return True
-        if current not in seen:
-            seen.add(current)
-            pending.extend(current.all_input_nodes)
-    return False
 
 
 def _carries_data(node: fx.Node) -> bool:
