@@ -62,9 +62,7 @@ def with_value(value: float) -> Tensor:
         ({"picture": IMAGES}, "'picture' is not a parameter of forward. forward takes: image"),
         ({}, r"forward needs the argument\(s\) image"),
         ([torch.tensor(1.0)], "needs at least one tensor with a batch axis"),
-        (with_value(float("nan")), "must be finite. Batch 1 has NaN or infinite values"),
-        (with_value(float("-inf")), "must be finite. Batch 1 has NaN or infinite values"),
-        (with_value(-1e30), "squares of calibration inputs must be finite. Batch 1 reaches 1e[+]30"),
+        (with_value(float("nan")), "must be finite. Batch 1 has NaN"),
         ([IMAGES, IMAGES[:, 0]], "the same rank and dtype. Batch 3: .*; batch 0"),
         (
             [IMAGES, IMAGES.double()],

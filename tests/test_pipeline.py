@@ -379,11 +379,19 @@ def test_a_named_axis_stays_free() -> None:
 # ---- weak or bad data
 
 
-def test_inputs_that_are_not_finite_are_refused(net: nn.Module) -> None:
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("nan", "must be finite. Batch 0 has NaN"),
+        ("-inf", "Batch 0 has larger values in image, and the network returns NaN"),
+        ("-1e30", "Batch 0 has larger values in image, and the network returns NaN or values as large"),
+    ],
+)
+def test_inputs_that_are_not_finite_are_refused(net: nn.Module, value: str, message: str) -> None:
     spoiled = INPUTS.clone()
-    spoiled[3, 0, 0, 0] = float("nan")
+    spoiled[3, 0, :2, :2] = float(value)
 
-    with pytest.raises(CalibrationError, match="must be finite"):
+    with pytest.raises(CalibrationError, match=message):
         calque.quantize(net, spoiled)
 
 

@@ -78,15 +78,9 @@ def _check(batches: list[Batch]) -> None:
                 )
             if leaf.is_floating_point():
                 is_mask = leaf is batch.get(MASK)
-                leaf = leaf.clamp(min=-1) if is_mask else leaf  # what is added to scores may be -inf
-                if not torch.isfinite(leaf).all():
+                if torch.isnan(leaf).any():
                     raise CalibrationError(
-                        f"calibration inputs must be finite. Batch {position} has NaN or infinite values; remove these rows."
-                    )
-                if not torch.isfinite(torch.linalg.vector_norm(leaf)):
-                    raise CalibrationError(
-                        f"the squares of calibration inputs must be finite. Batch {position} reaches "
-                        f"{leaf.abs().max().item():.0e}; scale the inputs as they were in training."
+                        f"calibration inputs must be finite. Batch {position} has NaN; remove these rows."
                     )
                 constant[index] &= not is_mask and bool((leaf == first.reshape(-1)[0]).all())
     for position, mask in enumerate(token_masks(batches)):
@@ -103,6 +97,25 @@ def _check(batches: list[Batch]) -> None:
             CalibrationWarning,
             stacklevel=2,
         )
+
+
+def refuse_endless(batch: Batch, outputs: Iterable[object], position: int) -> None:
+    """Raises CalibrationError where huge or infinite inputs reach the outputs: a mask's do not, a broken row's do."""
+    huge = [name for name, value in batch.items() if not all(map(_has_squares, flatten({name: value})[0]))]
+    if huge and not all(_has_squares(each, but_infinite=True) for each in outputs):
+        raise CalibrationError(
+            f"calibration inputs must be finite, and their squares, where they are no mask. Batch {position} has larger values "
+            f"in {', '.join(huge)}, and the network returns NaN or values as large; remove these rows or scale the inputs as "
+            "they were in training."
+        )
+
+
+def _has_squares(leaf: object, *, but_infinite: bool = False) -> bool:
+    """Whether the squares of all values, or of all but infinite ones, have a finite sum."""
+    if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+        return True
+    values = leaf.where(~leaf.isinf(), 0.0) if but_infinite else leaf
+    return bool(torch.isfinite(torch.linalg.vector_norm(values)))
 
 
 def token_masks(batches: Iterable[Batch]) -> list[Tensor | None]:

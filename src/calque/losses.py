@@ -28,7 +28,8 @@ def kl(reference: Sequence[Tensor], output: Sequence[Tensor]) -> Tensor:
     total = torch.zeros(())
     for one, other in zip(_floats(reference), _floats(output), strict=True):
         p, q = F.log_softmax(one, -1), F.log_softmax(other, -1)
-        total = total.to(one.device) + (p.exp() * (p - q)).sum(-1).mean()
+        apart = (p - q).where(p.isfinite(), 0.0)  # a class that a mask rules out has no probability in either
+        total = total.to(one.device) + (p.exp() * apart).sum(-1).mean()
     return total
 
 
@@ -40,6 +41,9 @@ def mse(reference: Sequence[Tensor], output: Sequence[Tensor]) -> Tensor:
     """
     total = torch.zeros(())
     for one, other in zip(_floats(reference), _floats(output), strict=True):
+        finite = one.isfinite()
+        if not finite.all():  # what a mask rules out
+            one, other = one[finite], other[finite]
         power = (one - one.mean()).square().mean().clamp(min=1e-30)
         total = total.to(one.device) + (other - one).square().mean() / power
     return total

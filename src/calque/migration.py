@@ -89,7 +89,7 @@ class Migration:
             return layer
         weight, bias = layer.weight, layer.bias
         if producer is not None:
-            weight = weight / _along_inputs(self.scales[producer], layer.geometry, weight)
+            weight = weight / along_inputs(self.scales[producer], layer.geometry, weight)
         if outputs is not None:
             weight, bias = weight * outputs.reshape(-1, *[1] * (weight.dim() - 1)), bias * outputs
         return WeightedLayer(layer.geometry, weight, bias)
@@ -138,7 +138,7 @@ def _sizes(outputs: Tensor) -> Tensor:
     return rows.topk(beyond, dim=1).values[:, -1]
 
 
-def _along_inputs(scales: Tensor, geometry: Geometry, weight: Tensor) -> Tensor:
+def along_inputs(scales: Tensor, geometry: Geometry, weight: Tensor) -> Tensor:
     """Scales (C_in,) that broadcast against the weight (C_out, C_in / groups, ...)."""
     by_group = scales.reshape(geometry.groups, 1, -1).expand(-1, weight.shape[0] // geometry.groups, -1)
     return by_group.reshape(weight.shape[0], -1, *[1] * (weight.dim() - 2))

@@ -21,6 +21,7 @@ from calque.estimate import estimate
 from calque.graph import Batch, DynamicAxes, Network, Signature, capture
 from calque.graph.signature import flatten, rows, select
 from calque.graph.trace import private_copy
+from calque.guard import guard
 from calque.job import Job, Progress, silent
 from calque.losses import LossName, OutputLoss, find_loss
 from calque.model import QuantizedModel
@@ -29,8 +30,8 @@ from calque.parts import PartlyQuantized, quantize_parts
 from calque.recipe import Recipe, find_recipe
 from calque.search import check_budget, search
 from calque.smoothing import smooth
-from calque.spec import Bits, Placement, Plan
-from calque.stages import build, float_outputs
+from calque.spec import FLOAT, Bits, Placement, Plan
+from calque.stages import build
 from calque.store import parse_bytes
 from calque.summary import summarize
 
@@ -132,15 +133,19 @@ def quantize(
     if budget is not None:
         check_budget(job, choices, entries, budget)
     captured = time.perf_counter()
-    references = float_outputs(job)
-    float_pass = time.perf_counter() - captured
+    asked_tensors = {name: entry for name, entry in entries.items() if name not in network.layers}
+    guarded = guard(network, batches, placement, choices, asked_tensors)
+    references, float_pass = guarded.outputs, guarded.float_pass
+    job = replace(job, network=guarded.network, notes=guarded.notes)
+    choices, entries = guarded.applied(choices, entries)
     loss_name, function = find_loss(loss, references[0], network.out_spec)
     # no budget among these: pieces do not depend on it, so that another one goes on from the same prices
     asked = {"bits": bits, "plan": plan and plan.to_toml(), "override": override, "first_last": first_last}
     job = replace(job, checkpoint=_open(run, job, {**asked, "loss": _named(loss)}))
     log.info("%s", estimate(job, choices, float_pass, search=budget is not None))
     if job.recipe.migration:
-        job = replace(job, network=smooth(job, choices))
+        floating = {name for name, entry in entries.items() if entry == FLOAT}
+        job = replace(job, network=smooth(job, choices, floating))
     found = None
     with alone(job.checkpoint):
         if budget is not None:

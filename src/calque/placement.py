@@ -152,19 +152,40 @@ def shared_tensors(network: Network) -> dict[fx.Node, str]:
 def _needless(network: Network, bits: Mapping[str, Bits]) -> set[fx.Node]:
     """Shared tensors that no integer kernel needs on a grid.
 
-    Results of convolutions that stay float, and network outputs that no convolution makes: they stay float, as the logits
-    of a final Linear do.
+    Results of convolutions that stay float; network outputs that no convolution makes (they stay float, as the logits of a
+    final Linear do); and what joins values, or is joined, where no integer kernel reads it.
     """
     by_result = {layer.result: layer for layer in network.layers.values()}
-    found = set()
-    for node in shared_tensors(network):
+    quantized = {layer.node for name, layer in network.layers.items() if bits[name].activation is not None}
+    found: set[fx.Node] = set()
+    for node in reversed(shared_tensors(network)):  # readers first
         layer = by_result.get(node)
         if layer is not None:
             if bits[layer.name].activation is None and not any(list(_operands(user)) for user in node.users):
                 found.add(node)
-        elif node.op != "placeholder" and _is_only_output(node):
-            found.add(node)
+        else:
+            ends = node.op != "placeholder" and _is_only_output(node)
+            if ends or not (_made_by_kernel(node) or _read_by_kernel(node, quantized, found)):
+                found.add(node)
     return found
+
+
+def _made_by_kernel(node: fx.Node) -> bool:
+    """Whether the node is the result of a residual add or a pool; joining values is no arithmetic."""
+    makers = [maker for maker in (node, *node.all_input_nodes) if result_of(maker) is node]
+    return any(list(_operands(maker)) and maker.target not in CONCATENATIONS for maker in makers)
+
+
+def _read_by_kernel(node: fx.Node, quantized: set[fx.Node], needless: set[fx.Node]) -> bool:
+    """Whether a quantized layer, or an add, pool or concatenation whose own result is on a grid, reads the node."""
+    pending = list(node.users)
+    while pending:
+        reader = pending.pop()
+        if reader in quantized or (list(_operands(reader)) and result_of(reader) not in needless):
+            return True
+        if is_movement(reader):
+            pending.extend(reader.users)
+    return False
 
 
 def _is_only_output(node: fx.Node) -> bool:
@@ -185,16 +206,27 @@ def _operands(node: fx.Node) -> Iterator[fx.Node]:
         return
     if node.target in ADDITIONS:
         both = [argument for argument in node.args if isinstance(argument, fx.Node)]
-        floating = all((v := value_of(operand)) is not None and v.is_floating_point() for operand in both)
-        if len(both) == 2 and floating and not node.kwargs and all(_carries_data(operand) for operand in both):
+        if (
+            len(both) == 2
+            and all(map(_is_floating, both))
+            and not node.kwargs
+            and all(_carries_data(operand) for operand in both)
+        ):
             yield from both
     elif node.target in CONCATENATIONS:
         tensors = node.args[0]
         assert isinstance(tensors, (list, tuple))
-        yield from (tensor for tensor in tensors if isinstance(tensor, fx.Node))
+        joined = [tensor for tensor in tensors if isinstance(tensor, fx.Node)]
+        yield from joined if all(_is_floating(tensor) for tensor in joined) else ()
     elif node.target in MAX_POOLS | AVERAGE_POOLS or is_spatial_mean(node):
         assert isinstance(node.args[0], fx.Node)
-        yield node.args[0]
+        if _is_floating(node.args[0]):
+            yield node.args[0]
+
+
+def _is_floating(node: fx.Node) -> bool:
+    value = value_of(node)
+    return value is not None and value.is_floating_point()
 
 
 def _carries_data(node: fx.Node) -> bool:

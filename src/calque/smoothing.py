@@ -10,7 +10,7 @@ AWQ (2306.00978) chooses them.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -21,6 +21,7 @@ from calque.calibration import Execution, real_tokens
 from calque.graph import Network, WeightedLayer
 from calque.graph.network import AVERAGE_POOLS, MAX_POOLS, is_movement, is_spatial_mean
 from calque.job import Job
+from calque.migration import along_inputs
 from calque.placement import root, shared_tensors
 from calque.ranges import weight_scale
 from calque.spec import Bits, Placement
@@ -40,19 +41,19 @@ LARGEST = 1e4  # ratio of two scales
 Group = tuple[str, ...]  # layers that read one tensor
 
 
-def smooth(job: Job, choices: Mapping[str, Sequence[Bits]]) -> Network:
+def smooth(job: Job, choices: Mapping[str, Sequence[Bits]], floating: Collection[str] = ()) -> Network:
     """The job's network with channel scales wherever they help the linear layers whose inputs will be quantized.
 
     The network's module is changed in place. One float pass up to the last such layer; none where there is none.
 
     Args:
         choices: the bits that each layer has, or may have; the middle one judges.
+        floating: shared tensors that are on no grid.
     """
     network = job.network
-    groups = linear_groups(network, choices, job.placement)
+    groups = linear_groups(network, choices, job.placement, floating)
     if not groups:
         return network
-    added: list[Group] = []
     with job.store() as store:
         execution = Execution(network.module, job.batches, store)
         found: dict[Group, Tensor] = {}
@@ -70,25 +71,30 @@ def smooth(job: Job, choices: Mapping[str, Sequence[Bits]]) -> Network:
                 break
     for names, scale in found.items():
         if not (_into_norm(network, names, scale) or _into_value(network, job, names, scale)):
-            _multiply(network, names, scale, len(added))
-            added.append(names)
+            network = multiply_inputs(network, names, scale)
+            continue
         for name in names:
             layer = network.weighted(name)
             network.module.set_submodule(name, WeightedLayer(layer.geometry, layer.weight * scale, layer.bias))
     network.module.recompile()
-    return replace(network, scaled=tuple(added))
+    return network
 
 
 def linear_groups(
-    network: Network, choices: Mapping[str, Sequence[Bits]], placement: Placement
+    network: Network,
+    choices: Mapping[str, Sequence[Bits]],
+    placement: Placement,
+    floating: Collection[str] = (),
 ) -> dict[fx.Node, Group]:
     """By the tensor that they read, the linear layers that may share channel scales.
 
-    None that shares its weights, reads a clipped layer (`calque.migration` has these), a pool, or what is on a grid anyway.
+    None that shares its weights, reads a clipped layer (`calque.migration` has these), a pool, or what is on a grid anyway,
+    and none that has factors already.
     """
-    tied = {*network.shared, *network.shared.values()}
+    tied = {*network.shared, *network.shared.values(), *(name for names in network.scaled for name in names)}
     clipped = {layer.result for layer in network.layers.values() if layer.result is not layer.node}
-    gridded = set(shared_tensors(network)) if placement == "integer" else set()
+    shared = shared_tensors(network) if placement == "integer" else {}
+    gridded = {node for node, name in shared.items() if name not in floating}
     readers: dict[fx.Node, list[str]] = {}
     for name, layer in network.layers.items():
         quantized = any(bits.activation is not None for bits in choices[name])
@@ -251,10 +257,19 @@ def _leads_only_to(node: fx.Node, reader: fx.Node) -> bool:
     return True
 
 
-def _multiply(network: Network, names: Group, scale: Tensor, index: int) -> None:
-    """Puts 1 / scale in front of the layers as a factor of its own."""
+def multiply_inputs(network: Network, names: Group, scale: Tensor) -> Network:
+    """The network with 1 / scale (K,) in front of these layers as a factor of its own, and scale in their weights; in place."""
+    index = len(network.scaled)
     insert_factor(network, names, index)
-    network.module.get_submodule(SCALES).register_buffer(f"{index:03d}", 1 / scale)
+    factors = network.module.get_submodule(SCALES)
+    ones = factors.get_buffer(f"{index:03d}")
+    factors.register_buffer(f"{index:03d}", (1 / scale).reshape(ones.shape))
+    for name in names:
+        layer = network.weighted(name)
+        scaled = layer.weight * along_inputs(scale, layer.geometry, layer.weight)
+        network.module.set_submodule(name, WeightedLayer(layer.geometry, scaled, layer.bias))
+    network.module.recompile()
+    return replace(network, scaled=(*network.scaled, names))
 
 
 def insert_factor(network: Network, names: Group, index: int) -> None:
@@ -265,8 +280,10 @@ def insert_factor(network: Network, names: Group, index: int) -> None:
     assert isinstance(source, fx.Node)
     if not isinstance(getattr(module, SCALES, None), torch.nn.Module):
         module.add_module(SCALES, torch.nn.Module())
-    weight = network.weighted(names[0]).weight
-    module.get_submodule(SCALES).register_buffer(f"{index:03d}", torch.ones_like(weight[0]))
+    layer = network.weighted(names[0])
+    channels = layer.weight.shape[1] * layer.geometry.groups
+    shape = (channels,) if layer.geometry.kind == "linear" else (channels, 1, 1)
+    module.get_submodule(SCALES).register_buffer(f"{index:03d}", layer.weight.new_ones(shape))
     with graph.inserting_before(readers[0]):
         factor = graph.get_attr(f"{SCALES}.{index:03d}")
         product = graph.call_function(aten.mul.Tensor, (source, factor))

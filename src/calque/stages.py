@@ -13,7 +13,6 @@ from torch import Tensor
 from calque.biases import Tuned, tune_biases
 from calque.checkpoint import Checkpoint, Piece
 from calque.distillation import Distilled, distill
-from calque.errors import CalibrationError
 from calque.graph.signature import flatten, rows
 from calque.job import Job
 from calque.losses import Loss, closeness, kl, kl_and_mse, mse
@@ -174,24 +173,6 @@ def final_entries(job: Job, entries: Mapping[str, Bits], edges: list[Edge]) -> d
     tensors |= {edge.product: Bits(None, edge.bits) for edge in edges if edge.kind == "operand"}
     asked = {name: bits for name, bits in entries.items() if name not in layers and bits == FLOAT}
     return {**{name: entries[name] for name in layers}, **tensors, **asked}
-
-
-@torch.no_grad()
-def float_outputs(job: Job) -> list[list[Tensor]]:
-    """The float network's output leaves on each calibration batch.
-
-    Raises:
-        CalibrationError: a batch that the network fails on.
-    """
-    outputs = []
-    for index, batch in enumerate(job.batches):
-        try:
-            outputs.append(list(job.network.module(*flatten(batch)[0])))
-        except RuntimeError as error:
-            raise CalibrationError(
-                f"the network fails on calibration batch {index}: {str(error).splitlines()[0]}"
-            ) from error
-    return outputs
 
 
 @torch.no_grad()
