@@ -1,6 +1,5 @@
 """The method on one screen: capture, decide the bits, quantize layer by layer, re-estimate statistics, tune biases, report."""
 
-import copy
 import glob
 import logging
 import time
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from calque.admission import require_original
 from calque.budget import Budget
 from calque.calibration import prepare, varying_axes
 from calque.checkpoint import Checkpoint, FilePath, alone, fingerprint, open_run
@@ -19,8 +19,10 @@ from calque.decisions import DEFAULT_BITS, decide_bits, decide_choices
 from calque.errors import CalibrationError, CaptureError, SpecError
 from calque.estimate import estimate
 from calque.graph import Batch, DynamicAxes, Network, Signature, capture
+from calque.graph.copies import duplicate, private_copy
+from calque.graph.regions import undisturbed
+from calque.graph.rewrite import silent_tracing
 from calque.graph.signature import flatten, rows, select
-from calque.graph.trace import private_copy
 from calque.job import Job, Progress, silent
 from calque.losses import LossName, OutputLoss, find_loss
 from calque.model import QuantizedModel
@@ -39,6 +41,7 @@ log = logging.getLogger(__name__)
 EXAMPLE_ROWS = 3  # of the inputs that a saved network is captured with again
 
 
+@undisturbed()
 def quantize(
     model: nn.Module,
     calibration: object,
@@ -109,6 +112,7 @@ def quantize(
     """
     started = time.perf_counter()
     _check_options(bits, budget, plan, placement, workers, seed)
+    require_original(model)
     batches = prepare(calibration, Signature.of(model), _target(model, device))
     axes = {**varying_axes(batches), **(dynamic or {})}
     try:
@@ -175,7 +179,7 @@ def _captured(model: nn.Module, batches: list[Batch], axes: DynamicAxes) -> Netw
 def _check_inputs(model: nn.Module, batch: Batch) -> None:
     """Raises CalibrationError where the model itself fails on the inputs."""
     try:
-        with torch.no_grad():
+        with torch.no_grad(), silent_tracing():
             private_copy(model)(**batch)
     except CaptureError:
         raise
@@ -292,4 +296,4 @@ def _moved(model: nn.Module, device: torch.device) -> nn.Module:
     tensors = (*model.parameters(), *model.buffers())
     if all(tensor.device == device for tensor in tensors):
         return model
-    return copy.deepcopy(model).to(device)
+    return duplicate(model).to(device)

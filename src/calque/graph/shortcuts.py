@@ -1,0 +1,68 @@
+"""Shortcuts of torch's own transformer modules, which they take in eval mode without gradients and which cannot be traced."""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def without_shortcuts() -> Iterator[None]:
+    """While it lasts, nn.TransformerEncoder computes its shortcut's result by operators that can be traced.
+
+    In eval mode without gradients it leaves padded places out (nested tensors), so that they are zero in its result. It does
+    so where all padding of the batch stands behind the values, with a padding mask and no other.
+    """
+    original = nn.TransformerEncoder.forward
+
+    @functools.wraps(original)
+    def forward(
+        self: nn.TransformerEncoder,
+        src: Tensor,
+        mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool | None = None,
+    ) -> Tensor:
+        nested, norm = self.use_nested_tensor, self.norm
+        shortcut = nested and torch.backends.mha.get_fastpath_enabled() and src.dim() == 3 and mask is None
+        if not shortcut or src_key_padding_mask is None:
+            self.use_nested_tensor = False
+            try:
+                return original(self, src, mask, src_key_padding_mask, is_causal)
+            finally:
+                self.use_nested_tensor = nested
+        padding = src_key_padding_mask.bool()  # the shortcut knows padding and values, nothing between
+        self.use_nested_tensor, self.norm = False, None
+        try:
+            result = original(self, src, mask, padding, is_causal)
+        finally:
+            self.use_nested_tensor, self.norm = nested, norm
+        result = result.masked_fill(_left_out(padding, self.mask_check)[:, :, None], 0.0)
+        return result if norm is None else norm(result)
+
+    nn.TransformerEncoder.forward = forward  # type: ignore[method-assign]  # undone below
+    try:
+        yield
+    finally:
+        nn.TransformerEncoder.forward = original  # type: ignore[method-assign]
+
+
+@contextmanager
+def slow_attention() -> Iterator[None]:
+    """While it lasts, torch's attention modules compute what they do in training."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def _left_out(padding: Tensor, checked: bool) -> Tensor:
+    """bool (N, L): the places that the shortcut leaves out; none where it checks for padding in front of values and finds it."""
+    if not checked:
+        return padding
+    behind = padding[:, 1:].logical_or(padding[:, :-1].logical_not())
+    return padding.logical_and(behind.all())
