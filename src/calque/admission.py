@@ -7,7 +7,11 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.nn.parameter import UninitializedParameter
 
-from calque.errors import CaptureError
+from calque.errors import CalibrationError, CaptureError
+from calque.graph import Batch
+from calque.graph.copies import private_copy
+from calque.graph.rewrite import silent_tracing
+from calque.graph.trace import require_float32
 from calque.model import QuantizedModel
 from calque.quantizers import QuantizedLayer, Quantizer
 
@@ -33,6 +37,19 @@ def require_original(model: object) -> None:
         raise CaptureError(problem)
 
 
+def require_inputs(model: nn.Module, batch: Batch) -> None:
+    """Raises CalibrationError where the model itself fails on the inputs; CaptureError where its own types are to blame."""
+    copied = private_copy(model)
+    try:
+        with torch.no_grad(), silent_tracing():
+            copied(**batch)
+    except Exception as error:  # whatever its forward raises
+        require_float32(model)
+        raise CalibrationError(
+            f"the model itself fails on the calibration inputs: {type(error).__name__}: {str(error).strip()}"
+        ) from error
+
+
 def _instead(value: object) -> str:
     """What was received, and what to pass in its place."""
     received = f"Got {type(value).__name__}"
@@ -53,7 +70,7 @@ def _instead(value: object) -> str:
 
 def _problems(model: nn.Module) -> Iterator[str]:
     for path, module in model.named_modules():
-        what, where = (f"module {path}", f"model.{path}") if path else ("the network", "model")
+        what = f"module {path}" if path else "the network"
         kind, home = type(module).__name__, type(module).__module__
         inside = _WRAPPERS.get(kind) if home.startswith("torch.") else None
         if isinstance(module, torch.jit.ScriptModule):
@@ -62,7 +79,12 @@ def _problems(model: nn.Module) -> Iterator[str]:
                 "scripted modules cannot be captured. Pass the original Python module, with the same weights."
             )
         elif inside is not None:
-            put = f"Pass {where}.{inside}" if not path else f"Put {where}.{inside} in its place"
+            found = f'model.get_submodule("{path}").{inside}'
+            put = (
+                f'Put its .{inside} in its place: model.set_submodule("{path}", {found})'
+                if path
+                else f"Pass model.{inside}"
+            )
             yield f"{what} is wrapped in {kind}, which is no part of the network. {put}."
         elif isinstance(module, (QuantizedModel, QuantizedLayer, Quantizer)):
             yield f"{what} ({kind}) is quantized by calque already. Pass the float network that it was made from."

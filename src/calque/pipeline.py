@@ -11,17 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calque.admission import require_original
+from calque.admission import require_inputs, require_original
 from calque.budget import Budget
 from calque.calibration import prepare, varying_axes
 from calque.checkpoint import Checkpoint, FilePath, alone, fingerprint, open_run
 from calque.decisions import DEFAULT_BITS, decide_bits, decide_choices
-from calque.errors import CalibrationError, CaptureError, SpecError
+from calque.errors import CaptureError, SpecError
 from calque.estimate import estimate
 from calque.graph import Batch, DynamicAxes, Network, Signature, capture
-from calque.graph.copies import duplicate, private_copy
+from calque.graph.copies import duplicate
 from calque.graph.regions import undisturbed
-from calque.graph.rewrite import silent_tracing
 from calque.graph.signature import flatten, rows, select
 from calque.job import Job, Progress, silent
 from calque.losses import LossName, OutputLoss, find_loss
@@ -118,7 +117,7 @@ def quantize(
     try:
         network = _captured(model, batches, axes)
     except CaptureError as error:
-        _check_inputs(model, batches[0])
+        require_inputs(model, batches[0])
         if budget is not None or plan is not None or run is not None:
             raise
         options = {"bits": bits, "recipe": recipe, "placement": placement, "loss": None, "seed": seed, "memory": memory}
@@ -174,19 +173,6 @@ def _captured(model: nn.Module, batches: list[Batch], axes: DynamicAxes) -> Netw
             "the network has no convolution, linear layer or embedding with constant weights: there is nothing to quantize."
         )
     return network
-
-
-def _check_inputs(model: nn.Module, batch: Batch) -> None:
-    """Raises CalibrationError where the model itself fails on the inputs."""
-    try:
-        with torch.no_grad(), silent_tracing():
-            private_copy(model)(**batch)
-    except CaptureError:
-        raise
-    except Exception as error:  # whatever its forward raises
-        raise CalibrationError(
-            f"the model itself fails on the calibration inputs: {type(error).__name__}: {str(error).strip()}"
-        ) from error
 
 
 def _in_parts(

@@ -70,7 +70,7 @@ def _culprit(model: nn.Module) -> str | None:
                 _copied(value)
             except Exception as error:  # whatever its __deepcopy__ raises
                 owner = f"module {path} ({type(module).__name__})" if path else f"the network ({type(module).__name__})"
-                where = f"model.{path}.{name}" if path else f"model.{name}"
+                where = f'model.get_submodule("{path}").{name}' if path else f"model.{name}"
                 return (
                     f"{owner} keeps a {type(value).__name__} in {name!r}: {_first_line(error)} Delete it before "
                     f"quantizing (del {where}), or make it anew in forward."

@@ -33,10 +33,13 @@ def without_shortcuts() -> Iterator[None]:
                 return original(self, src, mask, src_key_padding_mask, is_causal)
             finally:
                 self.use_nested_tensor = nested
-        padding = src_key_padding_mask.bool()  # the shortcut knows padding and values, nothing between
+        padding = src_key_padding_mask
+        if padding.dtype != torch.bool:  # the shortcut knows padding and values, nothing between
+            padding = padding.bool()
+        whole = padding.all(1, keepdim=True)  # attention over nothing would be NaN; all of the row is left out below
         self.use_nested_tensor, self.norm = False, None
         try:
-            result = original(self, src, mask, padding, is_causal)
+            result = original(self, src, mask, padding.logical_and(whole.logical_not()), is_causal)
         finally:
             self.use_nested_tensor, self.norm = nested, norm
         result = result.masked_fill(_left_out(padding, self.mask_check)[:, :, None], 0.0)
