@@ -21,6 +21,7 @@ ROOMS = (
     "quantizers",
     "integer",
     "model",
+    "admission",
     "store",
     "calibration",
     "losses",

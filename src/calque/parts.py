@@ -15,7 +15,8 @@ from torch import nn
 
 from calque.errors import CalibrationError, CaptureError, SpecError
 from calque.graph import Batch, Network, Signature, capture
-from calque.graph.trace import private_copy
+from calque.graph.copies import private_copy
+from calque.graph.rewrite import silent_tracing
 from calque.integer import IntegerModel
 from calque.model import QuantizedModel
 from calque.quantizers import QuantizedLayer, Quantizer
@@ -136,6 +137,13 @@ def _capturable(model: nn.Module, path: str, calibration: list[Batch], skipped: 
                 if leaf:
                     skipped.append(f"module {where} stays float: {error}")
         if network is None:
+            if isinstance(
+                child, nn.TransformerEncoder
+            ):  # its shortcut hands its layers nested tensors, which no part takes
+                child.use_nested_tensor = False
+                skipped.append(
+                    f"padded places of {where} are computed, where torch's shortcut in eval mode leaves zeros."
+                )
             yield from _capturable(model, where, calibration, skipped)
         elif network.layers:
             yield _Part(where, network)
@@ -156,8 +164,9 @@ def _inputs_of(model: nn.Module, path: str, calibration: list[Batch]) -> list[Ba
         return []
     handle = module.register_forward_pre_hook(record, with_kwargs=True)
     try:
-        for batch in calibration:
-            model(**batch)
+        with silent_tracing():
+            for batch in calibration:
+                model(**batch)
     except CalibrationError:  # a call whose arguments have no names
         return []
     finally:

@@ -1,6 +1,5 @@
 """The method on one screen: capture, decide the bits, quantize layer by layer, re-estimate statistics, tune biases, report."""
 
-import copy
 import glob
 import logging
 import time
@@ -12,15 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from calque.admission import require_inputs, require_original
 from calque.budget import Budget
 from calque.calibration import prepare, varying_axes
 from calque.checkpoint import Checkpoint, FilePath, alone, fingerprint, open_run
 from calque.decisions import DEFAULT_BITS, decide_bits, decide_choices
-from calque.errors import CalibrationError, CaptureError, SpecError
+from calque.errors import CaptureError, SpecError
 from calque.estimate import estimate
 from calque.graph import Batch, DynamicAxes, Network, Signature, capture
+from calque.graph.copies import duplicate
+from calque.graph.regions import undisturbed
 from calque.graph.signature import flatten, rows, select
-from calque.graph.trace import private_copy
 from calque.guard import guard
 from calque.job import Job, Progress, silent
 from calque.losses import LossName, OutputLoss, find_loss
@@ -40,6 +41,7 @@ log = logging.getLogger(__name__)
 EXAMPLE_ROWS = 3  # of the inputs that a saved network is captured with again
 
 
+@undisturbed()
 def quantize(
     model: nn.Module,
     calibration: object,
@@ -110,12 +112,13 @@ def quantize(
     """
     started = time.perf_counter()
     _check_options(bits, budget, plan, placement, workers, seed)
+    require_original(model)
     batches = prepare(calibration, Signature.of(model), _target(model, device))
     axes = {**varying_axes(batches), **(dynamic or {})}
     try:
         network = _captured(model, batches, axes)
     except CaptureError as error:
-        _check_inputs(model, batches[0])
+        require_inputs(model, batches[0])
         if budget is not None or plan is not None or run is not None:
             raise
         options = {"bits": bits, "recipe": recipe, "placement": placement, "loss": None, "seed": seed, "memory": memory}
@@ -175,19 +178,6 @@ def _captured(model: nn.Module, batches: list[Batch], axes: DynamicAxes) -> Netw
             "the network has no convolution, linear layer or embedding with constant weights: there is nothing to quantize."
         )
     return network
-
-
-def _check_inputs(model: nn.Module, batch: Batch) -> None:
-    """Raises CalibrationError where the model itself fails on the inputs."""
-    try:
-        with torch.no_grad():
-            private_copy(model)(**batch)
-    except CaptureError:
-        raise
-    except Exception as error:  # whatever its forward raises
-        raise CalibrationError(
-            f"the model itself fails on the calibration inputs: {type(error).__name__}: {str(error).strip()}"
-        ) from error
 
 
 def _in_parts(
@@ -297,4 +287,4 @@ def _moved(model: nn.Module, device: torch.device) -> nn.Module:
     tensors = (*model.parameters(), *model.buffers())
     if all(tensor.device == device for tensor in tensors):
         return model
-    return copy.deepcopy(model).to(device)
+    return duplicate(model).to(device)

@@ -10,13 +10,14 @@ from torch import nn
 
 from calque.costs import float_size, values_outside_layers
 from calque.errors import CalibrationWarning
+from calque.graph import Network
 from calque.job import Job
+from calque.model import QuantizedModel
 from calque.report import LayerReport, Report
 from calque.search import Found
 from calque.stages import Built
-from calque.swept import Swept
 
-STACK = 4  # warnings point at the caller of quantize
+STACK = 5  # warnings point at the caller of quantize
 
 
 def summarize(
@@ -39,7 +40,7 @@ def summarize(
     searched = {} if found is None else found.phases
     return Report(
         recipe.name, job.placement, job.seed, job.inputs, _layers(built, found), tensors, float_size(network) + other, other,
-        {**phases, **searched, **built.phases}, tuple(_notes(model, job, built.swept, found)),
+        {**phases, **searched, **built.phases}, tuple(_notes(model, job, built, found)),
         {"calque": version("calque"), "torch": torch.__version__}, loss=loss,
         finalists=() if found is None else found.finalists, distilled=built.distilled,
         tuned=None if tuned is None else (tuned.before, tuned.after),
@@ -62,14 +63,15 @@ def _layers(built: Built, found: Found | None) -> tuple[LayerReport, ...]:
     )
 
 
-def _notes(model: nn.Module, job: Job, swept: Swept, found: Found | None) -> list[str]:
-    network = job.network
+def _notes(model: nn.Module, job: Job, built: Built, found: Found | None) -> list[str]:
+    network, swept = job.network, built.swept
     notes = [*network.left_float, *job.notes, *swept.notes, *(() if found is None else found.notes)]
     if any(module.training for module in model.modules()):
         notes.insert(0, "the model was in train mode; its eval mode was quantized.")
     for name in network.unreached:
         notes.append(f"layer {name} is never reached by forward on these inputs; it is not part of the result.")
         warnings.warn(notes[-1] + " Check the calibration inputs.", CalibrationWarning, stacklevel=STACK)
+    notes.extend(_filled(network, built.model))
     if swept.unmoved:
         notes.append(f"no fit beat rounding to nearest on the held-out inputs: {', '.join(swept.unmoved)}.")
     if swept.weak:
@@ -79,3 +81,20 @@ def _notes(model: nn.Module, job: Job, swept: Swept, found: Found | None) -> lis
             notes[-1] + " Pass more inputs; held-out ones guard the fit.", CalibrationWarning, stacklevel=STACK
         )
     return notes
+
+
+def _filled(network: Network, result: QuantizedModel) -> list[str]:
+    """A sentence on weights that are exactly zero, as pruning leaves them, and that the fits moved."""
+    names, zeros, moved = [], 0, 0
+    for name, layer in result.layers.items():
+        pruned = network.weighted(name).weight == 0
+        filled = int((pruned & (layer.codes != 0)).sum())
+        if filled:
+            names.append(name)
+            zeros, moved = zeros + int(pruned.sum()), moved + filled
+    if not names:
+        return []
+    return [
+        f"{moved:,} of {zeros:,} weights that are zero (pruned) are so no longer, in {', '.join(names)}: the fits use them. "
+        'recipe="nearest" keeps every zero.'
+    ]

@@ -115,20 +115,29 @@ def constant_value(module: fx.GraphModule, argument: object) -> Tensor | None:
         return argument
     if not isinstance(argument, fx.Node):
         return None
-    needed: dict[fx.Node, None] = {}
-    pending = [argument]
-    while pending:
-        node = pending.pop()
-        if node.op not in ("get_attr", "call_function"):
-            return None
-        needed[node] = None
-        pending.extend(node.all_input_nodes)
+    needed = constant_sources(argument)
+    if needed is None:
+        return None
     values: dict[fx.Node, object] = {}
     for node in module.graph.nodes:
         if node in needed:
             values[node] = _evaluate(module, node, values)
     result = values[argument]
     return result.detach() if isinstance(result, Tensor) else None
+
+
+def constant_sources(argument: object) -> set[fx.Node] | None:
+    """The node and all that it is computed from; None where an input or a layer is among them."""
+    needed: set[fx.Node] = set()
+    pending = [argument] if isinstance(argument, fx.Node) else []
+    while pending:
+        node = pending.pop()
+        if node.op not in ("get_attr", "call_function"):
+            return None
+        if node not in needed:
+            needed.add(node)
+            pending.extend(node.all_input_nodes)
+    return needed
 
 
 def _evaluate(module: fx.GraphModule, node: fx.Node, values: dict[fx.Node, object]) -> object:
@@ -145,10 +154,13 @@ def _evaluate(module: fx.GraphModule, node: fx.Node, values: dict[fx.Node, objec
 
 
 def drop_unread_buffers(module: fx.GraphModule) -> None:
-    """Removes, in place, buffers at the module's root that no operator reads (delete_all_unused_submodules keeps them)."""
-    read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
-    for name in [name for name, _ in module.named_buffers(recurse=False) if name not in read]:
-        delattr(module, name)
+    """Removes, in place, buffers that no operator reads (delete_all_unused_submodules keeps those beside a used module)."""
+    used = {str(node.target) for node in module.graph.nodes if node.op in ("get_attr", "call_module")}
+    for name, _ in list(module.named_buffers(remove_duplicate=False)):
+        path, _, leaf = name.rpartition(".")
+        parts = name.split(".")
+        if not any(".".join(parts[:end]) in used for end in range(1, len(parts) + 1)):
+            delattr(module.get_submodule(path), leaf)
 
 
 def erase_with_constants(node: fx.Node) -> None:

@@ -1,6 +1,5 @@
 """The call of `torch.export`, with errors that name the user's line."""
 
-import copy
 import re
 import traceback
 from collections.abc import Callable, Mapping
@@ -13,25 +12,12 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from calque.errors import CaptureError
+from calque.graph.regions import open_regions
 from calque.graph.rewrite import silent_tracing
+from calque.graph.shortcuts import without_shortcuts
 from calque.graph.signature import Batch, rows
 
 DynamicAxes = Mapping[str, Any]  # as torch.export's dynamic_shapes, without the batch axis
-
-
-def private_copy(model: nn.Module) -> nn.Module:
-    """A deep copy in eval mode. Raises CaptureError where the model cannot be copied."""
-    try:
-        result = copy.deepcopy(model).eval()
-    except Exception as error:
-        raise CaptureError(
-            f"the network cannot be copied: {str(error).splitlines()[0]} Old-style weight norm must be removed first "
-            "(torch.nn.utils.remove_weight_norm); torch.nn.utils.parametrizations.weight_norm works as it is."
-        ) from error
-    for module in result.modules():
-        if isinstance(module, nn.TransformerEncoder):  # nested tensors, its shortcut around padding, cannot be traced
-            module.enable_nested_tensor = module.use_nested_tensor = False
-    return result
 
 
 def require_float32(model: nn.Module) -> None:
@@ -74,8 +60,9 @@ def trace(model: nn.Module, batch: Batch, dynamic: DynamicAxes | None, *, functi
 
     shapes = {name: pytree.tree_map(axes((dynamic or {}).get(name)), value) for name, value in batch.items()}
     try:
-        with silent_tracing(), torch.no_grad():
+        with silent_tracing(), torch.no_grad(), without_shortcuts():
             program = torch.export.export(model, (), dict(batch), dynamic_shapes=shapes, strict=False)
+            open_regions(program)
             if functional:
                 program = program.run_decompositions({})
             module = program.module(check_guards=False)

@@ -106,7 +106,9 @@ def left_float(module: fx.GraphModule) -> Iterator[tuple[str, Tensor]]:
         target = str(node.target)
         if node.op == "get_attr":
             path, _, leaf = target.rpartition(".")
-            yield target, getattr(module.get_submodule(path), leaf)
+            value = getattr(module.get_submodule(path), leaf)
+            if isinstance(value, Tensor):  # control flow reads graphs, too
+                yield target, value
         elif node.op == "call_module" and isinstance(layer := module.get_submodule(target), WeightedLayer):
             yield f"{target}.weight", layer.weight
             yield f"{target}.bias", layer.bias

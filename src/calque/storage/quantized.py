@@ -4,7 +4,6 @@ A file has what the float network's architecture lacks: codes at their bits, sca
 stays float, and as JSON the plan, the report, the operators and the form of the inputs.
 """
 
-import copy
 import json
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -13,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from calque.admission import require_original
 from calque.arithmetic import pack, unpack
 from calque.checkpoint import FilePath
 from calque.errors import CalibrationError, CaptureError, LoadError
 from calque.graph import Batch, Network, Signature, capture
+from calque.graph.copies import duplicate
 from calque.model import QuantizedModel, assemble
 from calque.parts import PartlyQuantized, whole_only
 from calque.placement import place
@@ -83,6 +84,7 @@ def load(path: FilePath, model: nn.Module) -> QuantizedModel:
         OSError: `path` cannot be read.
     """
     table, tensors = read(path)
+    require_original(model)
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     tensors = {key: value.to(device) for key, value in tensors.items()}
     tensors.update({alias: tensors[key] for alias, key in table["aliases"].items()})
@@ -125,7 +127,7 @@ def _tensors(q: QuantizedModel) -> Tensors:
 
 
 def _capture(path: FilePath, model: nn.Module, example: Batch, table: Mapping[str, Any]) -> Network:
-    blank = copy.deepcopy(model)  # with the weights at hand, values might overflow, and no trace could be checked
+    blank = duplicate(model)  # with the weights at hand, values might overflow, and no trace could be checked
     for parameter in blank.parameters():
         parameter.data.zero_()
     try:

@@ -1,0 +1,107 @@
+"""What `quantize` and `load` take: the float network itself, as Python modules; for all else, what to pass in its place."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.nn.parameter import UninitializedParameter
+
+from calque.errors import CalibrationError, CaptureError
+from calque.graph import Batch
+from calque.graph.copies import private_copy
+from calque.graph.rewrite import silent_tracing
+from calque.graph.trace import require_float32
+from calque.model import QuantizedModel
+from calque.quantizers import QuantizedLayer, Quantizer
+
+# Where torch's own quantized, quantizing and observing modules live; the float ones among them.
+_QUANTIZED = (
+    "torch.ao.nn.quantized", "torch.ao.nn.qat", "torch.ao.nn.intrinsic.qat", "torch.ao.nn.intrinsic.quantized",
+    "torch.ao.nn.sparse.quantized", "torch.ao.quantization.fake_quantize", "torch.ao.quantization.observer",
+)  # fmt: skip
+_FLOAT = ("FloatFunctional", "FXFloatFunctional")
+# Wrappers by name, in which the network is an attribute: that of torch.compile, and those for several devices.
+_WRAPPERS = {
+    "OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module",
+    "FullyShardedDataParallel": "module",
+}  # fmt: skip
+
+
+def require_original(model: object) -> None:
+    """Raises CaptureError where `model` is no float network in Python, or a module in it is none; says what to pass instead."""
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"model must be a torch.nn.Module. {_instead(model)}")
+    problem = next(_problems(model), None)
+    if problem is not None:
+        raise CaptureError(problem)
+
+
+def require_inputs(model: nn.Module, batch: Batch) -> None:
+    """Raises CalibrationError where the model itself fails on the inputs; CaptureError where its own types are to blame."""
+    copied = private_copy(model)
+    try:
+        with torch.no_grad(), silent_tracing():
+            copied(**batch)
+    except Exception as error:  # whatever its forward raises
+        require_float32(model)
+        raise CalibrationError(
+            f"the model itself fails on the calibration inputs: {type(error).__name__}: {str(error).strip()}"
+        ) from error
+
+
+def _instead(value: object) -> str:
+    """What was received, and what to pass in its place."""
+    received = f"Got {type(value).__name__}"
+    if isinstance(value, type) and issubclass(value, nn.Module):
+        return f"Got the class {value.__name__}; pass an instance with its weights loaded."
+    if isinstance(value, ExportedProgram):
+        return f"{received}; pass the module that was exported, or .module() of the program."
+    if isinstance(value, Mapping) and value and all(isinstance(each, Tensor) for each in value.values()):
+        return f"{received} of tensors; build the network, load them (model.load_state_dict) and pass the network."
+    if isinstance(value, (list, tuple)) and value and all(isinstance(each, nn.Module) for each in value):
+        return f"{received} of modules; pass one module, such as torch.nn.Sequential(*modules)."
+    if isinstance(value, torch.jit.ScriptFunction):
+        return f"{received}, which was compiled by torch.jit; pass the Python module that it was made from."
+    if callable(value):
+        return f"{received}; pass the module that it calls, or a module whose forward calls it."
+    return f"{received}; pass the float network."
+
+
+def _problems(model: nn.Module) -> Iterator[str]:
+    for path, module in model.named_modules():
+        what = f"module {path}" if path else "the network"
+        kind, home = type(module).__name__, type(module).__module__
+        inside = _WRAPPERS.get(kind) if home.startswith("torch.") else None
+        if isinstance(module, torch.jit.ScriptModule):
+            yield (
+                f"{what} ({getattr(module, 'original_name', kind)}) was compiled by torch.jit.script or torch.jit.trace: "
+                "scripted modules cannot be captured. Pass the original Python module, with the same weights."
+            )
+        elif inside is not None:
+            found = f'model.get_submodule("{path}").{inside}'
+            put = (
+                f'Put its .{inside} in its place: model.set_submodule("{path}", {found})'
+                if path
+                else f"Pass model.{inside}"
+            )
+            yield f"{what} is wrapped in {kind}, which is no part of the network. {put}."
+        elif isinstance(module, (QuantizedModel, QuantizedLayer, Quantizer)):
+            yield f"{what} ({kind}) is quantized by calque already. Pass the float network that it was made from."
+        elif home.startswith(_QUANTIZED) and kind not in _FLOAT:
+            yield (
+                f"{what} ({home}.{kind}) is quantized, or prepared for it, by torch.ao already. Pass the float network "
+                "from before that."
+            )
+        yield from _odd_parameters(what, module)
+
+
+def _odd_parameters(what: str, module: nn.Module) -> Iterator[str]:
+    for name, parameter in module.named_parameters(recurse=False):
+        if isinstance(parameter, UninitializedParameter):
+            yield f"{name} of {what} has no shape yet. Call the network once with an input, then pass it."
+        elif type(parameter) not in (nn.Parameter, Tensor) and type(parameter.data) is not Tensor:
+            yield (
+                f"{name} of {what} is a {type(parameter).__name__}, no plain tensor: it is quantized or distributed already. "
+                "Pass the float network from before that."
+            )

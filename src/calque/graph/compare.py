@@ -1,0 +1,57 @@
+"""The captured network beside the model itself, on a few inputs."""
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from calque.errors import CaptureError
+from calque.graph.network import Network
+from calque.graph.rewrite import silent_tracing
+from calque.graph.shortcuts import slow_attention
+from calque.graph.signature import Batch, flatten, rows
+from calque.graph.trace import distinct
+
+FAST_PATH = (
+    "in eval mode without gradients the model takes torch's fast path for attention, which reads float masks as booleans and "
+    "returns NaN in rows that are masked whole; the quantized network computes what the model does in training, and under "
+    "torch.backends.mha.set_fastpath_enabled(False)."
+)
+
+
+def differs_by_fast_path(model: nn.Module, network: Network, batch: Batch) -> bool:
+    """Whether the network equals the model only without torch's fast path for attention. Raises CaptureError: it never does."""
+    with torch.no_grad(), silent_tracing():
+        try:
+            expected = pytree.tree_leaves(model(**distinct(batch)))
+            received = network.module(*flatten(batch)[0])
+        except Exception as error:
+            raise CaptureError(
+                f"the network fails on a batch of {rows(batch)} rows: {str(error).splitlines()[0]} It was traced with 2; "
+                "it must accept any number of rows on axis 0 of its inputs."
+            ) from error
+        position = _difference(expected, received)
+        if position is None:
+            return False
+        with slow_attention():
+            expected = pytree.tree_leaves(model(**distinct(batch)))
+    if _difference(expected, received) is None:
+        return True
+    raise CaptureError(
+        f"output {position} of the captured network differs from the model's on a batch of {rows(batch)} rows. The "
+        "model must be a function of its inputs alone: no randomness, no state that changes between calls, no other path "
+        "where it is traced."
+    )
+
+
+def _difference(expected: list[object], received: list[object]) -> int | None:
+    """The first output that differs; values that are not finite in `received` do not count: calibration names the layer."""
+    for position, (a, b) in enumerate(zip(expected, received, strict=True)):
+        if not isinstance(a, Tensor) or not isinstance(b, Tensor) or not a.is_floating_point():
+            continue
+        if a.shape != b.shape:
+            return position
+        finite = torch.isfinite(b)
+        scale = a[torch.isfinite(a)].abs().max().item() if torch.isfinite(a).any() else 0.0
+        if not torch.allclose(a[finite], b[finite].to(a.dtype), rtol=0.0, atol=1e-3 * scale + 1e-6):
+            return position
+    return None

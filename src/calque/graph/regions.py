@@ -1,0 +1,120 @@
+"""Regions of forward under another precision or gradient mode: computed in float32, and opened into the graph around them.
+
+torch.export keeps what stands under torch.autocast, enable_grad or no_grad as a graph of its own, an argument of one operator.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._ops import HigherOrderOperator
+from torch.export import ExportedProgram
+
+# Operators that call a graph with the arguments behind it; how many arguments of their own stand in front of it.
+_WRAPPERS = {torch.ops.higher_order.wrap_with_autocast: 4, torch.ops.higher_order.wrap_with_set_grad_enabled: 1}
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Keeps the autocast and inference modes of the caller out: they would change what is captured and computed."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        for device in ("cpu", "cuda", "xpu", "mps"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+@contextmanager
+def in_float32(device: str) -> Iterator[set[torch.dtype]]:
+    """While it lasts, torch.autocast does nothing; the precisions that it would have lowered values on `device` to."""
+    lowered: set[torch.dtype] = set()
+    enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
+
+    def note(region: torch.autocast) -> torch.autocast:
+        if region._enabled and region.device == device:
+            lowered.add(region.fast_dtype)
+        return region
+
+    torch.autocast.__enter__ = note  # type: ignore[method-assign]  # undone below
+    torch.autocast.__exit__ = lambda *_: False  # type: ignore[method-assign]
+    try:
+        yield lowered
+    finally:
+        torch.autocast.__enter__ = enter  # type: ignore[method-assign]
+        torch.autocast.__exit__ = leave  # type: ignore[method-assign]
+
+
+def open_regions(program: ExportedProgram) -> None:
+    """Puts, in place, the operators of every region, and of the regions inside it, where the region was called."""
+    for old, new in _opened(program.graph_module):
+        program.graph_signature.replace_all_uses(old, new)
+    program.graph_module.recompile()
+
+
+def control_flow(module: fx.GraphModule) -> list[str]:
+    """A sentence for each operator that runs graphs of its own (torch.cond, a loop): they stay float, weights and all."""
+    sentences = []
+    for node in module.graph.nodes:
+        if isinstance(node.target, HigherOrderOperator):
+            weights = [str(each.target) for each in node.all_input_nodes if _is_weight(module, each)]
+            what = f", with {', '.join(weights)}" if weights else ""
+            sentences.append(f"operator {node.name} ({node.target}) stays float{what}.")
+    return sentences
+
+
+def _is_weight(module: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op != "get_attr":
+        return False
+    path, _, leaf = str(node.target).rpartition(".")
+    return isinstance(getattr(module.get_submodule(path), leaf), Tensor)
+
+
+def _opened(module: fx.GraphModule) -> list[tuple[str, str]]:
+    """Opens, in place, the regions of the module's graph; the names of values that went, and of those in their place."""
+    renamed = []
+    for node in list(module.graph.nodes):
+        own = _WRAPPERS.get(node.target) if node.op == "call_function" else None
+        if own is None:
+            continue
+        source = node.args[own]
+        region = getattr(module, str(source.target))
+        _opened(region)
+        results = _copied(module, node, region, node.args[own + 1 :])
+        for reader in list(node.users):  # each takes one of the region's results
+            value = results[reader.args[1]]
+            reader.replace_all_uses_with(value)
+            renamed.append((reader.name, value.name))
+            module.graph.erase_node(reader)
+        module.graph.erase_node(node)
+        if not source.users:
+            module.graph.erase_node(source)
+    return renamed
+
+
+def _copied(module: fx.GraphModule, node: fx.Node, region: fx.GraphModule, inputs: tuple[Any, ...]) -> list[fx.Node]:
+    """Copies a region's operators in front of `node`; the nodes of its results."""
+    taken = iter(inputs)
+    copies: dict[fx.Node, Any] = {}
+    with module.graph.inserting_before(node):
+        for inner in region.graph.nodes:
+            if inner.op == "placeholder":
+                copies[inner] = next(taken)
+            elif inner.op == "output":
+                return [copies[result] for result in inner.args[0]]
+            else:
+                copies[inner] = module.graph.node_copy(inner, copies.__getitem__)
+                if inner.op == "get_attr":
+                    copies[inner].target = _adopted(module, getattr(region, str(inner.target)))
+    raise AssertionError("a graph ends in its output")
+
+
+def _adopted(module: fx.GraphModule, value: object) -> str:
+    """The name under which the module keeps what a region read from its own: a constant, or a graph."""
+    count = 0
+    while hasattr(module, f"region_{count}"):
+        count += 1
+    setattr(module, f"region_{count}", value)
+    return f"region_{count}"
