@@ -7,7 +7,7 @@ QLinearAdd does it. Everything that has no integer kernel runs in float32 on rea
 """
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -20,6 +20,8 @@ from calque.graph.network import ADDITIONS, clamp_bounds, is_movement
 from calque.graph.products import operands_of
 from calque.graph.signature import Signature, flatten
 from calque.quantizers import QuantizedLayer, Quantizer
+
+aten = torch.ops.aten
 
 EXACT_FLOAT32 = 2**24  # integers up to here, and sums of them that stay below, are exact in float32
 
@@ -113,22 +115,14 @@ class IntegerModel(nn.Module):
         return pytree.tree_unflatten(outputs, self.out_spec)
 
     @torch.no_grad()
-    def trace(self, *leaves: object) -> tuple[tuple[Tensor, ...], dict[str, Tensor], Tensor]:
-        """For flat inputs: the flat outputs, the uint8 codes of every edge by name, and the step of the first output.
+    def trace(self, *leaves: object) -> tuple[tuple[Tensor, ...], dict[str, Tensor], tuple[Tensor | None, ...]]:
+        """For flat inputs: the flat outputs, the uint8 codes of every edge by name, and the step of each output.
 
-        The step (broadcasts against the output) is that of its grid, or of the accumulator behind it; the output's
-        standard deviation over 256 where it has neither.
+        The step (broadcasts against the output) is that of its grid, or of the accumulator behind it; None where it has neither.
         """
         interpreter = _Interpreter(self.graph_module, self.edges)
         outputs = interpreter.run(*leaves)
-        first = interpreter.last[0]
-        if isinstance(first, OnGrid):
-            step = first.grid.scale
-        elif isinstance(first, Accumulator):
-            step = first.scale
-        else:
-            step = outputs[0].std() / 256
-        return outputs, interpreter.codes, step
+        return outputs, interpreter.codes, tuple(map(_step, interpreter.last))
 
 
 class _Interpreter(fx.Interpreter):
@@ -150,7 +144,7 @@ class _Interpreter(fx.Interpreter):
             self.last = args[0]
         if n.op in ("call_function", "output"):
             args, kwargs = fx.node.map_aggregate((args, kwargs), lambda value: cast("Any", _real(value)))
-        return getattr(self, n.op)(n.target, args, kwargs)
+        return getattr(self, n.op)(STABLE.get(n.target, n.target), args, kwargs)
 
     def _module(self, node: fx.Node, x: object) -> object:
         module = (
@@ -199,8 +193,27 @@ class _Interpreter(fx.Interpreter):
         return (node.target(*args, **kwargs) * (left.grid.scale * right.grid.scale)).float()
 
 
+def _topk(x: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> list[Tensor]:
+    """The k largest or smallest values, in order, and where they are; of equal ones the first, as ONNX has it."""
+    values, indices = torch.sort(x, dim=dim, descending=largest, stable=True)
+    return [values.narrow(dim, 0, k), indices.narrow(dim, 0, k)]
+
+
+def _sort(x: Tensor, dim: int = -1, descending: bool = False) -> list[Tensor]:
+    return list(torch.sort(x, dim=dim, descending=descending, stable=True))
+
+
+STABLE: dict[object, Callable[..., list[Tensor]]] = {aten.topk.default: _topk, aten.sort.default: _sort}
+
+
 def _real(value: object) -> object:
     return value.real() if isinstance(value, Exact) else value
+
+
+def _step(value: object) -> Tensor | None:
+    if isinstance(value, OnGrid):
+        return value.grid.scale
+    return value.scale if isinstance(value, Accumulator) else None
 
 
 def _put_on_grid(x: object, grid: Quantizer) -> OnGrid:

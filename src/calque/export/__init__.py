@@ -2,7 +2,17 @@
 
 from calque.export.latency import Latency
 from calque.export.onnx import Target, export_onnx
-from calque.export.verification import Agreement, Verification
+from calque.export.verification import Agreement, OutputAgreement, Verification
 from calque.export.verify import count_kernels, run_onnx, verify
 
-__all__ = ["Agreement", "Latency", "Target", "Verification", "count_kernels", "export_onnx", "run_onnx", "verify"]
+__all__ = [
+    "Agreement",
+    "Latency",
+    "OutputAgreement",
+    "Target",
+    "Verification",
+    "count_kernels",
+    "export_onnx",
+    "run_onnx",
+    "verify",
+]

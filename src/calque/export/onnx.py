@@ -19,6 +19,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from calque.errors import ExportError, SpecError
+from calque.export.identity import PREFIX, identity
 from calque.export.lowering import DOMAIN, TRANSLATIONS, lower
 from calque.export.nodes import MICROSOFT, Expander
 from calque.export.qonnx import QONNX_DOMAIN, QuantExpander
@@ -38,8 +39,8 @@ def export_onnx(model: QuantizedModel, path: str | os.PathLike[str], *, target: 
         target: "onnxruntime" and "openvino" read the same file, with packed weights and integer kernels; "qonnx" has one Quant
             node per tensor, and float32 weights.
 
-    The file holds the plan, the recipe and versions in its metadata. It is written to a temporary name and moved, so that
-    nothing half-written is ever left at `path`.
+    The file holds the plan, checksums of the network, which `verify` compares, the recipe and versions in its metadata. It is
+    written to a temporary name and moved, so that nothing half-written is ever left at `path`.
 
     Raises:
         ExportError: an operator without a translation, which is named, or with one that is no valid ONNX.
@@ -221,13 +222,13 @@ def _clean(proto: onnx.ModelProto, model: QuantizedModel) -> None:
     proto.opset_import.extend(domains)
     _name_batch_axis(graph)
     del proto.metadata_props[:]
-    facts = {"plan": json.dumps({name: str(bits) for name, bits in model.plan.items()})}
+    facts = identity(model)
     if model.report is not None:
         keys = ("recipe", "placement", "seed", "calibration_rows")
         facts["run"] = json.dumps({key: getattr(model.report, key) for key in keys})
     facts["versions"] = json.dumps({"calque": version("calque"), "torch": torch.__version__, "onnx": onnx.__version__})
     for key, value in facts.items():
-        proto.metadata_props.add(key=f"calque.{key}", value=value)
+        proto.metadata_props.add(key=PREFIX + key, value=value)
     proto.producer_name, proto.producer_version = "calque", version("calque")
     graph.name = "calque"
 

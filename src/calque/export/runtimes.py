@@ -2,7 +2,7 @@
 
 import importlib
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,6 +27,7 @@ PRECISE = "session.x64quantprecision"
 # Products with packed 4-bit weights: ONNX Runtime's default, 4, rounds their float inputs to 8 bits at run time; 1 is float32.
 LEVEL = ("session.qdq_matmulnbits_accuracy_level", "1")
 PACKED = "MatMulNBits"
+BLOCKED = "_nchwc"  # behind the value's name in that of a convolution that ONNX Runtime computes in blocks of channels
 # Operators that move, convert or clip codes and indices; everything else that is not an integer kernel computes on floats.
 _NEUTRAL = frozenset(
     {
@@ -116,7 +117,27 @@ class OnnxRuntime:
             saved = Path(folder) / "optimized.onnx"
             self._open(saved)
             nodes = onnx.load(saved).graph.node
-        return [Kernel(node.op_type, _precision(node.op_type), tuple(node.input)) for node in nodes]
+        makers = {output: node for node in self._proto.graph.node for output in node.output}
+        return [Kernel(node.op_type, _precision(node.op_type), _reads(node, makers)) for node in nodes]
+
+
+def _reads(node: onnx.NodeProto, makers: Mapping[str, onnx.NodeProto]) -> tuple[str, ...]:
+    """The inputs of an executed node; of a convolution in blocks of channels those that it has in the file.
+
+    Such a convolution, which processors get whose blocks fit its channels, reads reordered copies under new names; its own name
+    is that of the value it makes, behind an activation or a residual add that is fused into it.
+
+    Args:
+        makers: the file's nodes by their outputs.
+    """
+    if node.op_type == "Conv" and BLOCKED in node.name:
+        front = [node.name.rpartition(BLOCKED)[0]]
+        while front:
+            maker = makers.get(front.pop(0))
+            if maker is not None and maker.op_type == "Conv":
+                return tuple(maker.input)
+            front.extend(maker.input if maker is not None else ())
+    return tuple(node.input)
 
 
 def _precision(operator: str) -> Precision:

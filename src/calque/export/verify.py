@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from calque.calibration import prepare
 from calque.errors import SpecError, VerificationError
+from calque.export.agreement import agreements
+from calque.export.identity import differences, unknown_origin
 from calque.export.latency import measure_latency
 from calque.export.onnx import Target, float_onnx
 from calque.export.runtimes import (
@@ -25,12 +27,13 @@ from calque.export.runtimes import (
     open_runtime,
     saturates,
 )
-from calque.export.verification import OUTSIDE, TITLES, Agreement, Verification
+from calque.export.verification import LEAST_DB, LIMIT_DB, OUTSIDE, TITLES, OutputAgreement, Verification
 from calque.graph import Batch
-from calque.graph.signature import flatten, rows
+from calque.graph.signature import flatten, rows, split
 from calque.model import QuantizedModel
+from calque.parts import PartlyQuantized, whole_only
 
-BOUND = 0.99  # least agreement with the exact integer evaluation
+BOUND = 0.99  # least agreement of each output with the exact integer evaluation
 
 
 def verify(
@@ -44,67 +47,100 @@ def verify(
 ) -> Verification:
     """How the exported file `path` agrees with `model` on `inputs` in a runtime, and how fast it is there.
 
+    First the file's own plan and checksums are compared with the model's. Then every output is compared with the exact integer
+    evaluation's: an output passes if a share of at least `bound` agrees (see `OutputAgreement`) and its error is 30 dB below it.
     Use at least 300 real inputs of a trained network: with random weights every input has the same class, and agreement
     means nothing.
 
     Args:
         inputs: as the calibration inputs of `calque.quantize`.
         target: "onnxruntime", with its optimizer on and off, "openvino" or "qonnx" (extras of these names).
-        bound: the least share of outputs that agree with the exact integer evaluation, the optimizer on; 0 for none.
+        bound: the least share of each output that agrees with the exact integer evaluation, the optimizer on; 0 for figures
+            without a verdict: nothing is asked of share and error, and another network's file is a note.
         original: the float network; the latency of both files is then measured, in turns, on the first input (not in QONNX's
             executor, which is no deployment).
 
     Raises:
-        VerificationError: the runtime is not installed, cannot load or run the file, or the file has other inputs than the
-            model; agreement below the bound (`verification` of the error has all figures).
-        SpecError: an unknown target, or a bound that is no share.
+        VerificationError: the file is another network's or run's by its metadata; the runtime is not installed, or cannot load
+            or run the file; the file has other inputs or outputs than the model; an output does not pass (`verification` of
+            the error has all figures).
+        SpecError: an unknown target, or a bound that is no share; a network quantized in parts, which are verified one by one.
         CalibrationError: inputs that are empty, not finite or of the wrong form.
         FileNotFoundError: no such file.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}.")
+    if isinstance(model, PartlyQuantized):
+        raise whole_only(model, "verify", "verify(file, q.parts[path], inputs)")
     if not 0 <= bound <= 1:
         raise SpecError(f"bound is a share, from 0 to 1. Got {bound!r}.")
     check_target(target)
-    batches = prepare(inputs, model.signature, next(iter(model.buffers())).device)
     proto = load_proto(path)
-    edges: list[str] = []  # more outputs would change what OpenVINO fuses
-    if target == "onnxruntime":
-        known = {output for node in proto.graph.node for output in node.output}
-        edges = [name for name in model.quantizers if f"{name}/codes" in known]
-        probed = _with_outputs(proto, edges)
-        runtimes: list[Runtime] = [OnnxRuntime(probed), OnnxRuntime(probed, optimize=False)]
-        kernels = OnnxRuntime(proto).kernels()
-    else:
-        runtimes = [open_runtime(proto, target)]
-        kernels = runtimes[0].kernels()
-    optimized, *others = _agreements(runtimes, model, batches, edges)
-    (outside,) = _agreements(runtimes[:1], model, [_scaled(batch) for batch in batches], edges)
+    origin = _origin(proto, model, bound)
+    batches = prepare(inputs, model.signature, next(iter(model.buffers())).device)
+    runtimes, edges = _opened(proto, model, target)
+    kernels = (OnnxRuntime(proto) if edges else runtimes[0]).kernels()
+    names = [output.name for output in proto.graph.output]
+    optimized, *others = agreements(runtimes, model, batches, names, edges)
+    (outside,) = agreements(runtimes[:1], model, [_scaled(batch) for batch in batches], names, edges)
     found = Verification(
         target, sum(rows(batch) for batch in batches), optimized, others[0] if others else None, outside,
         _counted(kernels, "integer"), _counted(kernels, "float"), _counted(kernels, "neutral"),
         {} if target == "qonnx" else _reasons(kernels, model), path.stat().st_size, model.report.size,
-        _notes(kernels, model, target),
+        (*origin, *_notes(kernels, model, target)),
     )  # fmt: skip
-    if optimized.exact < bound:
-        raise _below(found, bound)
+    failed = [output for output in optimized.outputs if not output.passes(bound)]
+    if failed:
+        raise _refusal(found, failed, bound)
     if original is not None and target != "qonnx":
-        leaves = [leaf[:1] for leaf in flatten(batches[0])[0] if isinstance(leaf, Tensor)]
+        leaves = [leaf for leaf in flatten(split(batches[0], 1)[0])[0] if isinstance(leaf, Tensor)]
         found = replace(found, latency=measure_latency(proto, float_onnx(original, model), leaves, target))
     return found
 
 
-def _below(found: Verification, bound: float) -> VerificationError:
-    """What may be the reason: another network's codes, which ONNX Runtime shows, or saturation, which it is kept from here."""
+def _origin(proto: onnx.ModelProto, model: QuantizedModel, bound: float) -> list[str]:
+    """Notes on what the file says about its network. Raises: VerificationError, where that is another one and a bound is set."""
+    unlike = differences(proto, model)
+    if unlike and bound:
+        raise VerificationError(
+            f"{unlike} Export this network, or verify the file with the network that it was made from."
+        )
+    return [note for note in (unlike, unknown_origin(proto)) if note]
+
+
+def _opened(proto: onnx.ModelProto, model: QuantizedModel, target: Target) -> tuple[list[Runtime], list[str]]:
+    """The file as its runtime loads it, in ONNX Runtime also without the optimizer; and the edges whose codes it returns, too."""
+    if target != "onnxruntime":
+        return [open_runtime(proto, target)], []  # more outputs would change what OpenVINO fuses
+    known, edges = {output for node in proto.graph.node for output in node.output}, list(model.quantizers)
+    if not all(f"{name}/codes" in known for name in edges):
+        edges = []
+    probed = _with_outputs(proto, edges)
+    return [OnnxRuntime(probed), OnnxRuntime(probed, optimize=False)], edges
+
+
+def _refusal(found: Verification, failed: list[OutputAgreement], bound: float) -> VerificationError:
+    """Names the worst output, and what may be the reason: other codes, or saturation, which ONNX Runtime is kept from here."""
+    output = min(failed, key=lambda each: (each.exact, LIMIT_DB if each.decibels is None else each.decibels))
+    what = {"class scores": f"{found.inputs} rows", "values": "its values", "whole numbers": "its whole numbers"}[
+        output.kind
+    ]
+    problems = []
+    if output.exact < bound:
+        problems.append(f"{output.exact:.2%} of {what} agree, less than the bound of {bound:.2%} (bound=, --bound)")
+    if output.decibels is not None and output.decibels < LEAST_DB:
+        problems.append(f"its error is {output.decibels:.1f} dB below it, and {LEAST_DB:g} dB is the least")
     reason = "".join(f" {note}" for note in found.notes) if found.target == "openvino" else ""
     if found.optimized.parted:
-        share = f"{found.optimized.parted_share:.0%} of the codes of {found.optimized.parted} differ"
+        share = f"{found.optimized.parted_share:.1%} of the codes of {found.optimized.parted} differ"
         reason = f" {share}, the first tensor that does. Is the file of this network?"
-    error = VerificationError(
-        f"{found.optimized.exact:.2%} of {found.inputs} outputs in {TITLES[found.target]} agree with the exact integer "
-        f"evaluation, less than the bound of {bound:.2%} (bound=, --bound).{reason}"
-    )
+    elif found.target == "onnxruntime":
+        reason = (
+            " No tensor in front of it has other codes: what differs lies behind the last one. Was the file edited?"
+        )
+    where = f"output {output.name} in {TITLES[found.target]}"
+    error = VerificationError(f"{where} is not that of the exact integer evaluation: {'; '.join(problems)}.{reason}")
     error.verification = found
     return error
 
@@ -207,56 +243,3 @@ def _scaled(batch: Batch) -> Batch:
         return leaf * OUTSIDE if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
     return {name: torch.utils._pytree.tree_map(larger, value) for name, value in batch.items()}
-
-
-def _agreements(
-    runtimes: list[Runtime], model: QuantizedModel, batches: list[Batch], edges: list[str]
-) -> list[Agreement]:
-    """Of each runtime with the exact evaluation and the simulation, which run once for all of them."""
-    integer = model.integer()
-    counts = [_Count(edges) for _ in runtimes]
-    for batch in batches:
-        leaves = [leaf for leaf in flatten(batch)[0] if isinstance(leaf, Tensor)]
-        exact, codes, step = integer.trace(*leaves)
-        with torch.no_grad():
-            simulated = model.graph_module(*leaves)[0]
-        for runtime, count in zip(runtimes, counts, strict=True):
-            count.add(runtime.run(leaves), exact[0].cpu(), simulated.cpu(), step.cpu(), codes)
-    return [count.agreement() for count in counts]
-
-
-class _Count:
-    """What one runtime's outputs and codes have in common with the exact evaluation, batch by batch."""
-
-    def __init__(self, edges: list[str]):
-        self.edges = edges
-        self.exact, self.simulated, self.units = 0.0, 0.0, 0
-        self.distance, self.largest, self.rows = 0.0, 0.0, 0
-        self.wrong, self.codes = dict.fromkeys(edges, 0), dict.fromkeys(edges, 0)
-
-    def add(
-        self, outputs: list[Tensor], exact: Tensor, simulated: Tensor, step: Tensor, codes: dict[str, Tensor]
-    ) -> None:
-        """Counts one batch; the codes of the edges are the last outputs."""
-        received = outputs[0]
-        steps = ((received - exact).abs() / step).double()
-        if exact.dim() == 2:
-            self.exact += (exact.argmax(1) == received.argmax(1)).sum().item()
-            self.simulated += (simulated.argmax(1) == received.argmax(1)).sum().item()
-            self.units += len(exact)
-        else:
-            self.exact += (steps < 0.5).sum().item()
-            self.simulated += ((received - simulated).abs() / step < 0.5).sum().item()
-            self.units += exact.numel()
-        self.distance += steps.mean().item() * len(exact)
-        self.largest = max(self.largest, steps.max().item())
-        self.rows += len(exact)
-        for name, found in zip(self.edges, outputs[len(outputs) - len(self.edges) :], strict=True):
-            self.wrong[name] += int((codes[name].cpu() != found.reshape(codes[name].shape)).sum())
-            self.codes[name] += found.numel()
-
-    def agreement(self) -> Agreement:
-        parted = next((name for name in self.edges if self.wrong[name]), "")
-        share = self.wrong[parted] / self.codes[parted] if parted else 0.0
-        exact, simulated = self.exact / self.units, self.simulated / self.units
-        return Agreement(exact, simulated, self.distance / self.rows, self.largest, parted, share)
