@@ -20,6 +20,7 @@ from calque.arithmetic import affine_grid, fake_quantize, per_channel, weight_li
 from calque.calibration import Execution, real_tokens
 from calque.graph import Network, WeightedLayer
 from calque.graph.network import AVERAGE_POOLS, MAX_POOLS, is_movement, is_spatial_mean
+from calque.graph.rewrite import free_name
 from calque.job import Job
 from calque.placement import root, shared_tensors
 from calque.ranges import weight_scale
@@ -33,7 +34,7 @@ EXPONENTS = ((0.0, 0.0), (0.25, 0.0), (0.5, 0.0), (0.75, 0.0), (1.0, 0.0), (0.5,
 CLIPS = (1.0, 0.8, 0.6, 0.45)  # shares of the range of x that are tried with each
 GAIN = 0.9  # of the error without scales: a smaller gain is not worth an operator
 ROWS = 1024  # that judge
-SCALES = "channel_scales"  # the sub-module that holds factors of their own
+SCALES = "channel_scales"  # the sub-module that holds factors of their own, where the network has none of that name
 POOLS = AVERAGE_POOLS | MAX_POOLS
 LARGEST = 1e4  # ratio of two scales
 
@@ -196,7 +197,7 @@ def _replace_constant(network: Network, reader: fx.Node, constant: fx.Node, scal
     if set(constant.users) == {reader} and not others:
         setattr(owner, leaf, value)
         return
-    name = f"{reader.name}_{leaf}"
+    name = free_name(network.module, f"{reader.name}_{leaf}")
     network.module.register_buffer(name, value)
     with network.module.graph.inserting_before(reader):
         own = network.module.graph.get_attr(name)
@@ -215,7 +216,8 @@ def _into_value(network: Network, job: Job, names: Group, scale: Tensor) -> bool
     value = root(product.operands[-1])
     name = str(value.target)
     if (
-        name not in network.layers
+        value.op != "call_module"
+        or name not in network.layers
         or not _leads_only_to(value, product.node)
         or not _leads_only_to(source, network.layers[names[0]].node)
     ):
@@ -253,23 +255,31 @@ def _leads_only_to(node: fx.Node, reader: fx.Node) -> bool:
 
 def _multiply(network: Network, names: Group, scale: Tensor, index: int) -> None:
     """Puts 1 / scale in front of the layers as a factor of its own."""
-    insert_factor(network, names, index)
-    network.module.get_submodule(SCALES).register_buffer(f"{index:03d}", 1 / scale)
+    factor = insert_factor(network, names, index)
+    path, _, leaf = str(factor.target).rpartition(".")
+    network.module.get_submodule(path).register_buffer(leaf, 1 / scale)
 
 
-def insert_factor(network: Network, names: Group, index: int) -> None:
-    """Multiplies, in place, the input of these layers by a tensor of ones under `channel_scales`."""
+class _Scales(torch.nn.Module):
+    """Holds factors of their own, as buffers."""
+
+
+def insert_factor(network: Network, names: Group, index: int) -> fx.Node:
+    """Multiplies, in place, the input of these layers by a tensor of ones under `channel_scales`; the tensor's node."""
     module, graph = network.module, network.module.graph
     readers = [network.layers[name].node for name in names]
     source = readers[0].args[0]
     assert isinstance(source, fx.Node)
-    if not isinstance(getattr(module, SCALES, None), torch.nn.Module):
-        module.add_module(SCALES, torch.nn.Module())
+    holder = next((name for name, child in module.named_children() if isinstance(child, _Scales)), "")
+    if not holder:
+        holder = free_name(module, SCALES)
+        module.add_module(holder, _Scales())
     weight = network.weighted(names[0]).weight
-    module.get_submodule(SCALES).register_buffer(f"{index:03d}", torch.ones_like(weight[0]))
+    module.get_submodule(holder).register_buffer(f"{index:03d}", torch.ones_like(weight[0]))
     with graph.inserting_before(readers[0]):
-        factor = graph.get_attr(f"{SCALES}.{index:03d}")
+        factor = graph.get_attr(f"{holder}.{index:03d}")
         product = graph.call_function(aten.mul.Tensor, (source, factor))
     product.meta = {key: item for key, item in source.meta.items() if key in ("val", "tensor_meta", "nn_module_stack")}
     for reader in readers:
         reader.replace_input_with(source, product)
+    return factor

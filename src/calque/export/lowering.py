@@ -22,6 +22,7 @@ from calque.graph.network import (
     is_spatial_mean,
     value_of,
 )
+from calque.graph.rewrite import free_name
 from calque.model import QuantizedModel, grid_of
 from calque.quantizers import QuantizedLayer, Quantizer
 
@@ -176,7 +177,7 @@ def lower(model: QuantizedModel, *, fused: bool = True) -> fx.GraphModule:
         _requantize_moved(module, quantizers, highest)
     names = {node: model.edge_name(node) for node in graph.nodes if node in quantizers}
     for index, (node, name) in enumerate(names.items()):
-        leaf = f"named_{index}"
+        leaf = free_name(module, f"named_{index}")
         module.add_module(leaf, _NamedQuantizer(name, highest[node]))
         node.target = leaf
     for name, layer in model.layers.items():

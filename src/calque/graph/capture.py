@@ -17,15 +17,19 @@ from calque.graph.rewrite import (
     constant_value,
     drop_unread_buffers,
     erase_with_constants,
+    free_name,
     functionalize,
     path_of,
 )
 from calque.graph.signature import Batch, Signature, flatten, rows, select
-from calque.graph.trace import DynamicAxes, distinct, private_copy, require_float32, trace
+from calque.graph.trace import DynamicAxes, distinct, private_copy, require_float32, spare_names, trace
 from calque.graph.uncovered import uncovered, unreached
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
+_SPOKEN_FOR = frozenset(
+    {"getattr", "torch", "device", "inf", "nan", "NoneType", "pytree", "fx_pytree"}
+)  # by code that fx writes
 _LAYER_TYPES = (
     "Conv1d",
     "Conv2d",
@@ -48,6 +52,7 @@ def capture(model: nn.Module, example: Batch, dynamic: DynamicAxes | None = None
             axis that the network fixes, or a trace that computes something else than the model.
     """
     model = private_copy(model)
+    spare_names(model)
     require_float32(model)
     signature = Signature.of(model)
     count = rows(example)
@@ -101,7 +106,8 @@ def _flatten_calls(module: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
         if node.op == "call_module":  # the guards of torch.export
             continue
         copies[node] = flat.node_copy(node, lambda old: copies[old])
-        copies[node].name = node.name if node.op != "output" else "output"
+        if node.op == "placeholder" and node.target in _SPOKEN_FOR:
+            copies[node].target = copies[node].name
     result = fx.GraphModule(module, flat)
     for name, tensor in [*result.named_parameters(), *result.named_buffers()]:
         path, _, leaf = name.rpartition(".")
@@ -155,9 +161,7 @@ def _free_names(module: fx.GraphModule, layers: set[str]) -> None:
         path, _, leaf = str(node.target).rpartition(".")
         if node.op != "get_attr" or not any(path == name or path.startswith(f"{name}.") for name in layers):
             continue
-        own = str(node.target).replace(".", "_")
-        while hasattr(module, own):
-            own += "_"
+        own = free_name(module, str(node.target).replace(".", "_"))
         module.register_buffer(own, getattr(module.get_submodule(path), leaf))
         node.target = own
 

@@ -34,6 +34,24 @@ def private_copy(model: nn.Module) -> nn.Module:
     return result
 
 
+def spare_names(model: nn.Module) -> None:
+    """Renames, in place, children called as an attribute of graphs (graph, code), which no graph can have: graph is graph_ then.
+
+    The model itself still finds them under their names.
+    """
+    graph = fx.GraphModule(nn.Module(), fx.Graph())
+    children = dict(model.named_children())
+    taken = {*dir(graph), *children}
+    for name in [name for name in children if hasattr(graph, name) or name in ("self", "_in_spec", "_out_spec")]:
+        own = f"{name}_"
+        while own in taken:
+            own += "_"
+        renamed = {own if each == name else each: child for each, child in model._modules.items()}
+        model._modules.clear()
+        model._modules.update(renamed)
+        model.__dict__[name] = children[name]
+
+
 def require_float32(model: nn.Module) -> None:
     """Raises CaptureError where a parameter has another floating-point type."""
     for name, parameter in model.named_parameters():
