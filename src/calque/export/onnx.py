@@ -23,6 +23,7 @@ from calque.export.lowering import DOMAIN, TRANSLATIONS, lower
 from calque.export.nodes import MICROSOFT, Expander
 from calque.export.qonnx import QONNX_DOMAIN, QuantExpander
 from calque.graph.network import FlatInput, value_of
+from calque.graph.outputs import flatten_outputs
 from calque.graph.rewrite import silent_tracing
 from calque.model import QuantizedModel
 from calque.parts import PartlyQuantized, whole_only
@@ -205,7 +206,8 @@ class _Original(torch.nn.Module):
         self.arguments = arguments
 
     def forward(self, *inputs: torch.Tensor) -> object:
-        return tuple(pytree.tree_leaves(self.module(**pytree.tree_unflatten(list(inputs), self.arguments))))
+        result, _ = flatten_outputs(self.module(**pytree.tree_unflatten(list(inputs), self.arguments)))
+        return tuple(leaf for leaf in result if isinstance(leaf, torch.Tensor))
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from calque.graph.fold import fold_batch_norms
 from calque.graph.forms import unify_layers
 from calque.graph.layers import Geometry, WeightedLayer
 from calque.graph.network import Network, find_layers, flat_inputs, padding_of, value_of
+from calque.graph.outputs import flatten_outputs
 from calque.graph.products import decompose_attention, find_products
 from calque.graph.rewrite import (
     constant_value,
@@ -57,9 +58,8 @@ def capture(model: nn.Module, example: Batch, dynamic: DynamicAxes | None = None
     signature = Signature.of(model)
     count = rows(example)
     batch = distinct(select(example, torch.arange(max(count, 2)).clamp(max=count - 1)[:2]))
-    module, graph = _traced(model, batch, dynamic)
-    in_spec, out_spec = module._in_spec, module._out_spec  # tree specs of (args, kwargs) and of the result
-    assert out_spec is not None
+    module, graph, out_spec = _traced(model, batch, dynamic)
+    in_spec = module._in_spec  # of (args, kwargs)
     read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr" and node.users}
     unify_layers(module, graph)
     decompose_attention(graph)
@@ -88,14 +88,16 @@ def capture(model: nn.Module, example: Batch, dynamic: DynamicAxes | None = None
     return network
 
 
-def _traced(model: nn.Module, batch: Batch, dynamic: DynamicAxes | None) -> tuple[fx.GraphModule, fx.Graph]:
-    """The model's operators, none of which writes into its arguments, and their graph."""
-    module = trace(model, batch, dynamic)
+def _traced(
+    model: nn.Module, batch: Batch, dynamic: DynamicAxes | None
+) -> tuple[fx.GraphModule, fx.Graph, pytree.TreeSpec]:
+    """The model's operators, none of which writes into its arguments, their graph, and the tree of what is returned."""
+    module, tree = trace(model, batch, dynamic)
     try:
-        return module, functionalize(module.graph)
+        return module, functionalize(module.graph), tree
     except CaptureError:  # a write into a view: torch.export follows the aliases, but takes more operators apart
-        module = trace(model, batch, dynamic, functional=True)
-        return module, functionalize(module.graph)
+        module, tree = trace(model, batch, dynamic, functional=True)
+        return module, functionalize(module.graph), tree
 
 
 def _flatten_calls(module: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
@@ -266,13 +268,19 @@ def _add_submodule(module: fx.GraphModule, name: str, layer: WeightedLayer) -> N
 def _compare(model: nn.Module, network: Network, batch: Batch) -> None:
     with torch.no_grad():
         try:
-            expected = pytree.tree_leaves(model(**distinct(batch)))
-            received = network.module(*flatten(batch)[0])
+            expected, tree = flatten_outputs(model(**distinct(batch)))
+            outputs = network.module(*flatten(batch)[0])
         except Exception as error:
             raise CaptureError(
                 f"the network fails on a batch of {rows(batch)} rows: {str(error).splitlines()[0]} It was traced with 2; "
                 "it must accept any number of rows on axis 0 of its inputs."
             ) from error
+    received, found = flatten_outputs(pytree.tree_unflatten(outputs, network.out_spec))
+    if found != tree:
+        raise CaptureError(
+            f"the captured network returns {found} on a batch of {rows(batch)} rows, and the model {tree}. What a model "
+            "returns besides tensors must not depend on the values of its inputs."
+        )
     for position, (a, b) in enumerate(zip(expected, received, strict=True)):
         if not isinstance(a, Tensor) or not a.is_floating_point():
             continue

@@ -13,6 +13,7 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from calque.errors import CaptureError
+from calque.graph.outputs import flat_outputs
 from calque.graph.rewrite import silent_tracing
 from calque.graph.signature import Batch, rows
 
@@ -67,8 +68,12 @@ def distinct(batch: Batch) -> Batch:
     }
 
 
-def trace(model: nn.Module, batch: Batch, dynamic: DynamicAxes | None, *, functional: bool = False) -> fx.GraphModule:
-    """The model as a graph of operators, its parameters under their own names; the batch axis and `dynamic` stay free.
+def trace(
+    model: nn.Module, batch: Batch, dynamic: DynamicAxes | None, *, functional: bool = False
+) -> tuple[fx.GraphModule, pytree.TreeSpec]:
+    """The model as a graph of operators that returns flat tensors, and their tree; the batch axis and `dynamic` stay free.
+
+    Parameters have their own names.
 
     Args:
         functional: without operators that write into their arguments, views included; a few more are taken apart then.
@@ -92,13 +97,13 @@ def trace(model: nn.Module, batch: Batch, dynamic: DynamicAxes | None, *, functi
 
     shapes = {name: pytree.tree_map(axes((dynamic or {}).get(name)), value) for name, value in batch.items()}
     try:
-        with silent_tracing(), torch.no_grad():
+        with silent_tracing(), torch.no_grad(), flat_outputs(model) as trees:
             program = torch.export.export(model, (), dict(batch), dynamic_shapes=shapes, strict=False)
             if functional:
                 program = program.run_decompositions({})
             module = program.module(check_guards=False)
             assert isinstance(module, fx.GraphModule)
-            return module
+            return module, trees[-1]
     except Exception as error:
         raise CaptureError(_explain(error)) from error
 
