@@ -128,7 +128,9 @@ class Bench:
 def traced(model: QuantizedModel, inputs: Tensor) -> tuple[Tensor, Tensor]:
     """The exact evaluation's outputs, and the steps of their grid, which broadcast against them."""
     parts = [model.integer().trace(part) for part in torch.split(inputs, 10)]
-    return torch.cat([part[0][0] for part in parts]), parts[0][2]
+    step = parts[0][2][0]
+    assert step is not None  # the networks of the zoo return floats
+    return torch.cat([part[0][0] for part in parts]), step
 
 
 def weighted_kernels(kernels: list[Kernel]) -> tuple[int, int]:

@@ -32,6 +32,7 @@ ROOMS = (
     "recipe",
     "job",
     "migration",
+    "factors",
     "smoothing",
     "trial",
     "guard",

@@ -16,9 +16,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from calque.factors import multiply_inputs
 from calque.graph import Batch, Network
 from calque.placement import SHARED_TENSOR_BITS, Edge, place
-from calque.smoothing import multiply_inputs
 from calque.spec import FLOAT, Bits, Placement
 from calque.trial import Trial, survey
 

@@ -1,7 +1,7 @@
 """Losses between the float network's outputs and the quantized one's: what prices, choices and bias tuning are judged by."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -101,10 +101,9 @@ def find_loss(
 def _structured(loss: OutputLoss, spec: pytree.TreeSpec) -> Loss:
     """The user's loss on flat leaves; what it returns is checked."""
 
-    def flat(reference: Sequence[Tensor], output: Sequence[Tensor]) -> Tensor:
-        given = [
-            [leaf.clone() for leaf in leaves] for leaves in (reference, output)
-        ]  # a loss may write into what it gets
+    def flat(reference: Sequence[Any], output: Sequence[Any]) -> Tensor:
+        given = [pytree.tree_map_only(Tensor, torch.clone, list(leaves)) for leaves in (reference, output)]
+        # copies, because a loss may write into what it gets
         value = loss(*(pytree.tree_unflatten(leaves, spec) for leaves in given))
         try:
             value = torch.as_tensor(value)

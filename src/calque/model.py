@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from calque.graph import Network
 from calque.graph.network import clamp_bounds, is_movement, result_of
 from calque.graph.products import operands_of
+from calque.graph.rewrite import free_name
 from calque.graph.signature import Batch, Signature, flatten
 from calque.integer import IntegerModel
 from calque.placement import Edge
@@ -18,7 +19,9 @@ from calque.prices import Prices
 from calque.quantizers import QuantizedLayer, Quantizer
 from calque.spec import Plan
 
-QUANTIZERS = "quantizers"  # the sub-module that holds the quantizers of all edges
+QUANTIZERS = (
+    "quantizers"  # the sub-module that holds the quantizers of all edges, where the network has none of that name
+)
 
 
 @dataclass(frozen=True)
@@ -143,14 +146,14 @@ def assemble(
     """
     module = copy.deepcopy(network.module)
     twins = dict(zip(network.nodes(), module.graph.nodes, strict=True))
-    holder = nn.Module()
-    module.add_module(QUANTIZERS, holder)
+    holder, own = nn.Module(), free_name(module, QUANTIZERS)
+    module.add_module(own, holder)
     targets = {}
     for index, edge in enumerate(edges):
         leaf = f"{index:03d}"
         holder.add_module(leaf, quantizers[edge.name])
-        targets[f"{QUANTIZERS}.{leaf}"] = edge.name
-        _insert(module.graph, twins[edge.source], f"{QUANTIZERS}.{leaf}", edge, network, twins)
+        targets[f"{own}.{leaf}"] = edge.name
+        _insert(module.graph, twins[edge.source], f"{own}.{leaf}", edge, network, twins)
     for name, layer in layers.items():
         module.set_submodule(name, layer)
     module.graph.lint()

@@ -91,7 +91,7 @@ def _layer_edges(network: Network, bits: Mapping[str, Bits], placement: Placemen
         name = shared.get(node)
         widths = {_bits_of(bits, reader) for reader in names}
         if names and len(widths) == 1 and name not in bits and _is_exclusive(node, network, names):
-            edges.append(_root_edge(node, names, widths.pop()))
+            edges.append(Edge(_input_name(network, names), node, widths.pop(), tuple(names), "sole"))
             continue
         own = None
         if name is not None and (node not in skipped or name in bits):
@@ -112,7 +112,10 @@ def _operand_edges(network: Network, bits: Mapping[str, Bits], default: int | No
         if own is not None:
             sources = dict.fromkeys(product.operands)  # one, where a tensor is multiplied by itself
             sides = zip(("left", "right"), sources, strict=False)
-            edges += [Edge(f"{name}.{side}", source, own, (), "operand", name) for side, source in sides]
+            edges += [
+                Edge(_tensor_name(network, f"{name}.{side}"), source, own, (), "operand", name)
+                for side, source in sides
+            ]
     return edges
 
 
@@ -131,8 +134,7 @@ def shared_tensors(network: Network) -> dict[fx.Node, str]:
 
     def add(node: fx.Node) -> None:
         layer = by_result.get(node)
-        own = node.name if node.name not in network.layers else f"{node.name}#tensor"
-        names.setdefault(node, f"{layer.name}.output" if layer else own)
+        names.setdefault(node, _tensor_name(network, f"{layer.name}.output" if layer else node.name))
 
     for node in network.nodes():
         operands = list(_operands(node))
@@ -145,8 +147,12 @@ def shared_tensors(network: Network) -> dict[fx.Node, str]:
             layer = next(layer for layer in network.layers.values() if layer.node is node)
             if network.weighted(layer.name).geometry.kind == "convolution":
                 add(layer.result)
-    order = {node: index for index, node in enumerate(network.nodes())}
-    return dict(sorted(names.items(), key=lambda item: order[item[0]]))
+    return {node: names[node] for node in network.nodes() if node in names}
+
+
+def _tensor_name(network: Network, name: str) -> str:
+    """The name of a tensor or of a grid; a layer or a product of that name keeps it."""
+    return name if name not in network.layers and name not in network.products else f"{name}#tensor"
 
 
 def _needless(network: Network, bits: Mapping[str, Bits]) -> set[fx.Node]:
@@ -276,14 +282,14 @@ def _is_exclusive(node: fx.Node, network: Network, names: list[str]) -> bool:
     return True
 
 
-def _root_edge(node: fx.Node, readers: list[str], bits: int) -> Edge:
-    return Edge(f"{readers[0]}.input", node, bits, tuple(readers), "sole")
+def _input_name(network: Network, readers: list[str]) -> str:
+    return _tensor_name(network, f"{readers[0]}.input")
 
 
 def _input_edge(network: Network, readers: list[str], bits: int) -> Edge:
     source = network.layers[readers[0]].node.args[0]
     assert isinstance(source, fx.Node)
-    return Edge(f"{readers[0]}.input", source, bits, tuple(readers), "input")
+    return Edge(_input_name(network, readers), source, bits, tuple(readers), "input")
 
 
 def _requantizers(network: Network, readers: list[str], bits: Mapping[str, Bits]) -> list[Edge]:

@@ -110,7 +110,8 @@ def para_normalize(
         on_outputs: called with the corrected network's outputs on each batch.
         masks: per batch, the tokens that are no padding; empty where nothing is padded.
     """
-    names = {node: str(node.target) for node in module.graph.nodes if str(node.target) in targets}
+    called = [node for node in module.graph.nodes if node.op == "call_module"]  # an argument may have a layer's name
+    names = {node: str(node.target) for node in called if str(node.target) in targets}
     execution = Execution(module, batches, store)
     for node in module.graph.nodes:
         if node.op == "output":

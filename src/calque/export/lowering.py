@@ -22,6 +22,7 @@ from calque.graph.network import (
     is_spatial_mean,
     value_of,
 )
+from calque.graph.rewrite import free_name
 from calque.model import QuantizedModel, grid_of
 from calque.quantizers import QuantizedLayer, Quantizer
 
@@ -160,7 +161,7 @@ class _NamedLayer(nn.Module):
 def lower(model: QuantizedModel, *, fused: bool = True) -> fx.GraphModule:
     """A copy of the network's operators for `torch.onnx.export` with TRANSLATIONS.
 
-    Clips that a quantizer implies are gone, spatial means are average pools.
+    Clips that a quantizer implies are gone, spatial means are average pools, and only tensors are returned.
 
     Args:
         fused: values that were only moved are put on their grid again, so that runtimes that fuse see a quantized operand.
@@ -176,16 +177,25 @@ def lower(model: QuantizedModel, *, fused: bool = True) -> fx.GraphModule:
         _requantize_moved(module, quantizers, highest)
     names = {node: model.edge_name(node) for node in graph.nodes if node in quantizers}
     for index, (node, name) in enumerate(names.items()):
-        leaf = f"named_{index}"
+        leaf = free_name(module, f"named_{index}")
         module.add_module(leaf, _NamedQuantizer(name, highest[node]))
         node.target = leaf
     for name, layer in model.layers.items():
         module.set_submodule(name, _NamedLayer(name, layer))
+    _return_tensors(graph)
     graph.eliminate_dead_code()
     graph.lint()
     module.delete_all_unused_submodules()
     module.recompile()
     return module
+
+
+def _return_tensors(graph: fx.Graph) -> None:
+    """Drops outputs that are no tensors (sizes), which a file cannot have."""
+    (output,) = graph.find_nodes(op="output")
+    leaves = output.args[0]
+    assert isinstance(leaves, (list, tuple))
+    output.args = (tuple(leaf for leaf in leaves if value_of(leaf) is not None),)
 
 
 def _quantizer(module: fx.GraphModule, node: fx.Node) -> Quantizer | None:

@@ -24,6 +24,7 @@ from calque.export.lowering import DOMAIN, TRANSLATIONS, lower
 from calque.export.nodes import MICROSOFT, Expander
 from calque.export.qonnx import QONNX_DOMAIN, QuantExpander
 from calque.graph.network import FlatInput, value_of
+from calque.graph.outputs import flatten_outputs
 from calque.graph.rewrite import silent_tracing
 from calque.model import QuantizedModel
 from calque.parts import PartlyQuantized, whole_only
@@ -115,13 +116,32 @@ def _exported(module: nn.Module, model: QuantizedModel) -> onnx.ModelProto:
                 opset_version=OPSET,
                 dynamic_shapes=(axes,),
                 custom_translation_table=TRANSLATIONS,
-                input_names=[form.name for form in forms],
                 verbose=False,
             )
     except Exception as error:
         raise ExportError(f"torch.onnx cannot translate {_culprit(model)}: {_root_cause(error)}") from error
     assert program is not None
-    return program.model_proto
+    proto: onnx.ModelProto = program.model_proto
+    _name_inputs(proto.graph, [form.name for form in forms])
+    return proto
+
+
+def _name_inputs(graph: onnx.GraphProto, names: list[str]) -> None:
+    """Gives the inputs the names of forward's arguments, in place; what torch.onnx called like one of them is renamed."""
+    own = {name for node in graph.node for name in node.output} | {tensor.name for tensor in graph.initializer}
+    known = own | {value.name for value in graph.input} | set(names)
+    renamed = {value.name: name for value, name in zip(graph.input, names, strict=True)}
+    for name in sorted(own & set(names)):
+        free = f"{name}_"
+        while free in known:
+            free += "_"
+        renamed[name] = free
+        known.add(free)
+    for node in graph.node:
+        for values in (node.input, node.output):
+            values[:] = [renamed.get(name, name) for name in values]
+    for value in (*graph.input, *graph.output, *graph.initializer, *graph.value_info):
+        value.name = renamed.get(value.name, value.name)
 
 
 def _culprit(model: QuantizedModel) -> str:
@@ -187,7 +207,8 @@ class _Original(torch.nn.Module):
         self.arguments = arguments
 
     def forward(self, *inputs: torch.Tensor) -> object:
-        return tuple(pytree.tree_leaves(self.module(**pytree.tree_unflatten(list(inputs), self.arguments))))
+        result, _ = flatten_outputs(self.module(**pytree.tree_unflatten(list(inputs), self.arguments)))
+        return tuple(leaf for leaf in result if isinstance(leaf, torch.Tensor))
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from calque.errors import CaptureError
 from calque.graph.compare import FAST_PATH, differs_by_fast_path
@@ -22,16 +23,20 @@ from calque.graph.rewrite import (
     constant_value,
     drop_unread_buffers,
     erase_with_constants,
+    free_name,
     functionalize,
     path_of,
 )
 from calque.graph.signature import Batch, Signature, flatten, rows, select
-from calque.graph.trace import DynamicAxes, distinct, require_float32, trace
+from calque.graph.trace import DynamicAxes, distinct, require_float32, spare_names, trace
 from calque.graph.uncovered import uncovered, unreached
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
 _AUTOCAST = "torch.autocast in forward lowers values to"
+_SPOKEN_FOR = frozenset(
+    {"getattr", "torch", "device", "inf", "nan", "NoneType", "pytree", "fx_pytree"}
+)  # by code that fx writes
 _LAYER_TYPES = (
     "Conv1d",
     "Conv2d",
@@ -55,6 +60,7 @@ def capture(model: nn.Module, example: Batch, dynamic: DynamicAxes | None = None
             axis that the network fixes, or a trace that computes something else than the model.
     """
     model = private_copy(model)
+    spare_names(model)
     require_float32(model)
     signature = Signature.of(model)
     count = rows(example)
@@ -71,9 +77,8 @@ def capture(model: nn.Module, example: Batch, dynamic: DynamicAxes | None = None
 
 def _rewritten(model: nn.Module, batch: Batch, dynamic: DynamicAxes | None, signature: Signature) -> Network:
     """The traced network, its layers in one form and its batch norms folded."""
-    module, graph = _traced(model, batch, dynamic)
-    in_spec, out_spec = module._in_spec, module._out_spec  # tree specs of (args, kwargs) and of the result
-    assert out_spec is not None
+    module, graph, out_spec = _traced(model, batch, dynamic)
+    in_spec = module._in_spec  # of (args, kwargs)
     read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr" and node.users}
     unify_layers(module, graph)
     decompose_attention(graph)
@@ -98,14 +103,16 @@ def _rewritten(model: nn.Module, batch: Batch, dynamic: DynamicAxes | None, sign
     )
 
 
-def _traced(model: nn.Module, batch: Batch, dynamic: DynamicAxes | None) -> tuple[fx.GraphModule, fx.Graph]:
-    """The model's operators, none of which writes into its arguments, and their graph."""
-    module = trace(model, batch, dynamic)
+def _traced(
+    model: nn.Module, batch: Batch, dynamic: DynamicAxes | None
+) -> tuple[fx.GraphModule, fx.Graph, pytree.TreeSpec]:
+    """The model's operators, none of which writes into its arguments, their graph, and the tree of what is returned."""
+    module, tree = trace(model, batch, dynamic)
     try:
-        return module, functionalize(module.graph)
+        return module, functionalize(module.graph), tree
     except CaptureError:  # a write into a view: torch.export follows the aliases, but takes more operators apart
-        module = trace(model, batch, dynamic, functional=True)
-        return module, functionalize(module.graph)
+        module, tree = trace(model, batch, dynamic, functional=True)
+        return module, functionalize(module.graph), tree
 
 
 def _flatten_calls(module: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
@@ -116,7 +123,8 @@ def _flatten_calls(module: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
         if node.op == "call_module":  # the guards of torch.export
             continue
         copies[node] = flat.node_copy(node, lambda old: copies[old])
-        copies[node].name = node.name if node.op != "output" else "output"
+        if node.op == "placeholder" and node.target in _SPOKEN_FOR:
+            copies[node].target = copies[node].name
     result = fx.GraphModule(module, flat)
     for name, tensor in [*result.named_parameters(), *result.named_buffers()]:
         path, _, leaf = name.rpartition(".")
@@ -185,9 +193,7 @@ def _free_names(module: fx.GraphModule, layers: set[str]) -> None:
         path, _, leaf = str(node.target).rpartition(".")
         if node.op != "get_attr" or not any(path == name or path.startswith(f"{name}.") for name in layers):
             continue
-        own = str(node.target).replace(".", "_")
-        while hasattr(module, own):
-            own += "_"
+        own = free_name(module, str(node.target).replace(".", "_"))
         module.register_buffer(own, getattr(module.get_submodule(path), leaf))
         node.target = own
 

@@ -6,6 +6,7 @@ from torch.utils import _pytree as pytree
 
 from calque.errors import CaptureError
 from calque.graph.network import Network
+from calque.graph.outputs import flatten_outputs
 from calque.graph.rewrite import silent_tracing
 from calque.graph.shortcuts import slow_attention
 from calque.graph.signature import Batch, flatten, rows
@@ -22,18 +23,24 @@ def differs_by_fast_path(model: nn.Module, network: Network, batch: Batch) -> bo
     """Whether the network equals the model only without torch's fast path for attention. Raises CaptureError: it never does."""
     with torch.no_grad(), silent_tracing():
         try:
-            expected = pytree.tree_leaves(model(**distinct(batch)))
-            received = network.module(*flatten(batch)[0])
+            expected, tree = flatten_outputs(model(**distinct(batch)))
+            outputs = network.module(*flatten(batch)[0])
         except Exception as error:
             raise CaptureError(
                 f"the network fails on a batch of {rows(batch)} rows: {str(error).splitlines()[0]} It was traced with 2; "
                 "it must accept any number of rows on axis 0 of its inputs."
             ) from error
+        received, found = flatten_outputs(pytree.tree_unflatten(outputs, network.out_spec))
+        if found != tree:
+            raise CaptureError(
+                f"the captured network returns {found} on a batch of {rows(batch)} rows, and the model {tree}. What a model "
+                "returns besides tensors must not depend on the values of its inputs."
+            )
         position = _difference(expected, received)
         if position is None:
             return False
         with slow_attention():
-            expected = pytree.tree_leaves(model(**distinct(batch)))
+            expected, _ = flatten_outputs(model(**distinct(batch)))
     if _difference(expected, received) is None:
         return True
     raise CaptureError(

@@ -32,9 +32,10 @@ def find_products(module: fx.GraphModule) -> dict[str, Product]:
     """The products of a captured graph whose operands both come from weighted layers, in execution order.
 
     Others are tables of angles or masks, on which no grid belongs. A product's name is the path of the module that computes it
-    and the operator, "#2" appended to its second one.
+    and the operator, "#2" appended to its second one, or where a layer has the name.
     """
     layered: set[fx.Node] = set()
+    layers = {name for name, part in module.named_modules() if isinstance(part, WeightedLayer)}
     found: dict[str, Product] = {}
     for node in module.graph.nodes:
         called = module.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -45,7 +46,7 @@ def find_products(module: fx.GraphModule) -> dict[str, Product]:
             operator = str(node.target).split(".")[1]
             stem = ".".join(filter(None, (path_of(node), operator)))
             name, count = stem, 1
-            while name in found:
+            while name in found or name in layers:
                 count += 1
                 name = f"{stem}#{count}"
             found[name] = Product(name, node, pair)

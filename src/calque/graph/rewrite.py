@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from calque.errors import CaptureError
 from calque.graph.network import is_movement
@@ -151,6 +151,13 @@ def _evaluate(module: fx.GraphModule, node: fx.Node, values: dict[fx.Node, objec
     with torch.no_grad():
         result: object = node.target(*args, **kwargs)
     return result
+
+
+def free_name(module: nn.Module, wanted: str) -> str:
+    """A name for something at the module's root: `wanted`, with underscores where the network has it already."""
+    while hasattr(module, wanted):
+        wanted += "_"
+    return wanted
 
 
 def drop_unread_buffers(module: fx.GraphModule) -> None:

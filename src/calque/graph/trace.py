@@ -12,12 +12,31 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from calque.errors import CaptureError
+from calque.graph.outputs import flat_outputs
 from calque.graph.regions import open_regions
 from calque.graph.rewrite import silent_tracing
 from calque.graph.shortcuts import without_shortcuts
 from calque.graph.signature import Batch, rows
 
 DynamicAxes = Mapping[str, Any]  # as torch.export's dynamic_shapes, without the batch axis
+
+
+def spare_names(model: nn.Module) -> None:
+    """Renames, in place, children called as an attribute of graphs (graph, code), which no graph can have: graph is graph_ then.
+
+    The model itself still finds them under their names.
+    """
+    graph = fx.GraphModule(nn.Module(), fx.Graph())
+    children = dict(model.named_children())
+    taken = {*dir(graph), *children}
+    for name in [name for name in children if hasattr(graph, name) or name in ("self", "_in_spec", "_out_spec")]:
+        own = f"{name}_"
+        while own in taken:
+            own += "_"
+        renamed = {own if each == name else each: child for each, child in model._modules.items()}
+        model._modules.clear()
+        model._modules.update(renamed)
+        model.__dict__[name] = children[name]
 
 
 def require_float32(model: nn.Module) -> None:
@@ -35,8 +54,12 @@ def distinct(batch: Batch) -> Batch:
     }
 
 
-def trace(model: nn.Module, batch: Batch, dynamic: DynamicAxes | None, *, functional: bool = False) -> fx.GraphModule:
-    """The model as a graph of operators, its parameters under their own names; the batch axis and `dynamic` stay free.
+def trace(
+    model: nn.Module, batch: Batch, dynamic: DynamicAxes | None, *, functional: bool = False
+) -> tuple[fx.GraphModule, pytree.TreeSpec]:
+    """The model as a graph of operators that returns flat tensors, and their tree; the batch axis and `dynamic` stay free.
+
+    Parameters have their own names.
 
     Args:
         functional: without operators that write into their arguments, views included; a few more are taken apart then.
@@ -60,14 +83,14 @@ def trace(model: nn.Module, batch: Batch, dynamic: DynamicAxes | None, *, functi
 
     shapes = {name: pytree.tree_map(axes((dynamic or {}).get(name)), value) for name, value in batch.items()}
     try:
-        with silent_tracing(), torch.no_grad(), without_shortcuts():
+        with silent_tracing(), torch.no_grad(), without_shortcuts(), flat_outputs(model) as trees:
             program = torch.export.export(model, (), dict(batch), dynamic_shapes=shapes, strict=False)
             open_regions(program)
             if functional:
                 program = program.run_decompositions({})
             module = program.module(check_guards=False)
             assert isinstance(module, fx.GraphModule)
-            return module
+            return module, trees[-1]
     except Exception as error:
         raise CaptureError(_explain(error)) from error
 

@@ -90,7 +90,7 @@ class Executable:
         layers, units = self.modules(), {}
 
         def measure(node: fx.Node, value: Any) -> None:
-            if str(node.target) in layers:
+            if node in self.layers:
                 units[str(node.target)] = output_unit(layers[str(node.target)], value)
 
         # a layer that feeds a grid returns clipped values: measured alone

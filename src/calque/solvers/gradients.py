@@ -72,7 +72,8 @@ def _is_float(output: object) -> bool:
 
 
 def _leaf(output: Any) -> Any:
-    return output.requires_grad_() if _is_float(output) else output
+    """The output as a leaf of its own: it may be an input or a buffer, which nothing may change."""
+    return output.detach().requires_grad_() if _is_float(output) else output
 
 
 def _require_gradient(

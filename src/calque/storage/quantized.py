@@ -16,6 +16,7 @@ from calque.admission import require_original
 from calque.arithmetic import pack, unpack
 from calque.checkpoint import FilePath
 from calque.errors import CalibrationError, CaptureError, LoadError
+from calque.factors import insert_factor
 from calque.graph import Batch, Network, Signature, capture
 from calque.graph.copies import duplicate
 from calque.model import QuantizedModel, assemble
@@ -23,7 +24,6 @@ from calque.parts import PartlyQuantized, whole_only
 from calque.placement import place
 from calque.quantizers import QuantizedLayer, Quantizer
 from calque.report import Report
-from calque.smoothing import insert_factor
 from calque.spec import Bits, Plan
 from calque.storage.architecture import (
     describe_input,
