@@ -11,6 +11,7 @@ from torch import nn
 from calque.costs import float_size, values_outside_layers
 from calque.errors import CalibrationWarning
 from calque.graph import Network
+from calque.graph.batching import layout_notes
 from calque.job import Job
 from calque.report import LayerReport, Report
 from calque.search import Found
@@ -64,7 +65,12 @@ def _layers(built: Built, found: Found | None) -> tuple[LayerReport, ...]:
 
 
 def _notes(model: nn.Module, network: Network, swept: Swept, found: Found | None) -> list[str]:
-    notes = [*network.left_float, *swept.notes, *(() if found is None else found.notes)]
+    notes = [
+        *layout_notes(network.signature.layout),
+        *network.left_float,
+        *swept.notes,
+        *(() if found is None else found.notes),
+    ]
     if any(module.training for module in model.modules()):
         notes.insert(0, "the model was in train mode; its eval mode was quantized.")
     for name in network.unreached:

@@ -19,11 +19,12 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from calque.errors import ExportError, SpecError
-from calque.export.lowering import DOMAIN, TRANSLATIONS, lower
+from calque.export.lowering import DOMAIN, TRANSLATIONS, behind, lower
 from calque.export.nodes import MICROSOFT, Expander
 from calque.export.qonnx import QONNX_DOMAIN, QuantExpander
 from calque.graph.network import FlatInput, value_of
 from calque.graph.rewrite import silent_tracing
+from calque.graph.signature import have_rows, laid_out
 from calque.model import QuantizedModel
 from calque.parts import PartlyQuantized, whole_only
 
@@ -137,7 +138,7 @@ def _culprit(model: QuantizedModel) -> str:
             with silent_tracing(), _silent_output(), torch.no_grad():
                 torch.onnx.export(_Single(node, sources), example, dynamo=True, opset_version=OPSET, verbose=False)
         except Exception:
-            return f"the operator {node.target} ({_behind(model, node)})"
+            return f"the operator {node.target} ({behind(model.layers, node)})"
     return "the network"
 
 
@@ -153,17 +154,6 @@ class _Single(torch.nn.Module):
         args, kwargs = fx.map_arg((self.node.args, self.node.kwargs), lambda source: values.get(source))
         assert callable(self.node.target)
         return self.node.target(*args, **kwargs)
-
-
-def _behind(model: QuantizedModel, node: fx.Node) -> str:
-    """The nearest layer that the node's value comes from."""
-    layers, front = model.layers, list(node.all_input_nodes)
-    while front:
-        current = front.pop(0)
-        if current.op == "call_module" and str(current.target) in layers:
-            return f"behind layer {current.target}"
-        front.extend(current.all_input_nodes)
-    return "in front of every layer"
 
 
 class _Flat(torch.nn.Module):
@@ -219,7 +209,7 @@ def _clean(proto: onnx.ModelProto, model: QuantizedModel) -> None:
     domains = [entry for entry in proto.opset_import if entry.domain != DOMAIN]
     del proto.opset_import[:]
     proto.opset_import.extend(domains)
-    _name_batch_axis(graph)
+    _name_batch_axis(graph, model)
     del proto.metadata_props[:]
     facts = {"plan": json.dumps({name: str(bits) for name, bits in model.plan.items()})}
     if model.report is not None:
@@ -232,8 +222,12 @@ def _clean(proto: onnx.ModelProto, model: QuantizedModel) -> None:
     graph.name = "calque"
 
 
-def _name_batch_axis(graph: onnx.GraphProto) -> None:
-    symbol = graph.input[0].type.tensor_type.shape.dim[0].dim_param if graph.input else ""
+def _name_batch_axis(graph: onnx.GraphProto, model: QuantizedModel) -> None:
+    batched = have_rows(laid_out(model.facts["example"], model.signature.layout))
+    axes = [
+        value.type.tensor_type.shape.dim[0].dim_param for value, rows in zip(graph.input, batched, strict=False) if rows
+    ]
+    symbol = axes[0] if axes else ""
     for value in (*graph.input, *graph.output):
         for dim in value.type.tensor_type.shape.dim:
             if symbol and dim.dim_param == symbol:

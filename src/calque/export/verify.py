@@ -27,7 +27,7 @@ from calque.export.runtimes import (
 )
 from calque.export.verification import OUTSIDE, TITLES, Agreement, Verification
 from calque.graph import Batch
-from calque.graph.signature import flatten, rows
+from calque.graph.signature import flatten, rows, select
 from calque.model import QuantizedModel
 
 BOUND = 0.99  # least agreement with the exact integer evaluation
@@ -90,7 +90,7 @@ def verify(
     if optimized.exact < bound:
         raise _below(found, bound)
     if original is not None and target != "qonnx":
-        leaves = [leaf[:1] for leaf in flatten(batches[0])[0] if isinstance(leaf, Tensor)]
+        leaves = [leaf for leaf in flatten(select(batches[0], torch.arange(1)))[0] if isinstance(leaf, Tensor)]
         found = replace(found, latency=measure_latency(proto, float_onnx(original, model), leaves, target))
     return found
 

@@ -1,6 +1,7 @@
 """Captures a network with `torch.export` and rewrites it into a `Network`."""
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from calque.graph.rewrite import (
     functionalize,
     path_of,
 )
-from calque.graph.signature import Batch, Signature, flatten, rows, select
+from calque.graph.signature import Batch, Signature, cut, flatten, layout_of, length
 from calque.graph.trace import DynamicAxes, distinct, private_copy, require_float32, trace
 from calque.graph.uncovered import uncovered, unreached
 
@@ -49,9 +50,9 @@ def capture(model: nn.Module, example: Batch, dynamic: DynamicAxes | None = None
     """
     model = private_copy(model)
     require_float32(model)
-    signature = Signature.of(model)
-    count = rows(example)
-    batch = distinct(select(example, torch.arange(max(count, 2)).clamp(max=count - 1)[:2]))
+    signature = replace(Signature.of(model), layout=layout_of(example))
+    count = length(example)
+    batch = distinct(cut(example, torch.arange(2).clamp(max=count - 1)))
     module, graph = _traced(model, batch, dynamic)
     in_spec, out_spec = module._in_spec, module._out_spec  # tree specs of (args, kwargs) and of the result
     assert out_spec is not None
@@ -78,7 +79,7 @@ def capture(model: nn.Module, example: Batch, dynamic: DynamicAxes | None = None
         left_float=tuple(kept + uncovered(flat, products)),
     )
     for size in (2, 3):  # the traced batch size, and another
-        picked = select(example, torch.arange(size) % count)
+        picked = cut(example, torch.arange(size) % count)
         _compare(model, network, picked)
     return network
 
@@ -266,17 +267,23 @@ def _compare(model: nn.Module, network: Network, batch: Batch) -> None:
             received = network.module(*flatten(batch)[0])
         except Exception as error:
             raise CaptureError(
-                f"the network fails on a batch of {rows(batch)} rows: {str(error).splitlines()[0]} It was traced with 2; "
+                f"the network fails on a batch of {length(batch)} rows: {str(error).splitlines()[0]} It was traced with 2; "
                 "it must accept any number of rows on axis 0 of its inputs."
             ) from error
     for position, (a, b) in enumerate(zip(expected, received, strict=True)):
+        if isinstance(a, Tensor) and a.shape != b.shape:
+            raise CaptureError(
+                f"output {position} of the captured network has the shape {tuple(b.shape)} on a batch of {length(batch)} rows, "
+                f"the model's {tuple(a.shape)}: its forward fixes the size of the batch that it is traced with, as a loop over "
+                "the rows does. Compute on all rows at once."
+            )
         if not isinstance(a, Tensor) or not a.is_floating_point():
             continue
         if not torch.isfinite(a).all():  # calibration names the layer
             continue
         scale = a.abs().max().item() if a.numel() else 0.0
-        if a.shape != b.shape or not torch.allclose(a, b, rtol=0.0, atol=1e-3 * scale + 1e-6, equal_nan=True):
+        if not torch.allclose(a, b, rtol=0.0, atol=1e-3 * scale + 1e-6, equal_nan=True):
             raise CaptureError(
-                f"output {position} of the captured network differs from the model's on a batch of {rows(batch)} rows. The "
+                f"output {position} of the captured network differs from the model's on a batch of {length(batch)} rows. The "
                 "model must be a function of its inputs alone: no randomness, no state that changes between calls."
             )

@@ -3,7 +3,7 @@
 import copy
 import re
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from calque.errors import CaptureError
 from calque.graph.rewrite import silent_tracing
-from calque.graph.signature import Batch, rows
+from calque.graph.signature import Batch, flatten, have_rows, laid_out, layout_of, leaf_names
 
 DynamicAxes = Mapping[str, Any]  # as torch.export's dynamic_shapes, without the batch axis
 
@@ -43,10 +43,8 @@ def require_float32(model: nn.Module) -> None:
 
 def distinct(batch: Batch) -> Batch:
     """The batch with every tensor copied: one tensor passed twice would be traced as one input."""
-    return {
-        name: pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, value)
-        for name, value in batch.items()
-    }
+    copies: Batch = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, dict(batch))
+    return laid_out(copies, layout_of(batch))
 
 
 def trace(model: nn.Module, batch: Batch, dynamic: DynamicAxes | None, *, functional: bool = False) -> fx.GraphModule:
@@ -61,21 +59,17 @@ def trace(model: nn.Module, batch: Batch, dynamic: DynamicAxes | None, *, functi
     unknown = set(dynamic or {}) - set(batch)
     if unknown:
         raise CaptureError(f"dynamic names inputs of forward: {', '.join(batch)}. Got {', '.join(sorted(unknown))}.")
-    count = rows(batch)
-
-    def axes(extra: object) -> Callable[[object], object]:
-        def of(leaf: object) -> object:
-            if not isinstance(leaf, Tensor):
-                return None
-            batched = {0: Dim.AUTO} if leaf.dim() and leaf.shape[0] == count else {}
-            return {**batched, **(extra if isinstance(extra, Mapping) else {})}
-
-        return of
-
-    shapes = {name: pytree.tree_map(axes((dynamic or {}).get(name)), value) for name, value in batch.items()}
+    leaves, spec = flatten(batch)
+    shapes = []
+    for name, leaf, batched in zip(leaf_names(batch), leaves, have_rows(batch), strict=True):
+        extra = (dynamic or {}).get(name.partition("[")[0])
+        axes = {**({0: Dim.AUTO} if batched else {}), **(extra if isinstance(extra, Mapping) else {})}
+        shapes.append(axes if isinstance(leaf, Tensor) else None)
     try:
         with silent_tracing(), torch.no_grad():
-            program = torch.export.export(model, (), dict(batch), dynamic_shapes=shapes, strict=False)
+            program = torch.export.export(
+                model, (), dict(batch), dynamic_shapes=pytree.tree_unflatten(shapes, spec), strict=False
+            )
             if functional:
                 program = program.run_decompositions({})
             module = program.module(check_guards=False)
