@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import onnx
 import torch
@@ -22,6 +22,8 @@ from calque.errors import ExportError, SpecError
 from calque.export.lowering import DOMAIN, TRANSLATIONS, behind, lower
 from calque.export.nodes import MICROSOFT, Expander
 from calque.export.qonnx import QONNX_DOMAIN, QuantExpander
+from calque.export.rehearsal import rehearse
+from calque.export.runtimes import Target
 from calque.graph.network import FlatInput, value_of
 from calque.graph.rewrite import silent_tracing
 from calque.graph.signature import have_rows, laid_out
@@ -29,7 +31,6 @@ from calque.model import QuantizedModel
 from calque.parts import PartlyQuantized, whole_only
 
 OPSET = 21  # the first with INT4
-Target = Literal["onnxruntime", "openvino", "qonnx"]
 
 
 def export_onnx(model: QuantizedModel, path: str | os.PathLike[str], *, target: Target = "onnxruntime") -> Path:
@@ -39,11 +40,14 @@ def export_onnx(model: QuantizedModel, path: str | os.PathLike[str], *, target: 
         target: "onnxruntime" and "openvino" read the same file, with packed weights and integer kernels; "qonnx" has one Quant
             node per tensor, and float32 weights.
 
+    A file for ONNX Runtime is run there before it is kept, on the few inputs that `model` has as an example.
+
     The file holds the plan, the recipe and versions in its metadata. It is written to a temporary name and moved, so that
     nothing half-written is ever left at `path`.
 
     Raises:
-        ExportError: an operator without a translation, which is named, or with one that is no valid ONNX.
+        ExportError: an operator without a translation, which is named, or with one that is no valid ONNX; a file that ONNX
+            Runtime cannot run, or in which it computes something else than the network.
         SpecError: an unknown target; a network quantized in parts, which are exported one by one.
         OSError: the path cannot be written.
     """
@@ -66,6 +70,8 @@ def export_onnx(model: QuantizedModel, path: str | os.PathLike[str], *, target: 
         onnx.checker.check_model(proto)
     except onnx.checker.ValidationError as error:
         raise ExportError(f"torch.onnx wrote a file that is not valid ONNX: {str(error).splitlines()[0]}") from error
+    if target == "onnxruntime":
+        rehearse(proto, model)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

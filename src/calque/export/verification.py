@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 
 from calque.export.latency import Latency
-from calque.export.onnx import Target
+from calque.export.runtimes import Target
 from calque.report import table_lines
 
 OUTSIDE = 8.0  # inputs "far outside": this many times as large

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from calque.calibration import prepare
 from calque.errors import SpecError, VerificationError
 from calque.export.latency import measure_latency
-from calque.export.onnx import Target, float_onnx
+from calque.export.onnx import float_onnx
 from calque.export.runtimes import (
     LEVEL,
     PACKED,
@@ -21,6 +21,7 @@ from calque.export.runtimes import (
     Kernel,
     OnnxRuntime,
     Runtime,
+    Target,
     check_target,
     open_runtime,
     saturates,
