@@ -22,7 +22,7 @@ from calque.errors import ExportError, SpecError
 from calque.export.lowering import DOMAIN, TRANSLATIONS, behind, lower
 from calque.export.nodes import MICROSOFT, Expander
 from calque.export.qonnx import QONNX_DOMAIN, QuantExpander
-from calque.export.rehearsal import rehearse
+from calque.export.rehearsal import origins, rehearse
 from calque.export.runtimes import Target
 from calque.graph.network import FlatInput, value_of
 from calque.graph.rewrite import silent_tracing
@@ -59,6 +59,7 @@ def export_onnx(model: QuantizedModel, path: str | os.PathLike[str], *, target: 
     if not path.parent.is_dir():
         raise FileNotFoundError(f"the folder {path.parent} does not exist.")
     proto = _exported(_Flat(lower(model, fused=target != "qonnx")).eval(), model)
+    behind_nodes = origins(proto)
     expander = (QuantExpander if target == "qonnx" else Expander)(model, _ranks(model))
     expander.expand(proto.graph)
     if target == "qonnx":
@@ -71,7 +72,7 @@ def export_onnx(model: QuantizedModel, path: str | os.PathLike[str], *, target: 
     except onnx.checker.ValidationError as error:
         raise ExportError(f"torch.onnx wrote a file that is not valid ONNX: {str(error).splitlines()[0]}") from error
     if target == "onnxruntime":
-        rehearse(proto, model)
+        rehearse(proto, model, behind_nodes)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

@@ -5,7 +5,8 @@ of ONNX Runtime that does. Such errors are no rounding: the file is refused, and
 """
 
 import operator
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx
@@ -26,8 +27,22 @@ APART = 0.01  # share of a tensor's codes more than one step off: rounding alone
 ROUNDED = 1e-4  # share of the codes in front of it that rounding may have moved
 
 
-def rehearse(proto: onnx.ModelProto, model: QuantizedModel) -> None:
+def origins(proto: onnx.ModelProto) -> dict[str, str]:
+    """The network's node behind each node that torch.onnx wrote, by name: read from the line of code that it keeps."""
+    found = {}
+    for node in proto.graph.node:
+        trace = next((each.value for each in node.metadata_props if each.key == "pkg.torch.onnx.stack_trace"), "")
+        line = re.search(r"^\s*(\w+) = [^\n]*\s*\Z", trace, re.MULTILINE)
+        if line:
+            found[node.name] = line[1]
+    return found
+
+
+def rehearse(proto: onnx.ModelProto, model: QuantizedModel, behind_nodes: Mapping[str, str]) -> None:
     """Compares the file in ONNX Runtime with the network on the example that it was made with.
+
+    Args:
+        behind_nodes: of the file, nodes of the network: what `origins` found.
 
     Raises:
         ExportError: it cannot be loaded or run, has outputs of other shapes, or values far from the network's.
@@ -35,7 +50,7 @@ def rehearse(proto: onnx.ModelProto, model: QuantizedModel) -> None:
     cases = list(_cases(model))
     if not cases:
         return
-    runtime = _attempt(lambda: OnnxRuntime(proto), "")
+    runtime = _attempt(lambda: OnnxRuntime(proto), model, behind_nodes, "")
     for leaves in cases:
         try:
             with torch.no_grad():
@@ -43,17 +58,22 @@ def rehearse(proto: onnx.ModelProto, model: QuantizedModel) -> None:
         except (RuntimeError, IndexError, ValueError):  # sizes that the network does not take
             continue
         sizes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves)
-        received = _attempt(lambda leaves=leaves: runtime.run(leaves), f" on inputs {sizes}")
+        received = _attempt(lambda leaves=leaves: runtime.run(leaves), model, behind_nodes, f" on inputs {sizes}")
         if not all(map(_near, expected, received)):
             _refuse(proto, model, leaves, received, sizes)
 
 
-def _attempt(call: Any, where: str) -> Any:
+def _attempt(call: Any, model: QuantizedModel, behind_nodes: Mapping[str, str], where: str) -> Any:
     try:
         return call()
     except VerificationError as error:
+        name = re.search(r"Name: ?'([^']+)'", str(error))
+        origin = behind_nodes.get(name[1]) if name else None
+        found = next((node for node in model.graph_module.graph.nodes if node.name == origin), None)
+        named = "" if found is None else f"the operator {found.target} ({behind(model.layers, found)}) fails{where}: "
         raise ExportError(
-            f"the file was not kept: {error}{where}. Rewrite the operator that it names, or leave it out of the network."
+            f"the file was not kept: {named}{error}{'' if named else where}. Write that operator with others, or fix the sizes "
+            "that it reads."
         ) from error
 
 
@@ -65,7 +85,8 @@ def _cases(model: QuantizedModel) -> Iterator[list[Tensor]]:
     counts = (length(example), 1) if any(have_rows(example)) and _has_free_rows(model, example) else (length(example),)
     for count in counts:
         yield _leaves(cut(example, torch.arange(count)))
-    free = [() if form is None else form.dynamic[batched:] for form, batched in _forms(model, example)]
+    forms = _forms(model, example)
+    free = [[] if form is None else [axis for axis in form.dynamic if axis or not rows] for form, rows in forms]
     leaves = flatten(example)[0]
     if any(free) and all(
         leaf.device.type == "cpu" for leaf in leaves if isinstance(leaf, Tensor)
