@@ -8,9 +8,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import calque.calibration
 import networks
-from calque.calibration import ROWS, Execution, prepare, varying_axes
+from calque.calibration import ROWS, Execution, prepare
 from calque.errors import CalibrationError, CalibrationWarning, SpecError
 from calque.graph import Batch, Signature, capture
+from calque.graph.batching import varying_axes
 from calque.graph.signature import rows
 from calque.store import Store, parse_bytes
 from networks import Net

@@ -1,26 +1,46 @@
 """Calibration inputs, checked; and the network executed on all of them, operator by operator, within a memory budget."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from calque.errors import CalibrationError, CalibrationWarning
-from calque.graph.signature import MASK, Batch, Signature, flatten, rows, split, values
+from calque.graph.signature import (
+    MASK,
+    Batch,
+    Layout,
+    Signature,
+    flatten,
+    laid_out,
+    layout_of,
+    length,
+    rows,
+    split,
+    values,
+)
 from calque.store import Store
 
 ROWS = 50  # rows that are executed at a time, at most
 VALUES = 1_500_000  # input values at a time: with larger tensors most of the time goes into mapping fresh memory
 
 
-def prepare(calibration: object, signature: Signature, device: torch.device) -> list[Batch]:
+def prepare(
+    calibration: object,
+    signature: Signature,
+    device: torch.device,
+    find: Callable[[list[Batch]], Layout | None] | None = None,
+) -> list[Batch]:
     """The calibration inputs as batches of at most ROWS rows, by argument name, checked.
+
+    Rows that depend on each other stay together.
 
     Args:
         calibration: a tensor, a tuple or dict of tensors with all rows, or an iterable (list, DataLoader) of batches,
             each a tensor, a tuple of positional arguments or a dict of keyword arguments.
+        find: tells where the rows of such inputs are, if the signature does not know.
 
     Raises:
         CalibrationError: nothing in it, a batch of another form or shape, or values that are not finite.
@@ -34,14 +54,12 @@ def prepare(calibration: object, signature: Signature, device: torch.device) -> 
             "calibration is a tensor, a tuple or dict of tensors, or an iterable of batches. "
             f"Got {type(calibration).__name__}."
         )
-    batches = []
-    for item in given:
-        batch = signature.batch(item)
-        if rows(batch) > 0:
-            batches.extend(split(batch, rows_at_a_time(batch)))
+    items = [_to_device(signature.batch(item), device) for item in given]
+    layout = find(items) if find is not None and signature.layout is None else signature.layout
+    whole = [batch for batch in (laid_out(item, layout) for item in items) if length(batch) > 0]
+    batches = [piece for batch in whole for piece in split(batch, rows_at_a_time(batch))]
     if not batches:
         raise CalibrationError("calibration needs at least one input. Got none; pass a few hundred rows.")
-    batches = [_to_device(batch, device) for batch in batches]
     _check(batches)
     return batches
 
@@ -53,7 +71,8 @@ def rows_at_a_time(batch: Batch) -> int:
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:
     move = torch.utils._pytree.tree_map
-    return {n: move(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, v) for n, v in batch.items()}
+    moved: Batch = move(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, dict(batch))
+    return laid_out(moved, layout_of(batch))
 
 
 def _check(batches: list[Batch]) -> None:
@@ -99,25 +118,6 @@ def _check(batches: list[Batch]) -> None:
         )
 
 
-def refuse_endless(batch: Batch, outputs: Iterable[object], position: int) -> None:
-    """Raises CalibrationError where huge or infinite inputs reach the outputs: a mask's do not, a broken row's do."""
-    huge = [name for name, value in batch.items() if not all(map(_has_squares, flatten({name: value})[0]))]
-    if huge and not all(_has_squares(each, but_infinite=True) for each in outputs):
-        raise CalibrationError(
-            f"calibration inputs must be finite, and their squares, where they are no mask. Batch {position} has larger values "
-            f"in {', '.join(huge)}, and the network returns NaN or values as large; remove these rows or scale the inputs as "
-            "they were in training."
-        )
-
-
-def _has_squares(leaf: object, *, but_infinite: bool = False) -> bool:
-    """Whether the squares of all values, or of all but infinite ones, have a finite sum."""
-    if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-        return True
-    values = leaf.where(~leaf.isinf(), 0.0) if but_infinite else leaf
-    return bool(torch.isfinite(torch.linalg.vector_norm(values)))
-
-
 def token_masks(batches: Iterable[Batch]) -> list[Tensor | None]:
     """Which tokens of each batch are real, bool (N, T): the argument `attention_mask`; None where a batch has none.
 
@@ -144,18 +144,6 @@ def token_axis(value: Tensor, mask: Tensor) -> int | None:
     if value.dim() < 3 or value.shape[0] != mask.shape[0]:
         return None
     return next((axis for axis in range(1, value.dim()) if value.shape[axis] == mask.shape[1]), None)
-
-
-def varying_axes(batches: list[Batch]) -> dict[str, dict[int, Any]]:
-    """The axes besides the batch whose sizes differ between batches, for inputs that are tensors; as dynamic shapes."""
-    found: dict[str, dict[int, Any]] = {}
-    for name, value in batches[0].items():
-        if isinstance(value, Tensor):
-            shapes = [tuple(other.shape) for batch in batches if isinstance(other := batch[name], Tensor)]
-            axes = {axis for shape in shapes for axis in range(1, len(shape)) if shape[axis] != shapes[0][axis]}
-            if axes:
-                found[name] = dict.fromkeys(sorted(axes), torch.export.Dim.AUTO)
-    return found
 
 
 def largest_output(outputs: Iterable[Tensor], sizes: Iterable[int], layer: str) -> int:

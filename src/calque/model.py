@@ -80,13 +80,14 @@ class QuantizedModel(nn.Module):
     def _check_sizes(self, batch: Batch) -> None:
         """Raises ValueError where an axis has another size than at capture, and is neither the batch's nor free."""
         example, free = self.facts.get("example", {}), self.facts.get("dynamic", {})
+        whole = self.signature.layout.whole if self.signature.layout is not None else ()
         for name, value in batch.items():
             known, axes = example.get(name), free.get(name, {})
             if not isinstance(value, Tensor) or not isinstance(known, Tensor) or not isinstance(axes, Mapping):
                 continue
             if value.dim() != known.dim():
                 raise ValueError(f"{name} was captured with {known.dim()} axes. Got {value.dim()}.")
-            for axis in range(1, value.dim()):
+            for axis in range(0 if name in whole else 1, value.dim()):
                 if axis not in axes and value.shape[axis] != known.shape[axis]:
                     raise ValueError(
                         f"axis {axis} of {name} was captured as {known.shape[axis]}. Got {value.shape[axis]}. Calibrate with "

@@ -15,8 +15,10 @@ from torch import nn
 
 from calque.errors import CalibrationError, CaptureError, SpecError
 from calque.graph import Batch, Network, Signature, capture
+from calque.graph.batching import find_layout
 from calque.graph.copies import private_copy
 from calque.graph.rewrite import silent_tracing
+from calque.graph.signature import laid_out
 from calque.integer import IntegerModel
 from calque.model import QuantizedModel
 from calque.quantizers import QuantizedLayer, Quantizer
@@ -132,7 +134,7 @@ def _capturable(model: nn.Module, path: str, calibration: list[Batch], skipped: 
             skipped.append(f"module {where} is never called on these inputs; it stays float.")
         if inputs:
             try:
-                network = capture(child, inputs[0])
+                network = capture(child, laid_out(inputs[0], find_layout(child, inputs)))
             except (CaptureError, CalibrationError) as error:
                 if leaf:
                     skipped.append(f"module {where} stays float: {error}")

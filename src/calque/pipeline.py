@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from calque.admission import require_inputs, require_original
 from calque.budget import Budget
-from calque.calibration import prepare, varying_axes
+from calque.calibration import prepare
 from calque.checkpoint import Checkpoint, FilePath, alone, fingerprint, open_run
 from calque.decisions import DEFAULT_BITS, decide_bits, decide_choices
 from calque.errors import CaptureError, SpecError
 from calque.estimate import estimate
 from calque.graph import Batch, DynamicAxes, Network, Signature, capture
+from calque.graph.batching import find_layout, varying_axes
 from calque.graph.copies import duplicate
 from calque.graph.regions import undisturbed
 from calque.graph.signature import flatten, rows, select
@@ -113,7 +114,10 @@ def quantize(
     started = time.perf_counter()
     _check_options(bits, budget, plan, placement, workers, seed)
     require_original(model)
-    batches = prepare(calibration, Signature.of(model), _target(model, device))
+    target = _target(model, device)
+    batches = prepare(
+        calibration, Signature.of(model), target, find=lambda items: find_layout(_moved(model, target), items)
+    )
     axes = {**varying_axes(batches), **(dynamic or {})}
     try:
         network = _captured(model, batches, axes)

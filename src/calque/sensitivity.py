@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from calque.calibration import call_node, rows_at_a_time
 from calque.checkpoint import Checkpoint, Piece
 from calque.graph import Batch
-from calque.graph.signature import flatten, rows, select, split
+from calque.graph.signature import flatten, have_rows, layout_of, rows, select, split
 from calque.losses import Loss
 from calque.model import QuantizedModel
 
@@ -35,7 +35,7 @@ def thin(batches: list[Batch], count: int) -> list[Batch]:
     for batch in batches:
         mine = wanted[(wanted >= start) & (wanted < start + rows(batch))] - start
         start += rows(batch)
-        if any(isinstance(leaf, Tensor) and not _batched(leaf, batch) for leaf in flatten(batch)[0]):
+        if _shares(batch):
             # rows with a tensor that all of them share stay among themselves
             size = min(PRICED_ROWS, rows_at_a_time(batch))
             result.extend(select(batch, part) for part in torch.split(mine, size) if len(part))
@@ -49,8 +49,11 @@ def thin(batches: list[Batch], count: int) -> list[Batch]:
     return result
 
 
-def _batched(leaf: object, batch: Batch) -> bool:
-    return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == rows(batch)
+def _shares(batch: Batch) -> bool:
+    """Whether all rows share a tensor, or depend on each other."""
+    layout = layout_of(batch)
+    pairs = zip(flatten(batch)[0], have_rows(batch), strict=True)
+    return (layout is not None and not layout.apart) or any(isinstance(leaf, Tensor) and not row for leaf, row in pairs)
 
 
 def _joined(parts: list[Batch]) -> Batch:

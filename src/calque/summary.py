@@ -11,6 +11,7 @@ from torch import nn
 from calque.costs import float_size, values_outside_layers
 from calque.errors import CalibrationWarning
 from calque.graph import Network
+from calque.graph.batching import layout_notes
 from calque.job import Job
 from calque.model import QuantizedModel
 from calque.report import LayerReport, Report
@@ -65,7 +66,13 @@ def _layers(built: Built, found: Found | None) -> tuple[LayerReport, ...]:
 
 def _notes(model: nn.Module, job: Job, built: Built, found: Found | None) -> list[str]:
     network, swept = job.network, built.swept
-    notes = [*network.left_float, *job.notes, *swept.notes, *(() if found is None else found.notes)]
+    notes = [
+        *layout_notes(network.signature.layout),
+        *network.left_float,
+        *job.notes,
+        *swept.notes,
+        *(() if found is None else found.notes),
+    ]
     if any(module.training for module in model.modules()):
         notes.insert(0, "the model was in train mode; its eval mode was quantized.")
     for name in network.unreached:

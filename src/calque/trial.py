@@ -1,14 +1,14 @@
 """What a network's outputs lose with grids in place, measured on a few calibration rows."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from calque.arithmetic import affine_grid, fake_quantize
-from calque.calibration import real_tokens, refuse_endless, token_masks
+from calque.calibration import real_tokens, token_masks
 from calque.errors import CalibrationError
 from calque.graph import Batch, Network
 from calque.graph.signature import flatten, rows, select
@@ -166,8 +166,27 @@ def survey(
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise CalibrationError(f"the network fails on calibration batch {index}: {reason}") from error
-        refuse_endless(batch, outputs[-1], index)
+        _refuse_endless(batch, outputs[-1], index)
     return outputs, found
+
+
+def _refuse_endless(batch: Batch, outputs: Iterable[object], position: int) -> None:
+    """Raises CalibrationError where huge or infinite inputs reach the outputs: a mask's do not, a broken row's do."""
+    huge = [name for name, value in batch.items() if not all(map(_has_squares, flatten({name: value})[0]))]
+    if huge and not all(_has_squares(each, but_infinite=True) for each in outputs):
+        raise CalibrationError(
+            f"calibration inputs must be finite, and their squares, where they are no mask. Batch {position} has larger values "
+            f"in {', '.join(huge)}, and the network returns NaN or values as large; remove these rows or scale the inputs as "
+            "they were in training."
+        )
+
+
+def _has_squares(leaf: object, *, but_infinite: bool = False) -> bool:
+    """Whether the squares of all values, or of all but infinite ones, have a finite sum."""
+    if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+        return True
+    values = leaf.where(~leaf.isinf(), 0.0) if but_infinite else leaf
+    return bool(torch.isfinite(torch.linalg.vector_norm(values)))
 
 
 class _Recorder(fx.Interpreter):

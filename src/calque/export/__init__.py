@@ -1,7 +1,8 @@
 """Exported files, and what runtimes do with them."""
 
 from calque.export.latency import Latency
-from calque.export.onnx import Target, export_onnx
+from calque.export.onnx import export_onnx
+from calque.export.runtimes import Target
 from calque.export.verification import Agreement, OutputAgreement, Verification
 from calque.export.verify import count_kernels, run_onnx, verify
 

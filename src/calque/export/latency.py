@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import onnx
 from torch import Tensor
 
-from calque.export.onnx import Target
-from calque.export.runtimes import Runtime, open_runtime
+from calque.export.runtimes import Runtime, Target, open_runtime
 
 RUNS = 30
 SECONDS = 20.0  # fewer runs where these would take longer

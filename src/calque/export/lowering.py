@@ -4,7 +4,7 @@ The operators carry names only. Their meaning in ONNX, with every constant, is w
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import onnxscript
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from onnx.defs import OpSchema
 from torch import Tensor, fx, nn
 
+from calque.export.spatial import RESIZES, write_exactly
 from calque.graph.network import (
     ADDITIONS,
     AVERAGE_POOLS,
@@ -121,6 +122,7 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.calque.quantize.default: _translate_quantize,
     torch.ops.calque.layer.default: _translate_layer,
     torch.ops.calque.table.default: _translate_table,
+    **RESIZES,
 }
 
 
@@ -161,7 +163,8 @@ class _NamedLayer(nn.Module):
 def lower(model: QuantizedModel, *, fused: bool = True) -> fx.GraphModule:
     """A copy of the network's operators for `torch.onnx.export` with TRANSLATIONS.
 
-    Clips that a quantizer implies are gone, spatial means are average pools, and only tensors are returned.
+    Clips that a quantizer implies are gone, spatial means are average pools, only tensors are returned, and what ONNX Runtime
+    would compute otherwise is written with other operators.
 
     Args:
         fused: values that were only moved are put on their grid again, so that runtimes that fuse see a quantized operand.
@@ -175,6 +178,7 @@ def lower(model: QuantizedModel, *, fused: bool = True) -> fx.GraphModule:
     _means_as_pools(graph, quantizers, highest)
     if fused:
         _requantize_moved(module, quantizers, highest)
+    write_exactly(graph, lambda node: behind(model.layers, node))
     names = {node: model.edge_name(node) for node in graph.nodes if node in quantizers}
     for index, (node, name) in enumerate(names.items()):
         leaf = free_name(module, f"named_{index}")
@@ -266,6 +270,17 @@ def _requantize_moved(
         for reader in readers:
             reader.replace_input_with(node, again)
         quantizers[again], highest[again] = grid, highest[origin]
+
+
+def behind(layers: Mapping[str, object], node: fx.Node) -> str:
+    """Where a node stands, in words: the nearest layer that its value comes from."""
+    front = list(node.all_input_nodes)
+    while front:
+        current = front.pop(0)
+        if current.op == "call_module" and str(current.target) in layers:
+            return f"behind layer {current.target}"
+        front.extend(current.all_input_nodes)
+    return "in front of every layer"
 
 
 def _is_layer(module: fx.GraphModule, node: fx.Node) -> bool:

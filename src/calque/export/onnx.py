@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import onnx
 import torch
@@ -20,17 +20,19 @@ from torch.utils import _pytree as pytree
 
 from calque.errors import ExportError, SpecError
 from calque.export.identity import PREFIX, identity
-from calque.export.lowering import DOMAIN, TRANSLATIONS, lower
+from calque.export.lowering import DOMAIN, TRANSLATIONS, behind, lower
 from calque.export.nodes import MICROSOFT, Expander
 from calque.export.qonnx import QONNX_DOMAIN, QuantExpander
+from calque.export.rehearsal import origins, rehearse
+from calque.export.runtimes import Target
 from calque.graph.network import FlatInput, value_of
 from calque.graph.outputs import flatten_outputs
 from calque.graph.rewrite import silent_tracing
+from calque.graph.signature import have_rows, laid_out
 from calque.model import QuantizedModel
 from calque.parts import PartlyQuantized, whole_only
 
 OPSET = 21  # the first with INT4
-Target = Literal["onnxruntime", "openvino", "qonnx"]
 
 
 def export_onnx(model: QuantizedModel, path: str | os.PathLike[str], *, target: Target = "onnxruntime") -> Path:
@@ -40,11 +42,14 @@ def export_onnx(model: QuantizedModel, path: str | os.PathLike[str], *, target: 
         target: "onnxruntime" and "openvino" read the same file, with packed weights and integer kernels; "qonnx" has one Quant
             node per tensor, and float32 weights.
 
+    A file for ONNX Runtime is run there before it is kept, on the few inputs that `model` has as an example.
+
     The file holds the plan, checksums of the network, which `verify` compares, the recipe and versions in its metadata. It is
     written to a temporary name and moved, so that nothing half-written is ever left at `path`.
 
     Raises:
-        ExportError: an operator without a translation, which is named, or with one that is no valid ONNX.
+        ExportError: an operator without a translation, which is named, or with one that is no valid ONNX; a file that ONNX
+            Runtime cannot run, or in which it computes something else than the network.
         SpecError: an unknown target; a network quantized in parts, which are exported one by one.
         OSError: the path cannot be written.
     """
@@ -56,6 +61,7 @@ def export_onnx(model: QuantizedModel, path: str | os.PathLike[str], *, target: 
     if not path.parent.is_dir():
         raise FileNotFoundError(f"the folder {path.parent} does not exist.")
     proto = _exported(_Flat(lower(model, fused=target != "qonnx")).eval(), model)
+    behind_nodes = origins(proto)
     expander = (QuantExpander if target == "qonnx" else Expander)(model, _ranks(model))
     expander.expand(proto.graph)
     if target == "qonnx":
@@ -67,6 +73,8 @@ def export_onnx(model: QuantizedModel, path: str | os.PathLike[str], *, target: 
         onnx.checker.check_model(proto)
     except onnx.checker.ValidationError as error:
         raise ExportError(f"torch.onnx wrote a file that is not valid ONNX: {str(error).splitlines()[0]}") from error
+    if target == "onnxruntime":
+        rehearse(proto, model, behind_nodes)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -158,7 +166,7 @@ def _culprit(model: QuantizedModel) -> str:
             with silent_tracing(), _silent_output(), torch.no_grad():
                 torch.onnx.export(_Single(node, sources), example, dynamo=True, opset_version=OPSET, verbose=False)
         except Exception:
-            return f"the operator {node.target} ({_behind(model, node)})"
+            return f"the operator {node.target} ({behind(model.layers, node)})"
     return "the network"
 
 
@@ -174,17 +182,6 @@ class _Single(torch.nn.Module):
         args, kwargs = fx.map_arg((self.node.args, self.node.kwargs), lambda source: values.get(source))
         assert callable(self.node.target)
         return self.node.target(*args, **kwargs)
-
-
-def _behind(model: QuantizedModel, node: fx.Node) -> str:
-    """The nearest layer that the node's value comes from."""
-    layers, front = model.layers, list(node.all_input_nodes)
-    while front:
-        current = front.pop(0)
-        if current.op == "call_module" and str(current.target) in layers:
-            return f"behind layer {current.target}"
-        front.extend(current.all_input_nodes)
-    return "in front of every layer"
 
 
 class _Flat(torch.nn.Module):
@@ -241,7 +238,7 @@ def _clean(proto: onnx.ModelProto, model: QuantizedModel) -> None:
     domains = [entry for entry in proto.opset_import if entry.domain != DOMAIN]
     del proto.opset_import[:]
     proto.opset_import.extend(domains)
-    _name_batch_axis(graph)
+    _name_batch_axis(graph, model)
     del proto.metadata_props[:]
     facts = identity(model)
     if model.report is not None:
@@ -254,8 +251,12 @@ def _clean(proto: onnx.ModelProto, model: QuantizedModel) -> None:
     graph.name = "calque"
 
 
-def _name_batch_axis(graph: onnx.GraphProto) -> None:
-    symbol = graph.input[0].type.tensor_type.shape.dim[0].dim_param if graph.input else ""
+def _name_batch_axis(graph: onnx.GraphProto, model: QuantizedModel) -> None:
+    batched = have_rows(laid_out(model.facts["example"], model.signature.layout))
+    axes = [
+        value.type.tensor_type.shape.dim[0].dim_param for value, rows in zip(graph.input, batched, strict=False) if rows
+    ]
+    symbol = axes[0] if axes else ""
     for value in (*graph.input, *graph.output):
         for dim in value.type.tensor_type.shape.dim:
             if symbol and dim.dim_param == symbol:

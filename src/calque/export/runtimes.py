@@ -18,8 +18,8 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from calque.errors import SpecError, VerificationError
-from calque.export.onnx import Target
 
+Target = Literal["onnxruntime", "openvino", "qonnx"]
 Precision = Literal["integer", "float", "neutral"]
 
 # x86 processors without VNNI saturate sums of uint8 x int8 products at 16 bits; this makes ONNX Runtime compute them exactly.

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch.utils._pytree import tree_map
 
 from calque.export.latency import Latency
-from calque.export.onnx import Target
+from calque.export.runtimes import Target
 from calque.report import table_lines
 
 Kind = Literal["class scores", "values", "whole numbers"]

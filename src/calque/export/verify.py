@@ -15,7 +15,7 @@ from calque.errors import SpecError, VerificationError
 from calque.export.agreement import agreements
 from calque.export.identity import differences, unknown_origin
 from calque.export.latency import measure_latency
-from calque.export.onnx import Target, float_onnx
+from calque.export.onnx import float_onnx
 from calque.export.runtimes import (
     LEVEL,
     PACKED,
@@ -23,13 +23,14 @@ from calque.export.runtimes import (
     Kernel,
     OnnxRuntime,
     Runtime,
+    Target,
     check_target,
     open_runtime,
     saturates,
 )
 from calque.export.verification import LEAST_DB, LIMIT_DB, OUTSIDE, TITLES, OutputAgreement, Verification
 from calque.graph import Batch
-from calque.graph.signature import flatten, rows, split
+from calque.graph.signature import flatten, rows, select
 from calque.model import QuantizedModel
 from calque.parts import PartlyQuantized, whole_only
 
@@ -94,7 +95,7 @@ def verify(
     if failed:
         raise _refusal(found, failed, bound)
     if original is not None and target != "qonnx":
-        leaves = [leaf for leaf in flatten(split(batches[0], 1)[0])[0] if isinstance(leaf, Tensor)]
+        leaves = [leaf for leaf in flatten(select(batches[0], torch.arange(1)))[0] if isinstance(leaf, Tensor)]
         found = replace(found, latency=measure_latency(proto, float_onnx(original, model), leaves, target))
     return found
 

@@ -27,7 +27,7 @@ from calque.graph.rewrite import (
     functionalize,
     path_of,
 )
-from calque.graph.signature import Batch, Signature, flatten, rows, select
+from calque.graph.signature import Batch, Signature, cut, flatten, layout_of, length
 from calque.graph.trace import DynamicAxes, distinct, require_float32, spare_names, trace
 from calque.graph.uncovered import uncovered, unreached
 
@@ -62,15 +62,15 @@ def capture(model: nn.Module, example: Batch, dynamic: DynamicAxes | None = None
     model = private_copy(model)
     spare_names(model)
     require_float32(model)
-    signature = Signature.of(model)
-    count = rows(example)
-    batch = distinct(select(example, torch.arange(max(count, 2)).clamp(max=count - 1)[:2]))
+    signature = replace(Signature.of(model), layout=layout_of(example))
+    count = length(example)
+    batch = distinct(cut(example, torch.arange(2).clamp(max=count - 1)))
     device = next(leaf.device.type for leaf in flatten(batch)[0] if isinstance(leaf, Tensor))
     with in_float32(device) as lowered:
         network = _rewritten(model, batch, dynamic, signature)
         notes = [f"{_AUTOCAST} {', '.join(map(str, lowered))}; here they are computed in float32."] if lowered else []
         for size in (2, 3):  # the traced batch size, and another
-            if differs_by_fast_path(model, network, select(example, torch.arange(size) % count)):
+            if differs_by_fast_path(model, network, cut(example, torch.arange(size) % count)):
                 notes.append(FAST_PATH)
     return replace(network, left_float=(*dict.fromkeys(notes), *network.left_float))
 

@@ -9,7 +9,7 @@ from calque.graph.network import Network
 from calque.graph.outputs import flatten_outputs
 from calque.graph.rewrite import silent_tracing
 from calque.graph.shortcuts import slow_attention
-from calque.graph.signature import Batch, flatten, rows
+from calque.graph.signature import Batch, flatten, length
 from calque.graph.trace import distinct
 
 FAST_PATH = (
@@ -27,24 +27,30 @@ def differs_by_fast_path(model: nn.Module, network: Network, batch: Batch) -> bo
             outputs = network.module(*flatten(batch)[0])
         except Exception as error:
             raise CaptureError(
-                f"the network fails on a batch of {rows(batch)} rows: {str(error).splitlines()[0]} It was traced with 2; "
+                f"the network fails on a batch of {length(batch)} rows: {str(error).splitlines()[0]} It was traced with 2; "
                 "it must accept any number of rows on axis 0 of its inputs."
             ) from error
         received, found = flatten_outputs(pytree.tree_unflatten(outputs, network.out_spec))
         if found != tree:
             raise CaptureError(
-                f"the captured network returns {found} on a batch of {rows(batch)} rows, and the model {tree}. What a model "
+                f"the captured network returns {found} on a batch of {length(batch)} rows, and the model {tree}. What a model "
                 "returns besides tensors must not depend on the values of its inputs."
             )
         position = _difference(expected, received)
         if position is None:
             return False
+        if received[position].shape != expected[position].shape:
+            raise CaptureError(
+                f"output {position} of the captured network has the shape {tuple(received[position].shape)} on a batch of "
+                f"{length(batch)} rows, the model's {tuple(expected[position].shape)}: its forward fixes the size of the batch "
+                "that it is traced with, as a loop over the rows does. Compute on all rows at once."
+            )
         with slow_attention():
             expected, _ = flatten_outputs(model(**distinct(batch)))
     if _difference(expected, received) is None:
         return True
     raise CaptureError(
-        f"output {position} of the captured network differs from the model's on a batch of {rows(batch)} rows. The "
+        f"output {position} of the captured network differs from the model's on a batch of {length(batch)} rows. The "
         "model must be a function of its inputs alone: no randomness, no state that changes between calls, no other path "
         "where it is traced."
     )

@@ -1,4 +1,4 @@
-"""How a call of the original network becomes a flat list of inputs, and a flat list of outputs its result."""
+"""How a call of the original network becomes a flat list of inputs, a flat list of outputs its result, and where its rows are."""
 
 import inspect
 from collections.abc import Mapping
@@ -17,12 +17,40 @@ _KINDS = inspect.Parameter
 
 
 @dataclass(frozen=True)
+class Layout:
+    """Where the rows of a batch are.
+
+    Attributes:
+        whole: names of the tensors without a batch axis: every row gets all of them. The others have it at axis 0.
+        apart: whether the network treats each row by itself, so that rows may be drawn and executed apart from each other.
+        nowhere: whether no tensor has rows.
+    """
+
+    whole: frozenset[str] = frozenset()
+    apart: bool = True
+    nowhere: bool = False
+
+    def __post_init__(self) -> None:
+        if self.nowhere and self.apart:
+            raise ValueError("where nothing has rows, none can be apart. Got nowhere and apart.")
+
+
+class _LaidOut(dict[str, object]):
+    """A batch that knows its layout."""
+
+    def __init__(self, batch: Mapping[str, object], layout: Layout):
+        super().__init__(batch)
+        self.layout = layout
+
+
+@dataclass(frozen=True)
 class Signature:
-    """The parameters of a network's forward, by name."""
+    """The parameters of a network's forward, by name; and where the rows of its inputs are, once that is known."""
 
     positional: tuple[str, ...]
     required: tuple[str, ...]
     keyword_only: tuple[str, ...]
+    layout: Layout | None = None
 
     @classmethod
     def of(cls, model: nn.Module) -> "Signature":
@@ -90,12 +118,50 @@ def flatten(batch: Mapping[str, object]) -> tuple[list[Any], pytree.TreeSpec]:
     return pytree.tree_flatten(dict(batch))
 
 
+def leaf_names(batch: Mapping[str, object]) -> list[str]:
+    """The name of each leaf: the argument's, or that of its place in the argument, as in "boxes[0]"."""
+    paths, _ = pytree.tree_flatten_with_path(dict(batch))
+    return [f"{path[0].key}{pytree.keystr(path[1:])}" for path, _ in paths]  # type: ignore[attr-defined]
+
+
+def laid_out(batch: Mapping[str, object], layout: Layout | None) -> Batch:
+    """The batch with this layout; None leaves it to guess: all tensors as long as the first one have the batch axis."""
+    return dict(batch) if layout is None else _LaidOut(batch, layout)
+
+
+def layout_of(batch: Mapping[str, object]) -> Layout | None:
+    """The layout that the batch was given."""
+    return batch.layout if isinstance(batch, _LaidOut) else None
+
+
+def have_rows(batch: Mapping[str, object]) -> list[bool]:
+    """Which leaves have the batch axis."""
+    leaves, layout = flatten(batch)[0], layout_of(batch)
+    if layout is not None:
+        named = zip(leaf_names(batch), leaves, strict=True)
+        return [isinstance(leaf, Tensor) and leaf.dim() > 0 and name not in layout.whole for name, leaf in named]
+    count = next((leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0), None)
+    return [isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == count for leaf in leaves]
+
+
+def length(batch: Mapping[str, object]) -> int:
+    """The length of the batch axis; 1 where no tensor has one.
+
+    Raises:
+        CalibrationError: no tensor could have one, and the batch was given no layout.
+    """
+    for leaf, batched in zip(flatten(batch)[0], have_rows(batch), strict=True):
+        if batched:
+            return int(leaf.shape[0])
+    if layout_of(batch) is None:
+        raise CalibrationError("a calibration batch needs at least one tensor with a batch axis. Got none.")
+    return 1
+
+
 def rows(batch: Mapping[str, object]) -> int:
-    """The number of rows of a batch: the length of the first tensor's axis 0."""
-    for leaf in flatten(batch)[0]:
-        if isinstance(leaf, Tensor) and leaf.dim() > 0:
-            return leaf.shape[0]
-    raise CalibrationError("a calibration batch needs at least one tensor with a batch axis. Got none.")
+    """The number of rows that may be drawn apart from each other; 1, the batch itself, where none may."""
+    layout = layout_of(batch)
+    return length(batch) if layout is None or layout.apart else 1
 
 
 def values(batch: Batch) -> int:
@@ -103,26 +169,23 @@ def values(batch: Batch) -> int:
     return sum(leaf.numel() for leaf in flatten(batch)[0] if isinstance(leaf, Tensor))
 
 
+def cut(batch: Mapping[str, object], index: Tensor | slice) -> Batch:
+    """The entries `index` of the batch axis, whether or not rows depend on each other; other leaves as they are."""
+    leaves, spec = flatten(batch)
+    picked = [leaf[index] if batched else leaf for leaf, batched in zip(leaves, have_rows(batch), strict=True)]
+    tree: Batch = pytree.tree_unflatten(picked, spec)
+    return laid_out(tree, layout_of(batch))
+
+
 def select(batch: Mapping[str, object], index: Tensor) -> Batch:
-    """The rows `index` of every tensor that has the batch axis; other leaves as they are."""
-    count = rows(batch)
-
-    def pick(leaf: object) -> object:
-        batched = isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == count
-        return leaf[index] if batched and isinstance(leaf, Tensor) else leaf
-
-    return {name: pytree.tree_map(pick, value) for name, value in batch.items()}
+    """The rows `index`, of `rows(batch)`; other leaves as they are."""
+    layout = layout_of(batch)
+    return cut(batch, index) if layout is None or layout.apart else laid_out(batch, layout)
 
 
 def split(batch: Mapping[str, object], size: int) -> list[Batch]:
     """The batch in pieces of at most `size` rows; views of it, no copies."""
-    count = rows(batch)
-
-    def piece(start: int) -> Batch:
-        def cut(leaf: object) -> object:
-            batched = isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == count
-            return leaf[start : start + size] if batched and isinstance(leaf, Tensor) else leaf
-
-        return {name: pytree.tree_map(cut, value) for name, value in batch.items()}
-
-    return [piece(start) for start in range(0, count, size)]
+    layout = layout_of(batch)
+    if layout is not None and not layout.apart:
+        return [laid_out(batch, layout)]
+    return [cut(batch, slice(start, start + size)) for start in range(0, rows(batch), size)]

@@ -2,7 +2,7 @@
 
 import re
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from calque.graph.outputs import flat_outputs
 from calque.graph.regions import open_regions
 from calque.graph.rewrite import silent_tracing
 from calque.graph.shortcuts import without_shortcuts
-from calque.graph.signature import Batch, rows
+from calque.graph.signature import Batch, flatten, have_rows, laid_out, layout_of, leaf_names
 
 DynamicAxes = Mapping[str, Any]  # as torch.export's dynamic_shapes, without the batch axis
 
@@ -48,10 +48,8 @@ def require_float32(model: nn.Module) -> None:
 
 def distinct(batch: Batch) -> Batch:
     """The batch with every tensor copied: one tensor passed twice would be traced as one input."""
-    return {
-        name: pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, value)
-        for name, value in batch.items()
-    }
+    copies: Batch = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, dict(batch))
+    return laid_out(copies, layout_of(batch))
 
 
 def trace(
@@ -70,21 +68,16 @@ def trace(
     unknown = set(dynamic or {}) - set(batch)
     if unknown:
         raise CaptureError(f"dynamic names inputs of forward: {', '.join(batch)}. Got {', '.join(sorted(unknown))}.")
-    count = rows(batch)
-
-    def axes(extra: object) -> Callable[[object], object]:
-        def of(leaf: object) -> object:
-            if not isinstance(leaf, Tensor):
-                return None
-            batched = {0: Dim.AUTO} if leaf.dim() and leaf.shape[0] == count else {}
-            return {**batched, **(extra if isinstance(extra, Mapping) else {})}
-
-        return of
-
-    shapes = {name: pytree.tree_map(axes((dynamic or {}).get(name)), value) for name, value in batch.items()}
+    leaves, spec = flatten(batch)
+    shapes = []
+    for name, leaf, batched in zip(leaf_names(batch), leaves, have_rows(batch), strict=True):
+        extra = (dynamic or {}).get(name.partition("[")[0])
+        axes = {**({0: Dim.AUTO} if batched else {}), **(extra if isinstance(extra, Mapping) else {})}
+        shapes.append(axes if isinstance(leaf, Tensor) else None)
     try:
         with silent_tracing(), torch.no_grad(), without_shortcuts(), flat_outputs(model) as trees:
-            program = torch.export.export(model, (), dict(batch), dynamic_shapes=shapes, strict=False)
+            free = pytree.tree_unflatten(shapes, spec)
+            program = torch.export.export(model, (), dict(batch), dynamic_shapes=free, strict=False)
             open_regions(program)
             if functional:
                 program = program.run_decompositions({})

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from calque.graph import Batch
-from calque.graph.signature import flatten, rows
+from calque.graph.signature import flatten, have_rows, layout_of, rows
 from calque.solvers.problem import HELD_OUT
 
 
@@ -21,13 +21,17 @@ class Rows:
         inputs: the network's flat inputs; a tensor whose axis 0 has `count` entries has the batch axis.
         references: the float network's output leaves for them.
         count: the number of rows.
+        whole: positions of inputs without the batch axis, however long they are; None where nothing has rows of its own.
     """
 
     inputs: list[Any]
     references: list[Any]
     count: int
+    whole: tuple[int, ...] | None = ()
 
     def has_rows(self, leaf: object) -> bool:
+        if self.whole is None or any(leaf is self.inputs[position] for position in self.whole):
+            return False
         return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == self.count
 
     def pick(self, index: Tensor) -> "Rows":
@@ -36,7 +40,8 @@ class Rows:
         def chosen(leaf: Any) -> Any:
             return leaf[index.to(leaf.device)] if self.has_rows(leaf) else leaf
 
-        return Rows([chosen(leaf) for leaf in self.inputs], [chosen(leaf) for leaf in self.references], len(index))
+        inputs, references = ([chosen(leaf) for leaf in leaves] for leaves in (self.inputs, self.references))
+        return Rows(inputs, references, self.count if self.whole is None else len(index), self.whole)
 
     def split(self, size: int) -> "list[Rows]":
         """Pieces of at most `size` rows, in order."""
@@ -62,7 +67,7 @@ def join(parts: Sequence[Rows]) -> Rows:
         return parts[0]
     inputs = [joined(leaves) for leaves in zip(*(part.inputs for part in parts), strict=True)]
     references = [joined(leaves) for leaves in zip(*(part.references for part in parts), strict=True)]
-    return Rows(inputs, references, sum(part.count for part in parts))
+    return Rows(inputs, references, sum(part.count for part in parts), parts[0].whole)
 
 
 def hold_out(batches: Sequence[Batch], references: Sequence[Sequence[Any]]) -> tuple[list[Rows], list[Rows]]:
@@ -72,7 +77,7 @@ def hold_out(batches: Sequence[Batch], references: Sequence[Sequence[Any]]) -> t
         references: the float network's output leaves on each batch.
     """
     whole = [
-        Rows(flatten(batch)[0], list(reference), rows(batch))
+        Rows(flatten(batch)[0], list(reference), rows(batch), _whole(batch))
         for batch, reference in zip(batches, references, strict=True)
     ]
     total = sum(part.count for part in whole)
@@ -88,6 +93,14 @@ def hold_out(batches: Sequence[Batch], references: Sequence[Sequence[Any]]) -> t
             fitted.append(part.pick(torch.arange(inside)))
             held_out.append(part.pick(torch.arange(inside, part.count)))
     return fitted, held_out
+
+
+def _whole(batch: Batch) -> tuple[int, ...] | None:
+    layout = layout_of(batch)
+    if layout is not None and not layout.apart:
+        return None
+    found = zip(flatten(batch)[0], have_rows(batch), strict=True)
+    return tuple(position for position, (leaf, batched) in enumerate(found) if isinstance(leaf, Tensor) and not batched)
 
 
 def alike(parts: Sequence[Rows]) -> list[list[Rows]]:

@@ -6,6 +6,7 @@ stays float, and as JSON the plan, the report, the operators and the form of the
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
@@ -19,6 +20,7 @@ from calque.errors import CalibrationError, CaptureError, LoadError
 from calque.factors import insert_factor
 from calque.graph import Batch, Network, Signature, capture
 from calque.graph.copies import duplicate
+from calque.graph.signature import Layout, laid_out
 from calque.model import QuantizedModel, assemble
 from calque.parts import PartlyQuantized, whole_only
 from calque.placement import place
@@ -50,7 +52,7 @@ def save(q: QuantizedModel, path: FilePath) -> None:
     """
     if isinstance(q, PartlyQuantized):
         raise whole_only(q, "save", "save(q.parts[path], file)")
-    tensors = _tensors(q)
+    tensors, layout = _tensors(q), q.signature.layout
     example: Tensors = {}
     form = {name: describe_input(value, example) for name, value in q.facts["example"].items()}
     aliases = deduplicate(tensors)
@@ -63,6 +65,7 @@ def save(q: QuantizedModel, path: FilePath) -> None:
         "placement": q.facts["placement"],
         "dynamic": {name: sorted(axes) for name, axes in q.facts["dynamic"].items() if isinstance(axes, Mapping)},
         "inputs": form,
+        "layout": None if layout is None else {**asdict(layout), "whole": sorted(layout.whole)},
         "layers": {name: {"bits": part.bits, "shape": list(part.codes.shape)} for name, part in q.layers.items()},
         "operators": operators(q.graph_module),
         "grids": grids(q),
@@ -131,7 +134,8 @@ def _capture(path: FilePath, model: nn.Module, example: Batch, table: Mapping[st
     for parameter in blank.parameters():
         parameter.data.zero_()
     try:
-        return capture(blank, Signature.of(model).bind((), example), _dynamic(table))
+        batch = laid_out(Signature.of(model).bind((), example), _layout(table))
+        return capture(blank, batch, _dynamic(table))
     except (CaptureError, CalibrationError) as error:
         modules, problems = dict(model.named_modules()), []
         for name, layer in table["layers"].items():
@@ -143,6 +147,11 @@ def _capture(path: FilePath, model: nn.Module, example: Batch, table: Mapping[st
 
 def _dynamic(table: Mapping[str, Any]) -> dict[str, dict[int, Any]]:
     return {name: dict.fromkeys(axes, torch.export.Dim.AUTO) for name, axes in table["dynamic"].items()}
+
+
+def _layout(table: Mapping[str, Any]) -> Layout | None:
+    stored = table.get("layout")
+    return None if stored is None else Layout(**{**stored, "whole": frozenset(stored["whole"])})
 
 
 def _misfit(path: FilePath, problems: list[str]) -> LoadError:
