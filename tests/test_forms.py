@@ -1,6 +1,7 @@
 """Layers in other forms: one-dimensional and transposed convolutions, products with constant matrices."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 import calque
 from calque.graph import capture
 from calque.solvers.problem import layer_problem
+from networks import Net
 
 
 def seeded(build: type[nn.Module] | nn.Module) -> nn.Module:
@@ -24,7 +26,7 @@ def noise(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
 
 
-CONVOLUTIONS = [
+CONVOLUTIONS: list[nn.Module] = [
     nn.Conv1d(4, 6, 3, stride=2, padding=1),
     nn.Conv1d(4, 6, 3, padding="same", groups=2),
     nn.Conv1d(4, 6, 2, dilation=3, bias=False),
@@ -42,7 +44,14 @@ TRANSPOSED = [
 ]
 
 
-@pytest.mark.parametrize("layer", CONVOLUTIONS, ids=str)
+TRANSPOSED_SIGNALS: list[nn.Module] = [
+    nn.ConvTranspose1d(4, 6, 3),
+    nn.ConvTranspose1d(4, 6, 4, stride=2, padding=1, groups=2),
+    nn.ConvTranspose1d(4, 6, 3, stride=3, output_padding=1, dilation=2, bias=False),
+]
+
+
+@pytest.mark.parametrize("layer", CONVOLUTIONS + TRANSPOSED_SIGNALS, ids=str)
 def test_one_dimensional_convolutions_are_layers(layer: nn.Module) -> None:
     network = capture(nn.Sequential(seeded(layer)), {"input": noise(5, 4, 11)})  # compares the outputs
 
@@ -56,6 +65,78 @@ def test_transposed_convolutions_are_layers(layer: nn.Module) -> None:
 
     assert list(network.layers) == ["0"]
     assert network.left_float == ()
+
+
+class Signal(nn.Module):
+    """Norms, activations, an add, pools, paddings, slices and a concatenation: on signals, or on images of height one."""
+
+    def __init__(self, *, image: bool) -> None:
+        super().__init__()
+        conv, up, norm, pool, mean = (
+            (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d)
+            if image
+            else (nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d, nn.MaxPool1d, nn.AvgPool1d)
+        )
+
+        def wide(length: int, height: int = 1) -> Any:
+            return (height, length) if image else length
+
+        self.image = image
+        self.stem, self.norm1 = conv(2, 8, wide(5), padding=wide(2, 0), bias=False), norm(8)
+        self.inner, self.norm2 = conv(8, 8, wide(3), dilation=wide(2)), norm(8)
+        self.up, self.norm3 = up(8, 4, wide(4), stride=wide(2), padding=wide(1, 0)), norm(4)
+        self.last, self.head = conv(12, 8, wide(3), groups=2), nn.Linear(8, 3)
+        self.pool, self.mean = pool(wide(2)), mean(wide(3), wide(2), wide(1, 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[:, :, None] if self.image else x
+        x = F.relu(self.norm1(self.stem(x)))
+        x = F.relu(x + self.norm2(self.inner(F.pad(x, (5, 0))))[..., 1:])
+        y = F.relu6(self.norm3(self.up(self.pool(x))))
+        x = F.leaky_relu(self.mean(self.last(torch.cat([x[..., :-1], y], 1)))) * 0.5
+        logits: Tensor = self.head(x.mean((2, 3) if self.image else -1))
+        return logits
+
+
+@pytest.mark.parametrize("bits", ["w8a8", "w4a4"])
+def test_signals_have_the_codes_and_kernels_of_images_of_height_one(bits: str, tmp_path: Path) -> None:
+    one, two = seeded_norms(Signal(image=False)), Signal(image=True)
+    two.load_state_dict({name: x[:, :, None] if x.dim() == 3 else x for name, x in one.state_dict().items()})
+    x = noise(48, 2, 23)
+    signal, image = (calque.quantize(each.eval(), x, bits=bits, recipe="nearest") for each in (one, two))
+    found, other = (calque.verify(calque.export_onnx(q, tmp_path / "q.onnx"), q, x, bound=0) for q in (signal, image))
+
+    assert list(signal.layers) == ["stem", "inner", "up", "last", "head"]
+    for name, layer in signal.layers.items():
+        assert torch.equal(layer.codes, image.layers[name].codes)
+    assert torch.equal(signal(x), image(x))
+    assert signal.report.size == image.report.size
+    assert found.integer_kernels == other.integer_kernels
+    assert found.integer_kernels["QLinearConv"] == 4
+    assert "BatchNormalization" not in found.float_kernels
+
+
+def seeded_norms(model: nn.Module) -> nn.Module:
+    """The network with statistics of batch norms that are none's defaults."""
+    seeded(model)
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm1d):
+            norm.running_mean = noise(norm.num_features)
+            norm.running_var = noise(norm.num_features).square() + 0.5
+            norm.weight.data = noise(norm.num_features).abs() + 0.5
+    return model
+
+
+def test_operators_that_signals_and_images_do_not_share_stay_on_signals() -> None:
+    def forward(net: Net, x: Tensor) -> Tensor:
+        y = net.conv(x)
+        y = y * net.gain + y.mean(1, keepdim=True)  # (6, 1) would lie along other axes of an image
+        z: Tensor = net.again(y.softmax(-1)).transpose(1, 2)
+        return z.cumsum(1)
+
+    model = Net(forward, conv=nn.Conv1d(4, 6, 3), again=nn.Conv1d(6, 6, 3), gain=torch.zeros(6, 1))
+
+    assert list(capture(model, {"x": noise(5, 4, 11)}).layers) == ["conv", "again"]
 
 
 class Matrices(nn.Module):

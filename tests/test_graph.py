@@ -260,6 +260,49 @@ def test_a_batch_norm_behind_a_linear_layer_is_folded() -> None:
     assert norms_left(network) == 0
 
 
+def behind_transpose(net: Net, x: Tensor) -> object:
+    return net.norm(net.fc(x.flatten(1, 2)).transpose(1, 2))
+
+
+def behind_permute(net: Net, x: Tensor) -> object:
+    return net.norm(net.fc(x.flatten(1, 2)).permute(0, 2, 1).contiguous())
+
+
+def behind_view(net: Net, x: Tensor) -> object:
+    return net.norm(net.fc(x.flatten(1, 2)).reshape(-1, 6))
+
+
+def behind_slice(net: Net, x: Tensor) -> object:
+    return net.norm(net.fc(x.flatten(1, 2))[:, 1:].transpose(1, 2))
+
+
+@pytest.mark.parametrize("forward", [behind_transpose, behind_permute, behind_view, behind_slice])
+def test_a_batch_norm_behind_moved_channels_is_folded(forward: Callable[[Net, Tensor], object]) -> None:
+    network = captured(Net(forward, fc=nn.Linear(8, 6), norm=nn.BatchNorm1d(6)))
+
+    assert norms_left(network) == 0
+
+
+def other_channels(net: Net, x: Tensor) -> object:
+    return net.norm(net.fc(x.flatten(1, 2)).reshape(x.shape[0], 6, -1))
+
+
+def some_channels(net: Net, x: Tensor) -> object:
+    return net.norm(net.wide(x.flatten(1, 2))[:, :, 1:7].transpose(1, 2))
+
+
+def read_between(net: Net, x: Tensor) -> object:
+    y = net.fc(x.flatten(1, 2)).transpose(1, 2)
+    return net.norm(y) + y
+
+
+@pytest.mark.parametrize("forward", [other_channels, some_channels, read_between])
+def test_a_batch_norm_behind_mixed_or_shared_channels_stays_float(forward: Callable[[Net, Tensor], object]) -> None:
+    network = captured(Net(forward, fc=nn.Linear(8, 6), wide=nn.Linear(8, 8), norm=nn.BatchNorm1d(6)))
+
+    assert norms_left(network) == 1
+
+
 def test_batch_norms_without_affine_parameters_are_folded() -> None:
     network = captured(
         Net(

@@ -40,6 +40,7 @@ _SPOKEN_FOR = frozenset(
 _LAYER_TYPES = (
     "Conv1d",
     "Conv2d",
+    "ConvTranspose1d",
     "ConvTranspose2d",
     "Linear",
     "Embedding",

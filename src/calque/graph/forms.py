@@ -1,8 +1,8 @@
 """Layers in other forms, rewritten as the convolutions and linear layers that they are.
 
-A Conv1d is a Conv2d of height one. A product with a constant matrix (torch.addmm, GPT-2's Conv1D, x @ w) is a linear layer. A
-transposed convolution is a convolution of its input with zeros put between the values; runtimes have integer kernels for
-that one only. Bags of embeddings of one length are embeddings and their sum or mean.
+A Conv1d is a Conv2d of height one, and so are the operators between two of them. A product with a constant matrix (torch.addmm,
+GPT-2's Conv1D, x @ w) is a linear layer. A transposed convolution is a convolution of its input with zeros put between the
+values; runtimes have integer kernels for that one only. Bags of embeddings of one length are embeddings and their sum or mean.
 """
 
 import operator
@@ -14,6 +14,7 @@ from torch import fx
 from calque.graph.build import Builder
 from calque.graph.network import value_of
 from calque.graph.rewrite import constant_value
+from calque.graph.signals import lift_signals
 
 aten = torch.ops.aten
 
@@ -22,9 +23,12 @@ _VIEWS = frozenset({aten.view.default, aten.reshape.default})
 
 def unify_layers(module: fx.GraphModule, graph: fx.Graph) -> None:
     """Rewrites the graph, whose constants are the module's, in place."""
+    squeezes: list[fx.Node] = []
     for node in list(graph.nodes):
         if node.target in (aten.conv1d.default, aten.conv1d.padding):
-            _conv1d(Builder(node))
+            squeezes += _conv1d(Builder(node))
+        elif node.target is aten.conv_transpose1d.default:
+            squeezes += _transposed1d(module, Builder(node))
         elif node.target is aten.conv_transpose2d.input:
             _transposed(module, Builder(node))
         elif node.target is aten.addmm.default:
@@ -33,12 +37,14 @@ def unify_layers(module: fx.GraphModule, graph: fx.Graph) -> None:
             _bag(node)
         elif node.target in (aten.matmul.default, aten.mm.default):
             _matmul(module, node)
+    lift_signals(graph, squeezes)
 
 
-def _conv1d(build: Builder) -> None:
+def _conv1d(build: Builder) -> list[fx.Node]:
+    """The squeeze behind the convolution of height one, if it is one."""
     x, weight, *rest = build.node.args
     if value_of(x) is None or value_of(x).dim() != 3:  # type: ignore[union-attr]  # a signal without its batch axis
-        return
+        return []
     names = ("bias", "stride", "padding", "dilation", "groups")
     given: dict[str, Any] = {**dict(zip(names, rest, strict=False)), **build.node.kwargs}
     padding = given.get("padding", 0)
@@ -51,8 +57,26 @@ def _conv1d(build: Builder) -> None:
     }
     target = aten.conv2d.padding if isinstance(padding, str) else aten.conv2d.default
     lifted, kernel = build.call(aten.unsqueeze.default, x, 2), build.call(aten.unsqueeze.default, weight, 2)
-    result = build.call(target, lifted, kernel, *two.values())
-    build.replace(build.call(aten.squeeze.dim, result, 2))
+    result = build.call(aten.squeeze.dim, build.call(target, lifted, kernel, *two.values()), 2)
+    build.replace(result)
+    return [result]
+
+
+def _transposed1d(module: fx.GraphModule, build: Builder) -> list[fx.Node]:
+    names = ("x", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+    given: dict[str, Any] = {**dict(zip(names, build.node.args, strict=False)), **build.node.kwargs}
+    x, weight = given["x"], given["weight"]
+    if value_of(x) is None or value_of(x).dim() != 3 or constant_value(module, weight) is None:  # type: ignore[union-attr]
+        return []
+    lengths = {"stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
+    two: dict[str, Any] = {name: [own, _one(given.get(name, own))] for name, own in lengths.items()}
+    two["groups"] = given.get("groups", 1)
+    lifted, kernel = build.call(aten.unsqueeze.default, x, 2), build.call(aten.unsqueeze.default, weight, 2)
+    image = build.call(aten.conv_transpose2d.input, lifted, kernel, given.get("bias"), *two.values())
+    result = build.call(aten.squeeze.dim, image, 2)
+    build.replace(result)
+    _transposed(module, Builder(image))
+    return [result]
 
 
 def _one(value: Any) -> int:

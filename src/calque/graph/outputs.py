@@ -99,8 +99,10 @@ def _opened_leaf(leaf: object) -> object:
 def _closed(parts: Any, context: Any) -> object:
     kind: Any = context[0]
     values = dict(zip(context[1], parts, strict=True))
+    has_fields = is_dataclass(kind)
     if issubclass(kind, dict):
-        return kind(**values) if is_dataclass(kind) else kind(values)  # type: ignore[operator]  # kind is a class
+        built: object = kind(**values) if has_fields else kind(values)
+        return built
     result: object = kind.__new__(kind)  # its __init__ may ask for other arguments
     for name, value in values.items():
         object.__setattr__(result, name, value)  # it may be frozen
