@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx
 
-from calque.arithmetic import affine_grid, fake_quantize, per_channel, weight_limits
+from calque.arithmetic import SMALLEST_SCALE, affine_grid, binary_unit, fake_quantize, per_channel, weight_limits
 from calque.calibration import Execution, real_tokens
 from calque.graph import Network, WeightedLayer
 from calque.graph.network import AVERAGE_POOLS, MAX_POOLS, is_movement, is_spatial_mean
@@ -36,6 +36,8 @@ ROWS = 1024  # that judge
 SCALES = "channel_scales"  # the sub-module that holds factors of their own
 POOLS = AVERAGE_POOLS | MAX_POOLS
 LARGEST = 1e4  # ratio of two scales
+SILENT = 1e-6  # of the largest channel
+CONSTANT = 1e-30  # of the squared size of outputs: the power of those that are the same everywhere
 
 Group = tuple[str, ...]  # layers that read one tensor
 
@@ -125,10 +127,14 @@ def best_scale(rows: Tensor, weights: Sequence[Tensor], bits: Bits) -> Tensor | 
     """
     width = bits.activation
     assert width is not None
-    large = rows.abs().amax(0).clamp(min=1e-6)
-    weighty = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0).clamp(min=1e-6)
+    large = _above_zero(rows.abs().amax(0))
+    weighty = _above_zero(torch.stack([weight.abs().amax(0) for weight in weights]).amax(0))
     exact = [rows @ weight.mT for weight in weights]
-    powers = [(target - target.mean(0)).square().mean().clamp(min=1e-30) for target in exact]
+    units = [binary_unit(target) for target in exact]
+    powers = [
+        ((target - target.mean(0)) / unit).square().mean().clamp(min=CONSTANT)
+        for target, unit in zip(exact, units, strict=True)
+    ]
 
     def error(scale: Tensor) -> float:
         moved = [weight * scale for weight in weights]
@@ -140,8 +146,8 @@ def best_scale(rows: Tensor, weights: Sequence[Tensor], bits: Bits) -> Tensor | 
             grid = affine_grid(low * clip, high * clip, width)
             codes = fake_quantize(x, *grid, 0, 2**width - 1)
             errors = [
-                ((codes @ weight.mT - target).square().mean() / power).item()
-                for weight, target, power in zip(rounded, exact, powers, strict=True)
+                (((codes @ weight.mT - target) / unit).square().mean() / power).item()
+                for weight, target, unit, power in zip(rounded, exact, units, powers, strict=True)
             ]
             totals.append(sum(errors))
         return min(totals)
@@ -155,6 +161,11 @@ def best_scale(rows: Tensor, weights: Sequence[Tensor], bits: Bits) -> Tensor | 
     best = min(range(len(errors)), key=errors.__getitem__)
     log.info("channel scales: error %.3g -> %.3g with exponents %s", errors[0], errors[best], EXPONENTS[best])
     return candidates[best] if errors[best] < GAIN * errors[0] else None
+
+
+def _above_zero(largest: Tensor) -> Tensor:
+    """The largest values by channel, those of silent channels a small part of the largest of all."""
+    return largest.clamp(min=max(SILENT * largest.max().item(), SMALLEST_SCALE))
 
 
 def _rounded(weight: Tensor, bits: int | None) -> Tensor:
@@ -232,7 +243,7 @@ def _into_value(network: Network, job: Job, names: Group, scale: Tensor) -> bool
         module.set_submodule(names[0], WeightedLayer(reader.geometry, reader.weight * scale, reader.bias))
         found = module(*batch)[0]
         module.set_submodule(names[0], reader)
-    if torch.allclose(expected, found, rtol=0.0, atol=1e-4 * expected.abs().max().item() + 1e-7):
+    if torch.allclose(expected, found, rtol=0.0, atol=1e-4 * expected.abs().max().item()):
         return True
     network.module.set_submodule(name, before)
     return False
