@@ -185,11 +185,17 @@ def test_a_grid_equals_the_oracle(low: float, high: float, bits: int) -> None:
     assert zero_point.item() == expected_zero_point
 
 
-def test_an_empty_range_still_has_a_positive_scale() -> None:
+def test_an_empty_range_is_taken_for_zero_to_one() -> None:
     scale, zero_point = affine_grid(torch.tensor(0.0), torch.tensor(0.0), 8)
 
-    assert scale.item() == pytest.approx(SMALLEST_SCALE)
+    assert scale.item() == pytest.approx(1 / 255)
     assert zero_point == 0
+
+
+def test_a_grid_of_the_smallest_numbers_has_a_normal_scale() -> None:
+    scale, _ = affine_grid(torch.tensor(0.0), torch.tensor(1e-37), 8)
+
+    assert scale.item() == SMALLEST_SCALE
 
 
 @given(st.data(), BITS, st.integers(0, 67))

@@ -255,3 +255,16 @@ def test_a_loss_that_writes_into_what_it_gets_changes_nothing_else() -> None:
 )
 def test_only_scores_of_classes_are_judged_by_kl(leaves: list[Tensor], judge: Loss) -> None:
     assert closeness(leaves) is judge
+
+
+def test_mse_is_the_same_in_the_smallest_and_the_largest_units() -> None:
+    one, other = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0))
+
+    plain = mse([one], [other])
+
+    assert all(torch.equal(mse([one * unit], [other * unit]), plain) for unit in (2.0**-100, 2.0**100))
+
+
+@pytest.mark.parametrize(("size", "expected"), [(1.0, kl), (1e-12, mse), (1e6, mse)])
+def test_outputs_that_softmax_cannot_tell_apart_are_no_scores_of_classes(size: float, expected: object) -> None:
+    assert closeness([torch.randn(6, 5, generator=torch.Generator().manual_seed(0)) * size]) is expected

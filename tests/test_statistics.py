@@ -217,3 +217,22 @@ def test_a_layer_without_a_target_is_left_alone(network: Network, calibration: T
         twin = corrected.get_submodule(name)
         assert isinstance(twin, WeightedLayer)
         assert torch.equal(twin.weight, network.weighted(name).weight) == (name != "conv2")
+
+
+def test_a_bias_at_the_end_of_int32_keeps_its_value_whatever_the_gain() -> None:
+    codes, scale = torch.ones(1, 2, dtype=torch.int8), torch.tensor([1e-9])
+    layer = QuantizedLayer(LINEAR, codes, scale, torch.tensor([2**30], dtype=torch.int32), 0.1 * scale, bits=8)
+    halved = torch.tensor([0.5]).double(), 0.5 * layer.real_bias.double()  # b / 2 + b / 2
+
+    corrected = absorb(layer, *halved)
+
+    assert isinstance(corrected, QuantizedLayer)
+    torch.testing.assert_close(corrected.real_bias, layer.real_bias, rtol=1e-5, atol=0.0)
+
+
+def test_channel_statistics_of_tiny_outputs_do_not_vanish() -> None:
+    outputs = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+
+    tiny, plain = (ChannelStatistics.of([outputs * unit], LINEAR) for unit in (2.0**-80, 1.0))
+
+    assert torch.equal(tiny.variance, plain.variance * 2.0**-160)

@@ -7,10 +7,15 @@ The quantizer of Hubara et al. 2021 (section 3), affine, uniform, round half to 
 x is divided by the scale, never multiplied by its reciprocal: runtimes divide, and the two differ at rounding edges.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
-SMALLEST_SCALE = 1e-10  # a channel of zeros still needs a scale; float32 products of two such scales are normal numbers
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # below it numbers lose digits, and some processors take them for zero
+NEGLIGIBLE = (
+    2.0**-60
+)  # a scale of weights in units of their layer (`calque.solvers.units`): what is smaller adds nothing
 BIAS_LIMIT = 2**30  # half of int32, so that accumulator plus bias stays inside it
 
 
@@ -32,8 +37,24 @@ def weight_limits(bits: int) -> tuple[int, int]:
     return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
 
+def binary_unit(x: Tensor) -> float:
+    """The power of two below the mean absolute value of x; 1 where that is zero or not finite.
+
+    In such units squares stay inside float32, and no result depends on them: to divide by a power of two rounds nothing.
+
+    >>> binary_unit(torch.tensor([3e-20, -5e-20])) == 2.0**-65
+    True
+    """
+    mean = torch.linalg.vector_norm(x, 1, dtype=torch.float64).item() / max(1, x.numel())
+    if not 0 < mean < math.inf:
+        return 1.0
+    return 2.0 ** min(max(math.frexp(mean)[1] - 1, -126), 126)  # normal in float32, and so is its reciprocal
+
+
 def affine_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Scale (float32) and zero point (int32) of the grid of 2^bits points over [low, high], widened to contain 0.
+
+    An empty range tells nothing: [0, 1] is taken, a guess.
 
     Args:
         low, high: scalars, the range in real units.
@@ -43,6 +64,7 @@ def affine_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """
     low, high = low.clamp(max=0.0).float(), high.clamp(min=0.0).float()
     qmin, qmax = activation_limits(bits)
+    high = torch.where(high > low, high, torch.ones_like(high))
     scale = ((high - low) / (qmax - qmin)).clamp(min=SMALLEST_SCALE)
     zero_point = (qmin - low / scale).round().clamp(qmin, qmax)
     return scale, zero_point.to(torch.int32)
@@ -126,6 +148,16 @@ def bias_codes(bias: Tensor, scale: Tensor) -> Tensor:
     tensor([ 2, -3], dtype=torch.int32)
     """
     return (bias.double() / scale.double()).round().clamp(-BIAS_LIMIT, BIAS_LIMIT).to(torch.int32)
+
+
+def smallest_weight_scale(bias: Tensor, input_scale: Tensor) -> Tensor:
+    """The least weight scales (C_out,) with which codes of the bias fit 32 bits, and s_w and s_x s_w are normal numbers.
+
+    >>> smallest_weight_scale(torch.tensor([3.0 * 2**30]), torch.tensor(2.0))
+    tensor([1.5000])
+    """
+    fits = (bias.abs() / input_scale / BIAS_LIMIT).to(input_scale.dtype) * (1 + 1e-6)
+    return torch.maximum(fits, 2 * SMALLEST_SCALE / input_scale.clamp(max=1.0))
 
 
 def requantize(accumulator: Tensor, multiplier: Tensor, zero_point: Tensor, qmin: Tensor, qmax: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from calque.arithmetic import binary_unit
 from calque.errors import SpecError
 
 Loss = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
@@ -17,6 +18,9 @@ OutputLoss = Callable[[object, object], Tensor]
 """A user's loss, of the float and the quantized network's outputs as the network returns them."""
 
 LossName = Literal["kl", "mse"]
+
+SCORES = (2.0**-10, 2.0**10)  # mean sizes of the scores of classes
+CONSTANT = 1e-30  # of the squared size of an output: the power of one that is the same everywhere
 
 
 def kl(reference: Sequence[Tensor], output: Sequence[Tensor]) -> Tensor:
@@ -44,8 +48,9 @@ def mse(reference: Sequence[Tensor], output: Sequence[Tensor]) -> Tensor:
         finite = one.isfinite()
         if not finite.all():  # what a mask rules out
             one, other = one[finite], other[finite]
-        power = (one - one.mean()).square().mean().clamp(min=1e-30)
-        total = total.to(one.device) + (other - one).square().mean() / power
+        unit = binary_unit(one)
+        power = ((one - one.mean()) / unit).square().mean().clamp(min=CONSTANT)
+        total = total.to(one.device) + ((other - one) / unit).square().mean() / power
     return total
 
 
@@ -61,11 +66,16 @@ def kl_and_mse(reference: Sequence[Tensor], output: Sequence[Tensor]) -> Tensor:
 def closeness(leaves: Sequence[object]) -> Loss:
     """KL where the outputs are scores of classes, float tensors (N, C), else the squared error.
 
+    Scores have a unit, the nat: the softmax of numbers far below it is uniform, that of numbers far above it takes one class,
+    and neither tells how close other such numbers are. These are no scores.
+
     Args:
         leaves: the float network's outputs on one batch.
     """
     floats = _floats(leaves)
-    return kl if floats and all(leaf.dim() == 2 and leaf.shape[1] > 1 for leaf in floats) else mse
+    low, high = SCORES
+    scores = all(leaf.dim() == 2 and leaf.shape[1] > 1 and low <= binary_unit(leaf) <= high for leaf in floats)
+    return kl if floats and scores else mse
 
 
 def _floats(leaves: Sequence[object]) -> list[Tensor]:

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from calque.arithmetic import SMALLEST_SCALE, affine_grid, fake_quantize, weight_limits
+from calque.arithmetic import SMALLEST_SCALE, affine_grid, binary_unit, fake_quantize, weight_limits
 
 ActivationRange = Literal["minmax", "mean_minmax", "percentile", "least_squares", "output"]
 WeightRange = Literal["minmax", "least_squares", "output"]
@@ -88,9 +88,11 @@ def activation_range(
         rank = round(PERCENTILE * (len(ordered) - 1))
         return ordered[len(ordered) - 1 - rank].clamp(max=0), ordered[rank].clamp(min=0)
 
+    unit = binary_unit(sample.values)
+
     def error(scale: Tensor, zero_point: Tensor) -> float:
         quantized = fake_quantize(sample.values, scale, zero_point, 0, 2**bits - 1)
-        return (quantized - sample.values).square().sum(dtype=torch.float64).item()
+        return ((quantized - sample.values) / unit).square_().sum(dtype=torch.float64).item()
 
     return search_range(sample.low, sample.high, bits, error, tolerance)
 
@@ -165,6 +167,7 @@ def weight_scale(
             blocks = covariance[0].reshape(count, group, count, group).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
         return weight_scale(apart, bits, kind, blocks).mT[None]
     qmin, qmax = weight_limits(bits)
+    unit = binary_unit(weight)  # of the errors, whose squares would leave float32
     largest = torch.maximum(weight.amax(-1) / qmax, weight.amin(-1) / qmin).clamp(min=SMALLEST_SCALE)
     if kind == "minmax":
         return largest
@@ -172,7 +175,7 @@ def weight_scale(
     for fraction in WEIGHT_CANDIDATES:
         candidate = largest * fraction
         codes = (weight / candidate[..., None]).round().clamp(qmin, qmax)
-        error = codes * candidate[..., None] - weight
+        error = (codes * candidate[..., None] - weight) / unit
         weighted = error if kind == "least_squares" or covariance is None else error @ covariance
         loss = (weighted * error).sum(-1)
         scale = torch.where(loss < best, candidate, scale)

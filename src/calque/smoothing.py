@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, fx
 
-from calque.arithmetic import affine_grid, fake_quantize, per_channel, weight_limits
+from calque.arithmetic import SMALLEST_SCALE, affine_grid, binary_unit, fake_quantize, per_channel, weight_limits
 from calque.calibration import Execution, real_tokens
 from calque.factors import Group, multiply_inputs
 from calque.graph import Network, WeightedLayer
@@ -36,6 +36,8 @@ GAIN = 0.9  # of the error without scales: a smaller gain is not worth an operat
 ROWS = 1024  # that judge
 POOLS = AVERAGE_POOLS | MAX_POOLS
 LARGEST = 1e4  # ratio of two scales
+SILENT = 1e-6  # of the largest channel
+CONSTANT = 1e-30  # of the squared size of outputs: the power of those that are the same everywhere
 
 
 def smooth(job: Job, choices: Mapping[str, Sequence[Bits]], floating: Collection[str] = ()) -> Network:
@@ -128,10 +130,14 @@ def best_scale(rows: Tensor, weights: Sequence[Tensor], bits: Bits) -> Tensor | 
     """
     width = bits.activation
     assert width is not None
-    large = rows.abs().amax(0).clamp(min=1e-6)
-    weighty = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0).clamp(min=1e-6)
+    large = _above_zero(rows.abs().amax(0))
+    weighty = _above_zero(torch.stack([weight.abs().amax(0) for weight in weights]).amax(0))
     exact = [rows @ weight.mT for weight in weights]
-    powers = [(target - target.mean(0)).square().mean().clamp(min=1e-30) for target in exact]
+    units = [binary_unit(target) for target in exact]
+    powers = [
+        ((target - target.mean(0)) / unit).square().mean().clamp(min=CONSTANT)
+        for target, unit in zip(exact, units, strict=True)
+    ]
 
     def error(scale: Tensor) -> float:
         moved = [weight * scale for weight in weights]
@@ -143,8 +149,8 @@ def best_scale(rows: Tensor, weights: Sequence[Tensor], bits: Bits) -> Tensor | 
             grid = affine_grid(low * clip, high * clip, width)
             codes = fake_quantize(x, *grid, 0, 2**width - 1)
             errors = [
-                ((codes @ weight.mT - target).square().mean() / power).item()
-                for weight, target, power in zip(rounded, exact, powers, strict=True)
+                (((codes @ weight.mT - target) / unit).square().mean() / power).item()
+                for weight, target, unit, power in zip(rounded, exact, units, powers, strict=True)
             ]
             totals.append(sum(errors))
         return min(totals)
@@ -158,6 +164,11 @@ def best_scale(rows: Tensor, weights: Sequence[Tensor], bits: Bits) -> Tensor | 
     best = min(range(len(errors)), key=errors.__getitem__)
     log.info("channel scales: error %.3g -> %.3g with exponents %s", errors[0], errors[best], EXPONENTS[best])
     return candidates[best] if errors[best] < GAIN * errors[0] else None
+
+
+def _above_zero(largest: Tensor) -> Tensor:
+    """The largest values by channel, those of silent channels a small part of the largest of all."""
+    return largest.clamp(min=max(SILENT * largest.max().item(), SMALLEST_SCALE))
 
 
 def _rounded(weight: Tensor, bits: int | None) -> Tensor:
@@ -246,7 +257,7 @@ def _close(expected: object, found: object) -> bool:
     """Whether an output is the same up to rounding; one that is no float tensor follows from others that are."""
     if not isinstance(expected, Tensor) or not isinstance(found, Tensor) or not expected.is_floating_point():
         return True
-    return torch.allclose(expected, found, rtol=0.0, atol=1e-4 * expected.abs().max().item() + 1e-7)
+    return torch.allclose(expected, found, rtol=0.0, atol=1e-4 * expected.abs().max().item())
 
 
 def _leads_only_to(node: fx.Node, reader: fx.Node) -> bool:

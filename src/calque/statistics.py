@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from calque.arithmetic import SMALLEST_SCALE, bias_codes, per_channel
+from calque.arithmetic import SMALLEST_SCALE, bias_codes, binary_unit, per_channel, smallest_weight_scale
 from calque.calibration import Execution, real_tokens
 from calque.graph import Batch, Geometry, Network, WeightedLayer
 from calque.graph.fold import folded
@@ -42,10 +42,11 @@ class ChannelStatistics:
             channels = (
                 output.flatten(2) if geometry.kind == "convolution" else output.reshape(1, -1, output.shape[-1]).mT
             )
+            unit = binary_unit(output)
             for rows in torch.split(channels, max(1, TOGETHER // channels[0].numel())):  # (N, C, P)
                 mean = rows.mean((0, 2))
                 # about the rows' own mean, in float32: torch.var_mean takes eight times as long
-                variance = (rows - mean[:, None]).square_().mean((0, 2)).double()
+                variance = (rows - mean[:, None]).div_(unit).square_().mean((0, 2)).double() * unit**2
                 mean = mean.double()
                 n = rows.shape[0] * rows.shape[2]
                 first, second = n * mean, n * (variance + mean.square())
@@ -69,7 +70,8 @@ def trained_statistics(network: Network) -> dict[str, ChannelStatistics]:
 def absorb(layer: Rescalable, gain: Tensor, offset: Tensor, input_scale: Tensor | None = None) -> Rescalable:
     """The layer followed by y * gain + offset per channel (float64 (C,), gain > 0); codes stay what they are.
 
-    s_w' = s_w gain,  b' = b gain + offset (on the new accumulator grid, s_x s_w').
+    s_w' = s_w gain,  b' = b gain + offset (on the new accumulator grid, s_x s_w'). Where the code of b' would leave int32, s_w'
+    is larger: the weights of such a channel hardly move its output.
 
     Args:
         input_scale: s_x, a scalar; derived from the layer where it is not given, up to a rounding error.
@@ -82,6 +84,7 @@ def absorb(layer: Rescalable, gain: Tensor, offset: Tensor, input_scale: Tensor 
         return QuantizedLayer(layer.geometry, layer.codes, scale, bias.to(scale.dtype), None, bits=layer.bits)
     if input_scale is None:
         input_scale = layer.bias_scale[0] / layer.scale[0]
+    scale = torch.maximum(scale, smallest_weight_scale(bias, input_scale))
     bias_scale = input_scale * scale
     codes = bias_codes(bias, bias_scale)
     return QuantizedLayer(layer.geometry, layer.codes, scale, codes, bias_scale, bits=layer.bits)
@@ -157,6 +160,8 @@ def correction(now: ChannelStatistics, target: ChannelStatistics, strength: floa
     Args:
         strength: power of the gain.
     """
-    gain = (target.variance / now.variance.clamp(min=1e-30)).sqrt().clamp(*GAIN_LIMITS) ** strength
+    gain = (target.variance / now.variance.clamp(min=torch.finfo(torch.float64).tiny)).sqrt().clamp(
+        *GAIN_LIMITS
+    ) ** strength
     gain = torch.where(target.variance > 0, gain, torch.ones_like(gain))
     return gain, target.mean - gain * now.mean

@@ -23,8 +23,8 @@ from calque.placement import Edge, root
 from calque.quantizers import QuantizedLayer, Quantizer
 from calque.ranges import TensorSample, activation_range, extremes, off_ties, search_range
 from calque.solvers.adaquant import Draw, Linear
-from calque.solvers.layer import fit_from_piece, fit_to_piece, integer_layer, solve
-from calque.solvers.problem import Fit, Grid, LayerProblem, layer_problem, output_error, placed
+from calque.solvers.layer import fit_from_piece, fit_to_piece, integer_layer, placed, solve
+from calque.solvers.problem import Fit, Grid, LayerProblem, layer_problem, output_error
 from calque.solvers.table import fit_table
 from calque.solvers.whole import whole_inputs
 from calque.spec import Bits
@@ -119,8 +119,7 @@ class Sweep:
         """The grid of a tensor that no layer owns."""
         recipe, sample = self.recipe, self._sample(edge, edge.source)
         low, high = activation_range(sample, recipe.tensor_range, edge.bits, recipe.tolerance)
-        if low == high:
-            self.swept.notes.append(f"tensor {edge.name} is zero on all calibration inputs; its grid is a guess.")
+        self.swept.note_range(f"tensor {edge.name}", low, high, edge.bits)
         scale, zero_point = affine_grid(low, high, edge.bits)
         if root(edge.source).op == "placeholder":
             scale = off_ties(sample.values, scale)
@@ -275,8 +274,7 @@ class Sweep:
             sample = self._sample(edge, source)
             least, largest = sample.low, sample.high
             low, high = activation_range(sample, kind, edge.bits, tolerance)
-        if least == largest:
-            self.swept.notes.append(f"layer {layer.name}: its input is the same value everywhere; its grid is a guess.")
+        self.swept.note_range(f"layer {layer.name}: its input", least, largest, edge.bits)
         scale, zero_point = affine_grid(low, high, edge.bits)
         if root(source).op == "placeholder":
             scale = off_ties(self._sample(edge, source).values, scale)

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
+from calque.arithmetic import SMALLEST_SCALE
 from calque.costs import FLOAT_BITS, layer_size
 from calque.graph import WeightedLayer
 from calque.quantizers import QuantizedLayer, Quantizer
@@ -25,6 +28,14 @@ class Swept:
     weak: dict[str, tuple[int, int]] = field(default_factory=dict)
     unmoved: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def note_range(self, what: str, low: Tensor, high: Tensor, bits: int) -> None:
+        """Adds a note where the calibration inputs tell nothing of a tensor's range, or where it is too small for `bits`."""
+        width = (high.clamp(min=0.0) - low.clamp(max=0.0)).item()
+        if low == high:
+            self.notes.append(f"{what} is the same value on all calibration inputs; its grid is a guess.")
+        elif width < SMALLEST_SCALE * (2**bits - 1):
+            self.notes.append(f"{what} spans {width:.1e} only: a finer scale would be no normal float32 number.")
 
     def report_float(self, name: str, layer: WeightedLayer, values: int, *, tied: bool, seconds: float) -> None:
         """Adds a layer that stays float.

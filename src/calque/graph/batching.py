@@ -126,4 +126,4 @@ def _starts_with(longer: Tensor, shorter: Tensor) -> bool:
     if not shorter.is_floating_point() or not shorter.numel() or not torch.isfinite(shorter).all():
         return True  # an index may change by rounding; calibration speaks of what is not finite
     start = longer[tuple(slice(size) for size in shorter.shape)]
-    return torch.allclose(start, shorter, rtol=0.0, atol=1e-3 * shorter.abs().max().item() + 1e-6, equal_nan=True)
+    return torch.allclose(start, shorter, rtol=0.0, atol=1e-3 * shorter.abs().max().item(), equal_nan=True)

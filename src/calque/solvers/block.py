@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from calque.arithmetic import binary_unit
 from calque.errors import SpecError
 from calque.graph.blocks import axis_of
 from calque.graph.network import is_movement
@@ -32,7 +33,7 @@ from calque.solvers.learnable import (
     output_unit,
 )
 from calque.solvers.parameters import StepSizes
-from calque.solvers.problem import HELD_OUT
+from calque.solvers.problem import CONSTANT, HELD_OUT
 
 log = logging.getLogger(__name__)
 
@@ -97,9 +98,10 @@ class BlockProblem:
         target = self.targets[index]
         channel = 1 if target.dim() == 4 else target.dim() - 1
         others = [axis for axis in range(target.dim()) if axis != channel]
-        power = (target - target.mean(others, keepdim=True)).square().mean(dtype=torch.float64)
+        unit = binary_unit(target)
+        power = ((target - target.mean(others, keepdim=True)) / unit).square().mean(dtype=torch.float64)
         output = torch.cat([self.run(self.inputs[part], stand_ins) for part in torch.split(index, rows)])
-        return ((output - target).square().mean(dtype=torch.float64) / power.clamp(min=1e-30)).item()
+        return (((output - target) / unit).square().mean(dtype=torch.float64) / power.clamp(min=CONSTANT)).item()
 
 
 def _between(graph: fx.Graph, source: fx.Node, end: fx.Node) -> tuple[fx.Node, ...]:
@@ -265,14 +267,16 @@ def _descend(
     optimizer = torch.optim.Adam([{"params": [leaf], "lr": getattr(rates, kind)} for kind, leaf in leaves])
     stand_ins = twins.stand_ins()
     # Adam's epsilon must be small beside the gradients of any block, whatever its unit
-    power = problem.targets.var().clamp(min=1e-30)
+    unit = binary_unit(problem.targets)
+    power = (problem.targets / unit).var().clamp(min=CONSTANT)
     checks = {round(steps * (k + 1) / CHECKS) for k in range(CHECKS)}
     for step in range(steps):
         for group, (kind, _) in zip(optimizer.param_groups, leaves, strict=True):
             group["lr"] = getattr(rates, kind) * 0.5 * (1 + math.cos(math.pi * step / steps))
         picked = fitted[torch.randperm(len(fitted), generator=generator)[:rows].to(fitted.device)]
         with torch.enable_grad():
-            error = (problem.run(problem.inputs[picked], stand_ins) - problem.targets[picked]).square().mean() / power
+            output = problem.run(problem.inputs[picked], stand_ins)
+            error = ((output - problem.targets[picked]) / unit).square().mean() / power
             gradients = torch.autograd.grad(
                 error, [leaf for _, leaf in leaves], allow_unused=True, materialize_grads=True
             )

@@ -17,11 +17,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from calque.arithmetic import SMALLEST_SCALE
 from calque.solvers.problem import Fit, Grid, LayerProblem, round_to_nearest
 from calque.solvers.rounding import Metric, descend, gptq, initial_scale, refitted_groups, refitted_scale
 
 RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # of the mean power of an input
+LEAST_POWER = 1e-10  # of the squared unit of the inputs: M stays positive definite where they are the same everywhere
 CLIP_STEPS = 4  # of the majorization; later ones gain little
 TOGETHER = 2**24  # values of the matrices that are factorized at once
 FACTORS = (0.7, 0.76, 0.82, 0.88, 0.94, 1.0, 1.06, 1.12, 1.18, 1.25)  # of the initial scales, judged after GPTQ
@@ -124,7 +124,7 @@ class ClosedForm:
         self.moments = moments.ordered(self.order)
         self.inverse = self.order.argsort(1)
         self.weight = problem.weight.gather(2, index.expand_as(problem.weight)).mT.contiguous()
-        self.unit = power.mean().clamp(min=SMALLEST_SCALE)
+        self.unit = power.mean().clamp(min=LEAST_POWER)
         # of all ridges together, and of the last one; each with its H
         self.metrics: dict[tuple[float, ...], tuple[Tensor, Metric]] = {}
 

@@ -1,13 +1,13 @@
 """One layer from its problem to its fit: scales, rounding, then AdaQuant, the closed forms or the bias correction alone."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from calque.arithmetic import BIAS_LIMIT, bias_codes, weight_codes
+from calque.arithmetic import SMALLEST_SCALE, bias_codes, smallest_weight_scale, weight_codes
 from calque.checkpoint import Piece
 from calque.graph import Geometry
 from calque.quantizers import QuantizedLayer
@@ -16,6 +16,7 @@ from calque.solvers.adaquant import Draw, Linear, fit_layer
 from calque.solvers.closed_form import ClosedForm
 from calque.solvers.parameters import StepSizes
 from calque.solvers.problem import Fit, Grid, LayerProblem, correct_bias, covariance, round_to_nearest
+from calque.solvers.units import Units
 
 Solver = Literal["adaquant", "closed_form"]
 
@@ -49,6 +50,25 @@ def solve(
         tied: codes (groups, O, K) and scales of an earlier call of the same module; its codes are kept.
         rows: what each step of AdaQuant sees; see `fit_layer`.
     """
+    units = Units.of(problem)
+    problem, grid, rows = units.problem(problem), units.grid(grid), units.rows(rows)
+    if tied is not None:
+        tied = tied[0], units.weights(tied[1])
+    return units.real(_solve(problem, grid, bits, settings, generator, learn_grid=learn_grid, tied=tied, rows=rows))
+
+
+def _solve(
+    problem: LayerProblem,
+    grid: Grid | None,
+    bits: int,
+    settings: Settings,
+    generator: torch.Generator,
+    *,
+    learn_grid: bool,
+    tied: tuple[Tensor, Tensor] | None,
+    rows: tuple[Draw, Linear] | None,
+) -> Fit:
+    """`solve` in the layer's own units."""
     if settings.solver == "closed_form" and tied is None and settings.steps:
         return ClosedForm(problem, grid, rounds=settings.steps).fit(bits)
     if tied is None:
@@ -76,9 +96,20 @@ def solve_each(
 ) -> dict[int, Fit]:
     """The layer at each of the bits that `generators` names, as `solve` fits it; the closed forms share their moments."""
     if settings.solver == "closed_form" and settings.steps:
-        shared = ClosedForm(problem, grid, rounds=settings.steps)
-        return {bits: shared.fit(bits) for bits in generators}
+        units = Units.of(problem)
+        shared = ClosedForm(units.problem(problem), units.grid(grid), rounds=settings.steps)
+        return {bits: units.real(shared.fit(bits)) for bits in generators}
     return {bits: solve(problem, grid, bits, settings, generator, rows=rows) for bits, generator in generators.items()}
+
+
+def placed(problem: LayerProblem, ready: Fit, grid: Grid | None, bits: int, weight: tuple[Tensor, Tensor]) -> Fit:
+    """A fit on float inputs, with these codes and scales, on another grid; the bias corrected where that helps."""
+    units = Units.of(problem)
+    problem, grid, bias = units.problem(problem), units.grid(grid), units.fit(ready).bias
+    moved = round_to_nearest(replace(problem, bias=bias), units.weights(weight[1]), grid, bits, weight[0])
+    moved = replace(moved, before=ready.before)
+    corrected = correct_bias(problem, moved)
+    return units.real(corrected if corrected.after < moved.after else moved)
 
 
 def fit_to_piece(fit: Fit) -> Piece:
@@ -105,6 +136,8 @@ def integer_layer(
 ) -> tuple[QuantizedLayer, str]:
     """The fitted layer with an int32 bias; a channel whose bias code would leave int32 gets a larger weight scale.
 
+    So does one whose s_x s_w would be no normal float32.
+
     Args:
         input_scale: of the grid that the input is on; None where it is float, and then the bias stays float.
 
@@ -112,13 +145,18 @@ def integer_layer(
     """
     codes, scale, bias = fit.codes.reshape(weight.shape), fit.scale.flatten(0, 1), fit.bias.reshape(-1)
     if input_scale is None:
-        return QuantizedLayer(geometry, codes, scale, bias, None, bits=bits), ""
-    smallest = (bias.abs() / BIAS_LIMIT / input_scale) * (1 + 1e-6)
+        return QuantizedLayer(geometry, codes, scale.clamp(min=SMALLEST_SCALE), bias, None, bits=bits), ""
+    smallest = smallest_weight_scale(bias, input_scale)
     wide = smallest > scale
     note = ""
     if wide.any():
         scale = torch.where(wide, smallest, scale)
         codes = torch.where(wide.reshape(-1, *[1] * (weight.dim() - 1)), weight_codes(weight, scale, bits), codes)
-        note = f"{int(wide.sum())} channels got a larger weight scale, because their bias would not fit 32 bits."
+        count = int((wide & weight.flatten(1).any(1)).sum())  # where no weight is lost, nothing is to be said
+        if count:
+            note = (
+                f"{count} channels got a larger weight scale: their bias would not fit 32 bits, or the scale of their sums "
+                "would be no normal float32 number."
+            )
     bias_scale = input_scale * scale
     return QuantizedLayer(geometry, codes, scale, bias_codes(bias, bias_scale), bias_scale, bits=bits), note

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, fx
 
 from calque.arithmetic import (
-    BIAS_LIMIT,
     SMALLEST_SCALE,
     bias_codes,
+    binary_unit,
     per_channel,
+    smallest_weight_scale,
     weight_codes,
     weight_limits,
 )
@@ -25,6 +26,7 @@ from calque.graph import Geometry
 from calque.quantizers import QuantizedLayer, Quantizer
 from calque.solvers.through import learn_through, quantize_through, weights_through
 
+CONSTANT = 1e-12  # of the size of outputs: the deviation of those that are the same everywhere
 SMALLEST_UNIT = 0.1  # of the layer's mean deviation: the bias of a constant channel must be able to move, too
 
 Kind = Literal["weight", "weight_scale", "bias", "activation_scale", "zero_point"]
@@ -153,7 +155,10 @@ class LearnableScale(LearnableLayer):
     @torch.no_grad()
     def restored(self, input_scale: Tensor | None) -> QuantizedLayer:
         start = self._start
-        return _assembled(start.geometry, start.codes, self._scale(), self._bias(), input_scale, bits=start.bits)
+        scale, bias = self._scale(), self._bias()
+        if input_scale is not None:
+            scale = torch.maximum(scale, smallest_weight_scale(bias, input_scale))
+        return _assembled(start.geometry, start.codes, scale, bias, input_scale, bits=start.bits)
 
 
 class LearnableCodes(LearnableScale):
@@ -176,8 +181,7 @@ class LearnableCodes(LearnableScale):
         start, scale, bias = self._start, self._scale(), self._bias()
         levels = self._levels
         if input_scale is not None:
-            needed = (bias.abs() / BIAS_LIMIT / input_scale).to(scale.dtype) * (1 + 1e-6)
-            wider = torch.maximum(scale, needed)
+            wider = torch.maximum(scale, smallest_weight_scale(bias, input_scale))
             levels, scale = levels.round().clamp(*self._limits) * per_channel(scale / wider, levels), wider
         codes = weight_codes(levels, torch.ones_like(scale), start.bits)
         return _assembled(start.geometry, codes, scale, bias, input_scale, bits=start.bits)
@@ -196,8 +200,9 @@ def _assembled(
 def output_unit(layer: QuantizedLayer, output: Tensor) -> Tensor:
     """The standard deviation of each channel (C_out,) of the layer's output, at least a part of the layer's mean one."""
     channels = layer.geometry.channels_last(output).flatten(0, 1)  # (N * positions, C_out)
-    deviation = channels.std(0, correction=0)
-    return deviation.clamp(min=max(SMALLEST_UNIT * deviation.mean().item(), 1e-12))
+    unit = binary_unit(channels)
+    deviation = (channels / unit).std(0, correction=0)
+    return deviation.clamp(min=max(SMALLEST_UNIT * deviation.mean().item(), CONSTANT)) * unit
 
 
 def execute(

@@ -7,8 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from calque.arithmetic import SMALLEST_SCALE, by_input, learned_fake_quantize, round_through, weight_limits
-from calque.solvers.problem import Fit, Grid, LayerProblem
+from calque.arithmetic import NEGLIGIBLE, by_input, learned_fake_quantize, round_through, weight_limits
+from calque.solvers.problem import CONSTANT, Fit, Grid, LayerProblem
+
+SMALLEST_UNIT = 1e-12  # of the layer's outputs: the bias of a channel that is the same everywhere hardly moves
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,7 @@ class Parameters(ABC):
         self.fixed_codes = codes
         self.start = start
         # Adam's epsilon must be small beside the gradients of any layer, whatever its unit
-        self.power = problem.activation(problem.targets).var().clamp(min=1e-30)
+        self.power = problem.activation(problem.targets).var().clamp(min=CONSTANT)
         self.bias_unit = self._bias_unit()
         self.bias = start.bias / self.bias_unit
         self.learn_grid = learn_grid and start.grid is not None
@@ -83,16 +85,14 @@ class Parameters(ABC):
     @torch.no_grad()
     def fit(self) -> Fit:
         """The layer that these values stand for, judged on the held-out rows."""
-        scale = self.scale().clamp(min=SMALLEST_SCALE)
+        scale = self.scale().clamp(min=NEGLIGIBLE)
         codes = self.fixed_codes
         if codes is None:
             codes = self.levels(by_input(scale, self.problem.weight)).round().clamp(*self.limits)
         grid = self.start.grid
         if grid is not None and self.learn_grid:
             step, zero_point = self.input_grid()
-            grid = Grid(
-                step.clamp(min=SMALLEST_SCALE), zero_point.round().clamp(0, grid.qmax).to(torch.int32), grid.qmax
-            )
+            grid = Grid(step.clamp(min=NEGLIGIBLE), zero_point.round().clamp(0, grid.qmax).to(torch.int32), grid.qmax)
         x = self.problem.patches[:, self.problem.held_out]
         inputs, bias = x if grid is None else grid.quantize(x), self.bias * self.bias_unit
         after = self.problem.held_out_error(inputs, codes.float() * by_input(scale, codes), bias)
@@ -111,7 +111,7 @@ class Relative(Parameters):
 
     def _bias_unit(self) -> Tensor:
         targets = self.problem.targets
-        return targets.std(1, correction=min(1, targets.shape[1] - 1), keepdim=True).clamp(min=1e-12)
+        return targets.std(1, correction=min(1, targets.shape[1] - 1), keepdim=True).clamp(min=SMALLEST_UNIT)
 
     def leaves(self, rates: StepSizes) -> list[tuple[Tensor, float]]:
         chosen = [(self._log_scale, rates.weight_scale), (self.bias, rates.bias)]
@@ -160,14 +160,14 @@ class Absolute(Parameters):
         return chosen
 
     def scale(self) -> Tensor:
-        return (self._range / self._steps).clamp(min=SMALLEST_SCALE)
+        return (self._range / self._steps).clamp(min=NEGLIGIBLE)
 
     def levels(self, scale: Tensor) -> Tensor:
         return self._weight / scale
 
     def input_grid(self) -> tuple[Tensor, Tensor]:
         assert self.start.grid is not None
-        scale = (self._input_range / self.start.grid.qmax).clamp(min=SMALLEST_SCALE)
+        scale = (self._input_range / self.start.grid.qmax).clamp(min=NEGLIGIBLE)
         return scale, -self._low / scale
 
 

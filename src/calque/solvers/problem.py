@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from calque.arithmetic import SMALLEST_SCALE, by_input, fake_quantize, weight_limits
+from calque.arithmetic import NEGLIGIBLE, binary_unit, by_input, fake_quantize, weight_limits
 from calque.graph import Geometry
 
+CONSTANT = 1e-30  # of the squared unit of outputs: the power of those that are the same everywhere
 SILENT = 1e-4  # of the power: less variance behind an activation is none
 POSITIONS = 32  # sampled output positions per input: 32 to 64 are enough (docs/method.md)
 HELD_OUT = 5  # one row in so many, by input, judges the iterates
@@ -65,7 +66,7 @@ class LayerProblem:
         output = self.activation(inputs @ weight.transpose(1, 2) + bias)
         power = (target - target.mean(1, keepdim=True)).square().mean(dtype=torch.float64)
         error = (output - target).square().mean(dtype=torch.float64)
-        least = (SILENT * targets.square().mean(dtype=torch.float64)).clamp(min=1e-30)
+        least = (SILENT * targets.square().mean(dtype=torch.float64)).clamp(min=CONSTANT)
         return (error / torch.maximum(power, least)).item()
 
 
@@ -192,7 +193,7 @@ def round_to_nearest(
     The bias is the float one.
     """
     qmin, qmax = weight_limits(bits)
-    scale = scale.clamp(min=SMALLEST_SCALE)
+    scale = scale.clamp(min=NEGLIGIBLE)
     codes = (
         (problem.weight / by_input(scale, problem.weight)).round().clamp(qmin, qmax) if codes is None else codes.float()
     )
@@ -232,10 +233,12 @@ def output_error(problems: list[LayerProblem], rows: int = 2048) -> Callable[[Te
         available = problem.patches.shape[1]
         count = max(1, min(rows, available, SEARCHED // problem.patches[:, 0].numel()))
         spread = torch.linspace(0, available - 1, count)
-        x = problem.patches[:, spread.long()]
-        exact = x @ problem.weight.transpose(1, 2)
-        power = (exact - exact.mean(1, keepdim=True)).square().mean().clamp(min=1e-30)
-        cases.append((x, exact, problem.weight.transpose(1, 2), power))
+        x, unit = problem.patches[:, spread.long()], binary_unit(problem.patches)
+        # in a unit of the outputs, so that their squares stay inside float32
+        weight = (problem.weight / binary_unit(problem.weight) / unit).transpose(1, 2)
+        exact = x @ weight
+        power = (exact - exact.mean(1, keepdim=True)).square().mean().clamp(min=CONSTANT)
+        cases.append((x, exact, weight, power))
 
     def error(scale: Tensor, zero_point: Tensor, qmax: int) -> float:
         total = 0.0
@@ -245,11 +248,3 @@ def output_error(problems: list[LayerProblem], rows: int = 2048) -> Callable[[Te
         return total
 
     return error
-
-
-def placed(problem: LayerProblem, ready: Fit, grid: Grid | None, bits: int, weight: tuple[Tensor, Tensor]) -> Fit:
-    """A fit on float inputs, with these codes and scales, on another grid; the bias corrected where that helps."""
-    moved = round_to_nearest(replace(problem, bias=ready.bias), weight[1], grid, bits, weight[0])
-    moved = replace(moved, before=ready.before)
-    corrected = correct_bias(problem, moved)
-    return corrected if corrected.after < moved.after else moved

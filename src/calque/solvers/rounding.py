@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from calque.arithmetic import SMALLEST_SCALE, weight_limits
+from calque.arithmetic import NEGLIGIBLE, weight_limits
 
 BLOCK = 64  # columns whose changes reach the others in one product
 LEAF = 128  # size of the triangles that are inverted at once
@@ -63,7 +63,7 @@ def initial_scale(weight: Tensor, diagonal: Tensor, bits: int) -> Tensor:
         diagonal: (B, K) of the metric; the whole metric gains nothing here (docs/experiments.md).
     """
     qmin, qmax = weight_limits(bits)
-    widest = torch.maximum(weight.amax(1, True) / qmax, weight.amin(1, True) / qmin).clamp(min=SMALLEST_SCALE)
+    widest = torch.maximum(weight.amax(1, True) / qmax, weight.amin(1, True) / qmin).clamp(min=NEGLIGIBLE)
     best, scale = torch.full_like(widest, torch.inf), widest
     for fraction in FRACTIONS:
         candidate = widest * fraction
@@ -120,7 +120,7 @@ def refitted_scale(metric: Metric, weight: Tensor, codes: Tensor, scale: Tensor)
     image = metric.matrix @ codes
     numerator, denominator = (image * weight).sum(1, keepdim=True), (image * codes).sum(1, keepdim=True)
     fitted = numerator / denominator.clamp(min=torch.finfo(codes.dtype).tiny)
-    return torch.where((denominator > 0) & (fitted > SMALLEST_SCALE), fitted, scale)
+    return torch.where((denominator > 0) & (fitted > NEGLIGIBLE), fitted, scale)
 
 
 def refitted_groups(metric: Metric, weight: Tensor, codes: Tensor, scale: Tensor, groups: list[Tensor]) -> Tensor:
@@ -136,7 +136,7 @@ def refitted_groups(metric: Metric, weight: Tensor, codes: Tensor, scale: Tensor
         bend = ((columns[:, group] @ inside) * inside).sum(1, keepdim=True)
         step = -(slope[:, group] * inside).sum(1, keepdim=True) / bend.clamp(min=torch.finfo(codes.dtype).tiny)
         before = scale[:, group[:1]]
-        change = torch.where((bend > 0) & (before + step > SMALLEST_SCALE), step, 0.0)
+        change = torch.where((bend > 0) & (before + step > NEGLIGIBLE), step, 0.0)
         scale[:, group] += change
         slope += columns @ (inside * change)
     return scale

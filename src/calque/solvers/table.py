@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from calque.arithmetic import weight_limits
+from calque.arithmetic import binary_unit, weight_limits
 from calque.ranges import WeightRange, weight_scale
-from calque.solvers.problem import Fit
+from calque.solvers.problem import CONSTANT, Fit
 
 
 @torch.no_grad()
@@ -34,6 +34,7 @@ def _codes(rows: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 def _error(rows: Tensor, codes: Tensor, scale: Tensor) -> float:
     """Squared error over the power of the rows about their mean."""
-    error = (codes * scale[..., None] - rows).square().mean(dtype=torch.float64)
-    power = (rows - rows.mean(1, keepdim=True)).square().mean(dtype=torch.float64)
-    return (error / power.clamp(min=1e-30)).item()
+    unit = binary_unit(rows)
+    error = ((codes * scale[..., None] - rows) / unit).square().mean(dtype=torch.float64)
+    power = ((rows - rows.mean(1, keepdim=True)) / unit).square().mean(dtype=torch.float64)
+    return (error / power.clamp(min=CONSTANT)).item()
