@@ -21,6 +21,7 @@ from benchmarks.accuracy import SHARES, commit, outputs, same
 from benchmarks.rows import Row, is_asked, measure_rows, read_rows
 from benchmarks.tasks import SETTINGS, Setting, load, quantize, score
 from calque.export import Target
+from calque.export.agreement import LEVELS, spread_of
 from calque.export.latency import measure_latency
 from calque.export.onnx import float_onnx
 from calque.export.runtimes import Kernel, open_runtime, saturates
@@ -128,9 +129,8 @@ class Bench:
 def traced(model: QuantizedModel, inputs: Tensor) -> tuple[Tensor, Tensor]:
     """The exact evaluation's outputs, and the steps of their grid, which broadcast against them."""
     parts = [model.integer().trace(part) for part in torch.split(inputs, 10)]
-    step = parts[0][2][0]
-    assert step is not None  # the networks of the zoo return floats
-    return torch.cat([part[0][0] for part in parts]), step
+    exact, step = torch.cat([part[0][0] for part in parts]), parts[0][2][0]
+    return exact, spread_of(exact) / LEVELS if step is None else step
 
 
 def weighted_kernels(kernels: list[Kernel]) -> tuple[int, int]:

@@ -3,12 +3,17 @@
 import pytest
 import pytest_randomly
 import torch
+from hypothesis import settings
 from torch import Tensor
 
 import networks
 
 # qonnx registers a hook that prints at every test; what a test captures would begin with it.
 pytest_randomly.entrypoint_reseeds = []
+
+# An example's time says how busy or old the machine is, not whether the code is right.
+settings.register_profile("calque", deadline=None)
+settings.load_profile("calque")
 
 # The networks are tiny: more threads only wait for each other, 20 times as long on a busy machine.
 torch.set_num_threads(1)

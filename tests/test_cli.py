@@ -13,9 +13,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import safetensors.torch
 import torch
+from onnx import numpy_helper
 
 import networks
 from calque.cli import run
@@ -24,7 +26,7 @@ from calque.cli.terminal import bars
 from calque.recipe import ADVANCED, Recipe, find_recipe
 from calque.report import Report
 from calque.spec import Bits, Plan
-from calque.storage import load, save
+from calque.storage import load
 
 MODULE = """
 import torch
@@ -178,16 +180,15 @@ def test_verify_prints_figures_with_the_latency_or_one_line_of_json(
     assert printed.count("\n") == 1
 
 
-def test_verify_of_another_file_prints_its_figures_and_ends_in_an_error(
+def test_verify_of_an_edited_file_prints_its_figures_and_ends_in_an_error(
     work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     quantize("--weights", "weights.safetensors")
-    quantize("--weights", "weights.safetensors", "--bits", "w2a2", output="worse")
-    run(["export", "worse", "model.onnx"])
-    network = load("run/q.safetensors", networks.small())
-    layer = network.layers["3"]
-    layer.bias.copy_(layer.bias.roll(1) + 10**6 * torch.arange(3))
-    save(network, "run/q.safetensors")
+    run(["export", "run", "model.onnx"])
+    proto = onnx.load("model.onnx")
+    bias = next(tensor for tensor in proto.graph.initializer if tensor.name == "3/bias/codes")
+    bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + np.int32(200), bias.name))
+    onnx.save(proto, "model.onnx")
     capsys.readouterr()
 
     code = run(["verify", "model.onnx", "run", "--json"])
@@ -196,6 +197,19 @@ def test_verify_of_another_file_prints_its_figures_and_ends_in_an_error(
     assert code == 1
     assert json.loads(printed.out)["optimized"]["exact"] < 0.99
     assert "less than the bound of 99.00%" in printed.err
+
+
+def test_verify_of_another_runs_file_says_so_and_runs_nothing(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quantize("--weights", "weights.safetensors")
+    quantize("--weights", "weights.safetensors", "--bits", "w2a2", output="worse")
+    run(["export", "worse", "model.onnx"])
+    capsys.readouterr()
+
+    code = run(["verify", "model.onnx", "run"])
+
+    printed = capsys.readouterr()
+    assert (code, printed.out) == (1, "")
+    assert "exported from another network or run" in printed.err
 
 
 @pytest.mark.parametrize("command", [["export", "run", "other.onnx"], ["verify", "model.onnx", "run"]])

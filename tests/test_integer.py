@@ -174,3 +174,34 @@ def test_movements_work_on_codes() -> None:
 
 def test_the_integer_evaluation_has_the_signature_of_the_network(quantized: QuantizedModel) -> None:
     assert torch.equal(quantized.integer()(x=WITHIN), quantized.integer()(WITHIN))
+
+
+def test_every_output_has_the_step_of_its_grid_or_of_its_sums() -> None:
+    net = Net(
+        lambda net, x: (net.a(x), net.fc(F.relu(net.a(x)).flatten(1)), torch.sigmoid(net.a(x)), net.a(x).argmax(1)),
+        a=nn.Conv2d(1, 4, 3), fc=nn.Linear(144, 3),
+    )  # fmt: skip
+    q = calque.quantize(net, CALIBRATION, bits="w8a8", recipe="nearest", placement="inputs")
+
+    outputs, _, steps = q.integer().trace(WITHIN)
+
+    assert [None if step is None else tuple(step.shape) for step in steps] == [(4, 1, 1), (3,), None, None]
+    for output, step in zip(outputs[:2], steps[:2], strict=True):
+        assert step is not None
+        sums = output.double() / step
+        torch.testing.assert_close(sums, sums.round(), rtol=0, atol=0.01)
+
+
+def test_of_equal_values_the_first_comes_first_as_onnx_has_it() -> None:
+    def best(net: Net, x: Tensor) -> tuple[Tensor, ...]:
+        y = net.a(x).flatten(1)
+        return (*y.topk(40, 1), *y.sort(1))
+
+    q = calque.quantize(Net(best, a=nn.Conv2d(1, 2, 3)), CALIBRATION, bits="w8a2", recipe="nearest", first_last=None)
+
+    values, indices, rising, order = q.integer()(WITHIN)
+
+    assert len(values[0].unique()) < 5  # so that most are equal to others
+    for found, where in ((values, indices), (rising, order)):
+        equal = found[:, 1:] == found[:, :-1]
+        assert (where[:, 1:] > where[:, :-1])[equal].all()

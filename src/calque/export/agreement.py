@@ -8,8 +8,8 @@ from torch import Tensor
 
 from calque.errors import VerificationError
 from calque.export.runtimes import Runtime
-from calque.export.verification import EDGES, LEAST_DB, LIMIT_DB, Agreement, Kind, OutputAgreement
-from calque.graph import Batch
+from calque.export.verification import EDGES, LIMIT_DB, LOOSE, Agreement, Kind, OutputAgreement
+from calque.graph import Batch, WeightedLayer
 from calque.graph.signature import flatten, rows
 from calque.model import QuantizedModel
 
@@ -23,6 +23,7 @@ CONSTANT = 2.0**-15  # a standard deviation below this share of the root mean sq
 class _Output:
     """One output of the network on one batch; `step` and `spread` broadcast against it."""
 
+    kind: Kind
     exact: Tensor
     simulated: Tensor
     step: Tensor
@@ -54,13 +55,20 @@ def agreements(
     Raises:
         VerificationError: a runtime cannot run the file; outputs of another number or shape than the network's.
     """
-    counts = [_FileCount(names, edges) for _ in runtimes]
+    counts = [_FileCount(names, edges, exact=not _quantized_at_load(model)) for _ in runtimes]
     for batch in batches:
         leaves = [leaf for leaf in flatten(batch)[0] if isinstance(leaf, Tensor)]
         evaluated = _evaluated(model, leaves, rows(batch), names)
         for runtime, count in zip(runtimes, counts, strict=True):
             count.add(runtime.run(leaves), evaluated)
     return [count.agreement() for count in counts]
+
+
+def _quantized_at_load(model: QuantizedModel) -> bool:
+    """Whether there are layers on float inputs: between two quantizers, ONNX Runtime quantizes their weights itself."""
+    left = any(isinstance(module, WeightedLayer) for module in model.graph_module.modules())
+    alone = any(layer.bias_scale is None and layer.geometry.kind != "embedding" for layer in model.layers.values())
+    return left or alone
 
 
 @torch.no_grad()
@@ -72,7 +80,7 @@ def _evaluated(model: QuantizedModel, leaves: list[Tensor], count: int, names: S
         values = torch.as_tensor(exact[index]).cpu()
         spread, step = spread_of(values), steps[index]
         step = spread / LEVELS if step is None else step.cpu().double()
-        outputs.append(_Output(values, torch.as_tensor(simulated[index]).cpu(), step, spread))
+        outputs.append(_Output(_kind(values, count), values, torch.as_tensor(simulated[index]).cpu(), step, spread))
     return _Batch(count, outputs, {name: value.cpu() for name, value in codes.items()})
 
 
@@ -121,29 +129,30 @@ def _signal(power: Tensor, mean: Tensor) -> Tensor:
 class _FileCount:
     """What one runtime returns, beside the network."""
 
-    def __init__(self, names: Sequence[str], edges: Sequence[str]):
+    def __init__(self, names: Sequence[str], edges: Sequence[str], *, exact: bool):
         self.outputs = [_OutputCount(name) for name in names]
         self.edges = edges
-        self.wrong, self.codes = dict.fromkeys(edges, 0), dict.fromkeys(edges, 0)
+        self.exact = exact  # codes part at rounding edges alone
+        self.codes, self.wrong = dict.fromkeys(edges, 0), dict.fromkeys(edges, 0)
 
     def add(self, received: list[Tensor], batch: _Batch) -> None:
         """Counts one batch; the codes of the edges are the last outputs."""
         number = len(self.outputs)
-        asked = bool(self.edges) or not batch.codes
-        same = torch.full((batch.rows,), asked)  # rows whose codes are the exact ones in every tensor
+        same = torch.ones(batch.rows, dtype=torch.bool)  # rows whose codes are the exact ones in every tensor
         for name, codes in zip(self.edges, received[number:], strict=True):
             apart = _apart(batch.codes[name], codes)
-            self.wrong[name] += int(apart.sum())
             self.codes[name] += apart.numel()
+            self.wrong[name] += int(apart.sum())
             same &= ~(apart.reshape(batch.rows, -1).any(1) if apart.shape[:1] == same.shape else apart.any())
         for count, found, output in zip(self.outputs, received[:number], batch.outputs, strict=True):
-            count.add(found, output, same)
+            count.add(found, output, same if self.edges or not batch.codes else None)
 
     def agreement(self) -> Agreement:
         parted = next((name for name in self.edges if self.wrong[name]), "")
         share = self.wrong[parted] / self.codes[parted] if parted else 0.0
-        at_edges = 0 < share <= EDGES
-        return Agreement(tuple(count.agreement(at_edges=at_edges) for count in self.outputs), parted, share)
+        explained = bool(parted) and (share <= EDGES or not self.exact)
+        outputs = tuple(count.agreement(explained=explained) for count in self.outputs)
+        return Agreement(outputs, len(self.edges), parted, share)
 
 
 def _apart(expected: Tensor, received: Tensor) -> Tensor:
@@ -159,38 +168,39 @@ class _OutputCount:
     def __init__(self, name: str):
         self.name = name
         self.kind: Kind | None = None
-        self.units, self.exact, self.nearly, self.simulated = 0, 0, 0, 0
+        self.units, self.strict, self.nearly, self.simulated = 0, 0, 0, 0
         self.values, self.steps, self.largest, self.noise = 0, 0.0, 0.0, 0.0
         self.finite, self.total, self.power = 0, 0.0, 0.0  # of the exact output
 
-    def add(self, received: Tensor, output: _Output, same: Tensor) -> None:
-        """Counts one batch; `same` (N,): rows whose codes are those of the exact evaluation in every tensor."""
+    def add(self, received: Tensor, output: _Output, same: Tensor | None) -> None:
+        """Counts one batch; `same` (N,): rows whose codes are the exact ones in every tensor, None where nobody asked."""
         if received.shape != output.exact.shape:
             raise VerificationError(
                 f"output {self.name} has the shape {tuple(received.shape)} in the file and {tuple(output.exact.shape)} in the "
                 "network. Is the file of this network?"
             )
-        self.kind = self.kind or _kind(output.exact, len(same))
+        self.kind = self.kind or output.kind
         if self.kind == "whole numbers":
             equal = output.exact == received
-            self._vote(equal, equal, output.simulated == received)
+            self._vote(equal if same is None else equal & _along(same, equal), equal, output.simulated == received)
             return
         received, exact, simulated = (value.double() for value in (received, output.exact, output.simulated))
         tolerance = torch.clamp(output.step / 2, min=ROUNDING * _peak(exact)).expand_as(exact)
         error = _error(received, exact)
         close = error <= tolerance
         if self.kind == "class scores":
-            # where all codes are the same, nothing is left that may explain other scores
-            agree = _same_class(received, exact, tolerance) & (close.all(1) | ~same)
-            self._vote(agree, agree, _same_class(received, simulated, tolerance))
+            top = _same_class(received, exact, tolerance)
+            strict, nearly = (top, top) if same is None else (top & close.all(1), top & (close.all(1) | ~same))
+            self._vote(strict, nearly, _same_class(received, simulated, tolerance))
         else:
-            nearly = close | (error <= output.spread * 10 ** (-LEAST_DB / 20)) & ~_along(same, exact)
+            loose = error <= LOOSE * output.spread
+            nearly = close if same is None else close | loose & ~_along(same, exact)
             self._vote(close, nearly, _error(received, simulated) <= tolerance)
         self._measure(error, exact, output.step)
 
-    def _vote(self, exact: Tensor, nearly: Tensor, simulated: Tensor) -> None:
-        self.units += exact.numel()
-        self.exact += int(exact.sum())
+    def _vote(self, strict: Tensor, nearly: Tensor, simulated: Tensor) -> None:
+        self.units += strict.numel()
+        self.strict += int(strict.sum())
         self.nearly += int(nearly.sum())
         self.simulated += int(simulated.sum())
 
@@ -205,11 +215,11 @@ class _OutputCount:
         self.steps += steps.sum().item()
         self.largest = max(self.largest, steps.max().item() if steps.numel() else 0.0)
 
-    def agreement(self, *, at_edges: bool) -> OutputAgreement:
-        """The figures; `at_edges`: codes part, and first in so few places that rounding edges explain it."""
+    def agreement(self, *, explained: bool) -> OutputAgreement:
+        """The figures; `explained`: codes part, and as they do where float kernels meet rounding edges."""
         assert self.kind is not None
         units = max(1, self.units)
-        exact, simulated = (self.nearly if at_edges else self.exact) / units, self.simulated / units
+        exact, simulated = (self.nearly if explained else self.strict) / units, self.simulated / units
         if self.kind == "whole numbers":
             return OutputAgreement(self.name, self.kind, exact, simulated, None, None, None)
         mean = self.steps / max(1, self.values)
