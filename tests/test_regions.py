@@ -141,7 +141,7 @@ def test_autocast_lowers_values_again_after_a_capture() -> None:
 
 def test_autocast_of_another_device_is_not_mentioned() -> None:
     def forward(net: Net, x: Tensor) -> Tensor:
-        with torch.autocast("cuda", dtype=torch.float16):
+        with torch.autocast("xpu", dtype=torch.bfloat16):
             return head(net, net.inner(net.conv(x)))
 
     assert capture(Net(forward, **parts()), {"x": X}).left_float == ()

@@ -1,6 +1,6 @@
 """Regions of forward under another precision or gradient mode: computed in float32, and opened into the graph around them.
 
-torch.export keeps what stands under torch.autocast, enable_grad or no_grad as a graph of its own, an argument of one operator.
+torch.export keeps what stands under enable_grad or no_grad as a graph of its own, an argument of one operator.
 """
 
 from collections.abc import Iterator
@@ -12,8 +12,7 @@ from torch import Tensor, fx
 from torch._ops import HigherOrderOperator
 from torch.export import ExportedProgram
 
-# Operators that call a graph with the arguments behind it; how many arguments of their own stand in front of it.
-_WRAPPERS = {torch.ops.higher_order.wrap_with_autocast: 4, torch.ops.higher_order.wrap_with_set_grad_enabled: 1}
+_REGION = torch.ops.higher_order.wrap_with_set_grad_enabled  # of (enabled, the graph, its inputs...)
 
 
 @contextmanager
@@ -48,10 +47,37 @@ def in_float32(device: str) -> Iterator[set[torch.dtype]]:
 
 
 def open_regions(program: ExportedProgram) -> None:
-    """Puts, in place, the operators of every region, and of the regions inside it, where the region was called."""
-    for old, new in _opened(program.graph_module):
-        program.graph_signature.replace_all_uses(old, new)
-    program.graph_module.recompile()
+    """Puts, in place, the operators of every region where it was called."""
+    module = program.graph_module
+    for node in list(module.graph.nodes):
+        if node.target is not _REGION:
+            continue
+        _, source, *inputs = node.args
+        results = _copied(module, node, getattr(module, str(source.target)), inputs)
+        for reader in list(node.users):  # each takes one of the region's results
+            value = results[reader.args[1]]
+            reader.replace_all_uses_with(value)
+            program.graph_signature.replace_all_uses(reader.name, value.name)
+            module.graph.erase_node(reader)
+        module.graph.erase_node(node)
+        if not source.users:
+            module.graph.erase_node(source)
+    module.recompile()
+
+
+def _copied(module: fx.GraphModule, node: fx.Node, region: fx.GraphModule, inputs: list[Any]) -> list[fx.Node]:
+    """Copies a region's operators in front of `node`; the nodes of its results."""
+    taken = iter(inputs)
+    copies: dict[fx.Node, Any] = {}
+    with module.graph.inserting_before(node):
+        for inner in region.graph.nodes:
+            if inner.op == "placeholder":
+                copies[inner] = next(taken)
+            elif inner.op == "output":
+                return [copies[result] for result in inner.args[0]]
+            else:
+                copies[inner] = module.graph.node_copy(inner, copies.__getitem__)
+    raise AssertionError("a graph ends in its output")
 
 
 def control_flow(module: fx.GraphModule) -> list[str]:
@@ -70,51 +96,3 @@ def _is_weight(module: fx.GraphModule, node: fx.Node) -> bool:
         return False
     path, _, leaf = str(node.target).rpartition(".")
     return isinstance(getattr(module.get_submodule(path), leaf), Tensor)
-
-
-def _opened(module: fx.GraphModule) -> list[tuple[str, str]]:
-    """Opens, in place, the regions of the module's graph; the names of values that went, and of those in their place."""
-    renamed = []
-    for node in list(module.graph.nodes):
-        own = _WRAPPERS.get(node.target) if node.op == "call_function" else None
-        if own is None:
-            continue
-        source = node.args[own]
-        region = getattr(module, str(source.target))
-        _opened(region)
-        results = _copied(module, node, region, node.args[own + 1 :])
-        for reader in list(node.users):  # each takes one of the region's results
-            value = results[reader.args[1]]
-            reader.replace_all_uses_with(value)
-            renamed.append((reader.name, value.name))
-            module.graph.erase_node(reader)
-        module.graph.erase_node(node)
-        if not source.users:
-            module.graph.erase_node(source)
-    return renamed
-
-
-def _copied(module: fx.GraphModule, node: fx.Node, region: fx.GraphModule, inputs: tuple[Any, ...]) -> list[fx.Node]:
-    """Copies a region's operators in front of `node`; the nodes of its results."""
-    taken = iter(inputs)
-    copies: dict[fx.Node, Any] = {}
-    with module.graph.inserting_before(node):
-        for inner in region.graph.nodes:
-            if inner.op == "placeholder":
-                copies[inner] = next(taken)
-            elif inner.op == "output":
-                return [copies[result] for result in inner.args[0]]
-            else:
-                copies[inner] = module.graph.node_copy(inner, copies.__getitem__)
-                if inner.op == "get_attr":
-                    copies[inner].target = _adopted(module, getattr(region, str(inner.target)))
-    raise AssertionError("a graph ends in its output")
-
-
-def _adopted(module: fx.GraphModule, value: object) -> str:
-    """The name under which the module keeps what a region read from its own: a constant, or a graph."""
-    count = 0
-    while hasattr(module, f"region_{count}"):
-        count += 1
-    setattr(module, f"region_{count}", value)
-    return f"region_{count}"
