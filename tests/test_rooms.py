@@ -40,6 +40,7 @@ ROOMS = (
     "estimate",
     "reconstruction",
     "stages",
+    "outliers",
     "search",
     "summary",
     "parts",

@@ -36,6 +36,7 @@ class Job:
         memory: bytes for values between two operators.
         checkpoint: keeps finished pieces.
         workers: processes of one thread each that fit layers; None is the caller's own process.
+        notes: what the report says of the calibration inputs.
     """
 
     network: Network
@@ -47,6 +48,7 @@ class Job:
     checkpoint: Checkpoint = field(default_factory=lambda: Checkpoint(None))
     workers: int | None = None
     progress: Progress = silent
+    notes: tuple[str, ...] = ()
 
     @property
     def inputs(self) -> int:

@@ -4,8 +4,9 @@ import logging
 import math
 import time
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -177,8 +178,11 @@ def final_entries(job: Job, entries: Mapping[str, Bits], edges: list[Edge]) -> d
 
 
 @torch.no_grad()
-def float_outputs(job: Job) -> list[list[Tensor]]:
+def float_outputs(job: Job, run: Callable[[list[Any]], Sequence[Any]] | None = None) -> list[list[Tensor]]:
     """The float network's output leaves on each calibration batch.
+
+    Args:
+        run: executes the network on flat inputs; by default its module does.
 
     Raises:
         CalibrationError: a batch that the network fails on.
@@ -186,7 +190,8 @@ def float_outputs(job: Job) -> list[list[Tensor]]:
     outputs = []
     for index, batch in enumerate(job.batches):
         try:
-            outputs.append(list(job.network.module(*flatten(batch)[0])))
+            leaves = flatten(batch)[0]
+            outputs.append(list(job.network.module(*leaves) if run is None else run(leaves)))
         except RuntimeError as error:
             raise CalibrationError(
                 f"the network fails on calibration batch {index}: {str(error).splitlines()[0]}"
