@@ -44,6 +44,7 @@ ROOMS = (
     "estimate",
     "reconstruction",
     "stages",
+    "outliers",
     "search",
     "summary",
     "parts",

@@ -12,10 +12,13 @@ import calque
 import calque.stages
 import networks
 from calque.calibration import Execution
+from calque.errors import CalibrationError
 from calque.graph import Network, WeightedLayer, capture
+from calque.job import Job
 from calque.losses import kl
 from calque.quantizers import QuantizedLayer
 from calque.recipe import FAST, NEAREST
+from calque.stages import float_outputs
 from calque.statistics import ChannelStatistics, trained_statistics
 from calque.store import Store
 from networks import Net
@@ -135,6 +138,23 @@ def test_a_layer_without_any_variance_keeps_its_gain() -> None:
 
     assert q.layers["one"].scale[2] == plain.layers["one"].scale[2]
     assert torch.isfinite(q(INPUTS)).all()
+
+
+def test_float_outputs_are_those_of_the_model_batch_by_batch(network: Network) -> None:
+    parts = networks.pieces(INPUTS, [50, 14])
+    job = Job(network, [{"x": part} for part in parts], NEAREST)
+
+    found = float_outputs(job)
+
+    for (received,), part in zip(found, parts, strict=True):
+        torch.testing.assert_close(received, partly()(part), rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_that_the_network_fails_on_is_named(network: Network) -> None:
+    job = Job(network, [{"x": INPUTS}, {"x": networks.images(3, 0, channels=2)}], NEAREST)
+
+    with pytest.raises(CalibrationError, match="the network fails on calibration batch 1"):
+        float_outputs(job)
 
 
 def test_guarded_statistics_end_where_the_outputs_are_closest(trained: networks.Residual, calibration: Tensor) -> None:

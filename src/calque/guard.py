@@ -11,16 +11,17 @@ where that does not help, the layer's activations stay float.
 
 import logging
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+
+from torch import fx
 
 from calque.factors import multiply_inputs
-from calque.graph import Batch, Network
+from calque.graph import Network
+from calque.job import Job
 from calque.placement import SHARED_TENSOR_BITS, Edge, place
 from calque.spec import FLOAT, Bits, Placement
-from calque.trial import Trial, survey
+from calque.trial import Extremes, Trial, survey
 
 log = logging.getLogger(__name__)
 
@@ -31,16 +32,12 @@ class Guarded:
 
     Attributes:
         network: the one that was given, with factors in front of some layers.
-        outputs: its output leaves on each batch.
-        float_pass: seconds that one execution over all batches took.
         tensors: names of shared tensors and products that stay float.
         layers: names of layers whose activations stay float.
         notes: which of these, and why, a sentence each.
     """
 
     network: Network
-    outputs: list[list[Any]]
-    float_pass: float
     tensors: frozenset[str] = frozenset()
     layers: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
@@ -55,31 +52,22 @@ class Guarded:
 
 
 def guard(
-    network: Network,
-    batches: list[Batch],
-    placement: Placement,
-    choices: Mapping[str, Sequence[Bits]],
-    asked: Mapping[str, Bits],
+    job: Job, choices: Mapping[str, Sequence[Bits]], asked: Mapping[str, Bits], extremes: Mapping[fx.Node, Extremes]
 ) -> Guarded:
-    """The network without the grids that would wipe out a part of what they carry.
+    """The job's network without the grids that would wipe out a part of what they carry.
 
     Its module is changed in place where a layer gets factors.
 
     Args:
         choices: the bits that each layer may have; each is judged at SHARED_TENSOR_BITS.
         asked: bits of tensors that the user has decided; these grids stay.
-
-    Raises:
-        CalibrationError: a batch that the network fails on, or for whose infinite or huge values it returns NaN.
+        extremes: of nodes on the calibration inputs, as far as they are known.
     """
-    found = Guarded(network, [], 0.0)
+    found, known = Guarded(job.network), dict(extremes)
     while True:
-        edges = _edges(found, placement, choices, asked)
-        started = time.perf_counter()
-        outputs, extremes = survey(found.network, batches, {edge.source for edge in edges})
-        if not found.outputs:
-            found = replace(found, outputs=outputs, float_pass=time.perf_counter() - started)
-        trial = Trial(found.network, batches, extremes)
+        edges = _edges(found, job.placement, choices, asked)
+        known |= survey(found.network, job.batches, {edge.source for edge in edges} - known.keys())
+        trial = Trial(found.network, job.batches, known)
         lost = trial.lost([edge for edge in edges if edge.name not in asked and edge.product not in asked])
         if not lost:
             return found

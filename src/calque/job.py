@@ -36,7 +36,7 @@ class Job:
         memory: bytes for values between two operators.
         checkpoint: keeps finished pieces.
         workers: processes of one thread each that fit layers; None is the caller's own process.
-        notes: for the report.
+        notes: what the report says of the calibration inputs and of grids.
     """
 
     network: Network

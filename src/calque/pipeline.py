@@ -27,6 +27,7 @@ from calque.guard import guard
 from calque.job import Job, Progress, silent
 from calque.losses import LossName, OutputLoss, find_loss
 from calque.model import QuantizedModel
+from calque.outliers import healthy
 from calque.parallel import Choices
 from calque.parts import PartlyQuantized, quantize_parts
 from calque.recipe import Recipe, find_recipe
@@ -70,7 +71,8 @@ def quantize(
     Args:
         model: a float32 network; the README's Limits list the layers that are quantized.
         calibration: unlabelled inputs: a tensor (N, ...), a list or DataLoader of batches; a batch is a tensor, a tuple of
-            positional arguments (cut to the parameters that forward requires) or a dict of keyword arguments.
+            positional arguments (cut to the parameters that forward requires) or a dict of keyword arguments. Rows that
+            alone would decide a range are left out; a CalibrationWarning and the report name them by their numbers.
         bits: "w<bits>a<bits>" with 2 to 8 bits, or "w<bits>" for weights alone. Several of them are the candidates that a
             budget chooses from. Default "w8a8", unless there is a plan.
         budget: what the network may cost; each layer then gets one of the candidates by an integer program over measured
@@ -140,10 +142,11 @@ def quantize(
     if budget is not None:
         check_budget(job, choices, entries, budget)
     captured = time.perf_counter()
+    job, references, extremes = healthy(job)
+    float_pass = time.perf_counter() - captured
     asked_tensors = {name: entry for name, entry in entries.items() if name not in network.layers}
-    guarded = guard(network, batches, placement, choices, asked_tensors)
-    references, float_pass = guarded.outputs, guarded.float_pass
-    job = replace(job, network=guarded.network, notes=guarded.notes)
+    guarded = guard(job, choices, asked_tensors, extremes)
+    job = replace(job, network=guarded.network, notes=(*job.notes, *guarded.notes))
     choices, entries = guarded.applied(choices, entries)
     loss_name, function = find_loss(loss, references[0], network.out_spec)
     # no budget among these: pieces do not depend on it, so that another one goes on from the same prices
@@ -159,7 +162,7 @@ def quantize(
             found = search(job, choices, entries, budget, (loss_name, function), references)
         built = build(job, entries, function, references) if found is None else found.built
     result = built.model
-    example = select(batches[0], torch.arange(EXAMPLE_ROWS) % rows(batches[0]))
+    example = select(job.batches[0], torch.arange(EXAMPLE_ROWS) % rows(job.batches[0]))
     result.facts |= {"placement": placement, "example": example, "dynamic": axes}
     result.prices = None if found is None else found.prices
     phases = {"capture": captured - started, "float pass": float_pass}

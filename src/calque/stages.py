@@ -4,8 +4,9 @@ import logging
 import math
 import time
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from torch import Tensor
 from calque.biases import Tuned, tune_biases
 from calque.checkpoint import Checkpoint, Piece
 from calque.distillation import Distilled, distill
+from calque.errors import CalibrationError
+from calque.graph import Batch
 from calque.graph.signature import flatten, rows
 from calque.job import Job
 from calque.losses import Loss, closeness, kl, kl_and_mse, mse
@@ -173,6 +176,48 @@ def final_entries(job: Job, entries: Mapping[str, Bits], edges: list[Edge]) -> d
     tensors |= {edge.product: Bits(None, edge.bits) for edge in edges if edge.kind == "operand"}
     asked = {name: bits for name, bits in entries.items() if name not in layers and bits == FLOAT}
     return {**{name: entries[name] for name in layers}, **tensors, **asked}
+
+
+@torch.no_grad()
+def float_outputs(job: Job, run: Callable[[list[Any]], Sequence[Any]] | None = None) -> list[list[Tensor]]:
+    """The float network's output leaves on each calibration batch.
+
+    Args:
+        run: executes the network on flat inputs; by default its module does.
+
+    Raises:
+        CalibrationError: a batch that the network fails on, or for whose infinite or huge values it returns NaN.
+    """
+    outputs = []
+    for index, batch in enumerate(job.batches):
+        try:
+            leaves = flatten(batch)[0]
+            outputs.append(list(job.network.module(*leaves) if run is None else run(leaves)))
+        except RuntimeError as error:
+            raise CalibrationError(
+                f"the network fails on calibration batch {index}: {str(error).splitlines()[0]}"
+            ) from error
+        _refuse_endless(batch, outputs[-1], index)
+    return outputs
+
+
+def _refuse_endless(batch: Batch, outputs: Iterable[object], position: int) -> None:
+    """Raises CalibrationError where huge or infinite inputs reach the outputs: a mask's do not, a broken row's do."""
+    huge = [name for name, value in batch.items() if not all(map(_has_squares, flatten({name: value})[0]))]
+    if huge and not all(_has_squares(each, but_infinite=True) for each in outputs):
+        raise CalibrationError(
+            f"calibration inputs must be finite, and their squares, where they are no mask. Batch {position} has larger values "
+            f"in {', '.join(huge)}, and the network returns NaN or values as large; remove these rows or scale the inputs as "
+            "they were in training."
+        )
+
+
+def _has_squares(leaf: object, *, but_infinite: bool = False) -> bool:
+    """Whether the squares of all values, or of all but infinite ones, have a finite sum."""
+    if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+        return True
+    values = leaf.where(~leaf.isinf(), 0.0) if but_infinite else leaf
+    return bool(torch.isfinite(torch.linalg.vector_norm(values)))
 
 
 @torch.no_grad()

@@ -68,8 +68,8 @@ def _notes(model: nn.Module, job: Job, built: Built, found: Found | None) -> lis
     network, swept = job.network, built.swept
     notes = [
         *layout_notes(network.signature.layout),
-        *network.left_float,
         *job.notes,
+        *network.left_float,
         *swept.notes,
         *(() if found is None else found.notes),
     ]

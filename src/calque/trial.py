@@ -1,7 +1,7 @@
 """What a network's outputs lose with grids in place, measured on a few calibration rows."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,6 @@ from torch import Tensor, fx
 
 from calque.arithmetic import affine_grid, fake_quantize
 from calque.calibration import real_tokens, token_masks
-from calque.errors import CalibrationError
 from calque.graph import Batch, Network
 from calque.graph.signature import flatten, rows, select
 from calque.placement import SHARED_TENSOR_BITS, Edge
@@ -140,53 +139,22 @@ def _rounded(value: Tensor, grid: tuple[Tensor, Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def survey(
-    network: Network, batches: list[Batch], sources: set[fx.Node]
-) -> tuple[list[list[Any]], dict[fx.Node, Extremes]]:
-    """The network's output leaves on each batch, and the extremes of some nodes over all of them, padding left out.
-
-    Raises:
-        CalibrationError: a batch that the network fails on, or for whose infinite or huge values it returns NaN.
-    """
-    outputs: list[list[Any]] = []
+def survey(network: Network, batches: list[Batch], sources: set[fx.Node]) -> dict[fx.Node, Extremes]:
+    """The extremes of some nodes over all batches, padding left out."""
     found: dict[fx.Node, Extremes] = {}
-
-    masks = token_masks(batches)
+    if not sources:
+        return found
 
     def record(node: fx.Node, value: Any) -> None:
         if node in sources:
-            low, high = _real(value, masks[len(outputs)]).aminmax()
+            low, high = _real(value, mask).aminmax()
             known = found.get(node, (low, high))
             found[node] = torch.minimum(low, known[0]), torch.maximum(high, known[1])
 
     recorder = _Recorder(network.module, record)
-    for index, batch in enumerate(batches):
-        try:
-            outputs.append(list(recorder.run(*flatten(batch)[0])))
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise CalibrationError(f"the network fails on calibration batch {index}: {reason}") from error
-        _refuse_endless(batch, outputs[-1], index)
-    return outputs, found
-
-
-def _refuse_endless(batch: Batch, outputs: Iterable[object], position: int) -> None:
-    """Raises CalibrationError where huge or infinite inputs reach the outputs: a mask's do not, a broken row's do."""
-    huge = [name for name, value in batch.items() if not all(map(_has_squares, flatten({name: value})[0]))]
-    if huge and not all(_has_squares(each, but_infinite=True) for each in outputs):
-        raise CalibrationError(
-            f"calibration inputs must be finite, and their squares, where they are no mask. Batch {position} has larger values "
-            f"in {', '.join(huge)}, and the network returns NaN or values as large; remove these rows or scale the inputs as "
-            "they were in training."
-        )
-
-
-def _has_squares(leaf: object, *, but_infinite: bool = False) -> bool:
-    """Whether the squares of all values, or of all but infinite ones, have a finite sum."""
-    if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-        return True
-    values = leaf.where(~leaf.isinf(), 0.0) if but_infinite else leaf
-    return bool(torch.isfinite(torch.linalg.vector_norm(values)))
+    for batch, mask in zip(batches, token_masks(batches), strict=True):  # noqa: B007  # record reads the mask
+        recorder.run(*flatten(batch)[0])
+    return found
 
 
 class _Recorder(fx.Interpreter):
