@@ -8,7 +8,7 @@ from torch import Tensor, nn
 import calque
 import networks
 import oracles
-from calque.integer import EXACT_FLOAT32
+from calque.arithmetic import EXACT_FLOAT32
 from calque.model import QuantizedModel
 from calque.quantizers import QuantizedLayer, Quantizer
 from networks import Net

@@ -19,6 +19,7 @@ ROOMS = (
     "decisions",
     "costs",
     "quantizers",
+    "kernels",
     "integer",
     "model",
     "admission",

@@ -8,7 +8,9 @@ x is divided by the scale, never multiplied by its reciprocal: runtimes divide, 
 """
 
 import math
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +19,10 @@ NEGLIGIBLE = (
     2.0**-60
 )  # a scale of weights in units of their layer (`calque.solvers.units`): what is smaller adds nothing
 BIAS_LIMIT = 2**30  # half of int32, so that accumulator plus bias stays inside it
+EXACT_FLOAT32 = 2**24  # integers up to here, and sums of them that stay below, are exact in float32
+SUM_ERROR = (
+    2**-12
+)  # over 1 + A + B: eight roundings of values up to 256 of these, each half of 2^-23 of them, and twice that
 
 
 def activation_limits(bits: int) -> tuple[int, int]:
@@ -160,7 +166,9 @@ def smallest_weight_scale(bias: Tensor, input_scale: Tensor) -> Tensor:
     return torch.maximum(fits, 2 * SMALLEST_SCALE / input_scale.clamp(max=1.0))
 
 
-def requantize(accumulator: Tensor, multiplier: Tensor, zero_point: Tensor, qmin: Tensor, qmax: Tensor) -> Tensor:
+def requantize(
+    accumulator: Tensor, multiplier: Tensor, zero_point: Tensor | int, qmin: Tensor | int, qmax: Tensor | int
+) -> Tensor:
     """Codes of an int32 accumulator on the next grid, as integer kernels compute them.
 
     The accumulator as float32, times one float32 factor s_x s_w / s_y, rounded half to even, plus the zero point, clipped.
@@ -173,7 +181,58 @@ def requantize(accumulator: Tensor, multiplier: Tensor, zero_point: Tensor, qmin
     >>> requantize(torch.tensor([5, -7, 99]), 0.5 * one, one, 0 * one, 15 * one)
     tensor([ 3.,  0., 15.])
     """
-    return (accumulator.float() * multiplier).round_().add_(zero_point).clamp_min_(qmin).clamp_max_(qmax)
+    return (accumulator.float() * multiplier).round_().add_(zero_point).clamp_(int(qmin), int(qmax))
+
+
+class Grids(NamedTuple):
+    """Scale and zero point of both operands of an operator and of its result."""
+
+    left: tuple[float, int]
+    right: tuple[float, int]
+    result: tuple[float, int]
+
+
+def requantize_sum(left: Tensor, right: Tensor, grids: Grids, low: int, high: int) -> Tensor:
+    """Offsets (codes minus the zero point) of left + right on the result's grid, as ONNX Runtime's QLinearAdd computes them.
+
+    With float32 factors A = s_a / s_y and B = s_b / s_y, and fused multiply-adds (one rounding each, to float32):
+
+        q = round(A q_a + (B q_b + (z_y - (A z_a + B z_b))))
+
+    The quotient of the real sum by s_y, which is cheap, is close to that: the multiply-adds are computed, in float64, only
+    where rounding errors could decide which code is the nearest.
+
+    Args:
+        left, right: real values on their grids, of shapes that broadcast.
+        low, high: offsets, the ends of the clip.
+
+    >>> grids = Grids((1.0, 0), (0.5, 0), (2.0, 0))
+    >>> requantize_sum(torch.tensor([1.0, 9.0]), torch.tensor([0.5, 9.0]), grids, 0, 7)
+    tensor([1., 7.])
+    """
+    (left_scale, left_zero), (right_scale, right_zero), (scale, zero) = grids
+    a, b = float32(left_scale / scale), float32(right_scale / scale)
+    quotient = (left + right).div_(scale)
+    offsets = quotient.round()
+    distance = quotient.sub_(offsets).abs_()
+    close = (distance >= 0.5 - SUM_ERROR * (1 + a + b)).flatten().nonzero().squeeze(1)
+    if len(close):
+        fixed = float32(zero - float32(a * left_zero + float32(b * right_zero)))
+        first = torch.take(left.expand_as(offsets), close).div_(left_scale).round_().add_(left_zero)
+        second = torch.take(right.expand_as(offsets), close).div_(right_scale).round_().add_(right_zero)
+        inner = second.double().mul_(b).add_(fixed).float()
+        exact = first.double().mul_(a).add_(inner.double()).float()
+        offsets.put_(close, exact.round_().sub_(zero).to(offsets.dtype))
+    return offsets.clamp_(low, high)
+
+
+def float32(value: float) -> float:
+    """The nearest float32; of a quotient, a product or a sum of float32 numbers it is what float32 arithmetic gives.
+
+    >>> float32(0.1)
+    0.10000000149011612
+    """
+    return float(np.float32(value))
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

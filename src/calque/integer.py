@@ -1,9 +1,8 @@
 """The exact integer evaluation of a quantized network: what integer kernels compute, settled without rounding errors.
 
 Codes times codes are accumulated exactly, the int32 bias is added, and one float32 factor per channel leads to the next
-grid (METHOD section 1). Operators that only move values work on codes. A residual add is rescaled from both operands'
-codes by two fused multiply-adds, with the zero points in one constant that is added before rounding, as ONNX Runtime's
-QLinearAdd does it. Everything that has no integer kernel runs in float32 on real values.
+grid (METHOD section 1). Operators that only move values work on codes. Adds, pools and products of codes are those of
+`calque.kernels`, rounded as ONNX Runtime rounds them. Everything that has no integer kernel runs in float32 on real values.
 """
 
 import operator
@@ -15,18 +14,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from calque.arithmetic import quantize, requantize
-from calque.graph.network import ADDITIONS, clamp_bounds, is_movement
-from calque.graph.products import operands_of
+from calque.arithmetic import EXACT_FLOAT32, quantize
+from calque.graph.network import clamp_bounds, is_movement
 from calque.graph.signature import Signature, flatten
-from calque.quantizers import QuantizedLayer, Quantizer
+from calque.kernels import UNBOUNDED, Bounds, fuse, settle
+from calque.quantizers import QuantizedLayer, Quantizer, Settled
 
 aten = torch.ops.aten
-
-EXACT_FLOAT32 = 2**24  # integers up to here, and sums of them that stay below, are exact in float32
-
-Bounds = tuple[float, float]
-UNBOUNDED: Bounds = (float("-inf"), float("inf"))
 
 
 @dataclass(frozen=True)
@@ -54,39 +48,11 @@ class Accumulator:
     def real(self) -> Tensor:
         return (self.sums.float() * self.scale).clamp(*self.bounds)
 
-    def onto(self, grid: Quantizer) -> OnGrid:
-        low, high = grid.code_bounds(self.bounds)
-        codes = requantize(self.sums, self.scale / grid.scale, grid.zero_point, low, high)
-        return OnGrid(codes.sub_(grid.zero_point), grid)
+    def onto(self, grid: Quantizer, bounds: Bounds) -> OnGrid:
+        return OnGrid(grid.requantize(self.sums, self.scale / grid.scale, bounds), grid)
 
 
-@dataclass(frozen=True)
-class Sum:
-    """The sum of two tensors that are on grids."""
-
-    left: OnGrid
-    right: OnGrid
-    bounds: Bounds = UNBOUNDED
-
-    def real(self) -> Tensor:
-        return (self.left.real() + self.right.real()).clamp(*self.bounds)
-
-    def onto(self, grid: Quantizer) -> OnGrid:
-        low, high = grid.code_bounds(self.bounds)
-        a, b = self.left.grid, self.right.grid
-        ratio_a, ratio_b = a.scale / grid.scale, b.scale / grid.scale
-        fixed = grid.zero_point - (ratio_a * a.zero_point + ratio_b * b.zero_point)
-        inner = _multiply_add(self.right.offsets + b.zero_point, ratio_b, fixed)
-        codes = _multiply_add(self.left.offsets + a.zero_point, ratio_a, inner).round_().clamp_(low, high)
-        return OnGrid(codes.sub_(grid.zero_point), grid)
-
-
-Exact = OnGrid | Accumulator | Sum
-
-
-def _multiply_add(x: Tensor, factor: Tensor, addend: Tensor) -> Tensor:
-    """x * factor + addend, rounded to float32 once: the fused operation of the processors that ONNX Runtime is built for."""
-    return (x.double() * factor.double() + addend.double()).float()
+Exact = OnGrid | Accumulator
 
 
 class IntegerModel(nn.Module):
@@ -104,6 +70,7 @@ class IntegerModel(nn.Module):
     ):
         super().__init__()
         self.graph_module = graph_module
+        self.kernels = fuse(graph_module)
         self.signature = signature
         self.out_spec = out_spec
         self.edges = dict(edges)
@@ -111,7 +78,7 @@ class IntegerModel(nn.Module):
     @torch.no_grad()
     def forward(self, *args: object, **kwargs: object) -> Any:
         leaves, _ = flatten(self.signature.bind(args, kwargs))
-        outputs = _Interpreter(self.graph_module, self.edges).run(*leaves)
+        outputs = _Interpreter(self.graph_module, self.kernels, self.edges).run(*leaves)
         return pytree.tree_unflatten(outputs, self.out_spec)
 
     @torch.no_grad()
@@ -120,14 +87,14 @@ class IntegerModel(nn.Module):
 
         The step (broadcasts against the output) is that of its grid, or of the accumulator behind it; None where it has neither.
         """
-        interpreter = _Interpreter(self.graph_module, self.edges)
+        interpreter = _Interpreter(self.graph_module, self.kernels, self.edges)
         outputs = interpreter.run(*leaves)
         return outputs, interpreter.codes, tuple(map(_step, interpreter.last))
 
 
 class _Interpreter(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule, edges: Mapping[str, str]):
-        super().__init__(module)
+    def __init__(self, module: fx.GraphModule, kernels: fx.Graph, edges: Mapping[str, str]):
+        super().__init__(module, graph=kernels)
         self.edges = edges
         self.codes: dict[str, Tensor] = {}
         self.last: tuple[object, ...] = ()  # the outputs before they became real numbers
@@ -169,28 +136,16 @@ class _Interpreter(fx.Interpreter):
             assert callable(node.target)
             moved = node.target(first.offsets, *args[1:], **kwargs)
             return pytree.tree_map(lambda offsets: OnGrid(offsets, first.grid), moved)
-        if isinstance(first, (Accumulator, Sum)):
-            bounds = clamp_bounds(node)
-            if bounds is None:
-                return None
-            low, high = (min(max(end, bounds[0]), bounds[1]) for end in first.bounds)
-            return replace(first, bounds=(low, high))
-        pair = operands_of(node)
-        if pair is not None:
-            return self._product(node, pair)
-        if node.target in ADDITIONS and len(args) == 2 and all(isinstance(a, OnGrid) for a in args) and not kwargs:
-            return Sum(*args)
-        return None
-
-    def _product(self, node: fx.Node, pair: tuple[fx.Node, fx.Node]) -> object:
-        """The exact sums of a product of two tensors on grids, in real units; None where an operand is on none."""
-        left, right = (self.env[operand] for operand in pair)
-        if not (isinstance(left, OnGrid) and isinstance(right, OnGrid)):
+        if not isinstance(first, Accumulator):
             return None
-        offsets = {pair[0]: left.offsets.double(), pair[1]: right.offsets.double()}
-        args, kwargs = fx.map_arg((node.args, node.kwargs), offsets.__getitem__)
-        assert callable(node.target)
-        return (node.target(*args, **kwargs) * (left.grid.scale * right.grid.scale)).float()
+        if node.target is settle:
+            _, _, grid, limits = args
+            return first.onto(grid, limits)
+        bounds = clamp_bounds(node)
+        if bounds is None:
+            return None
+        low, high = (min(max(end, bounds[0]), bounds[1]) for end in first.bounds)
+        return replace(first, bounds=(low, high))
 
 
 def _topk(x: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> list[Tensor]:
@@ -217,8 +172,10 @@ def _step(value: object) -> Tensor | None:
 
 
 def _put_on_grid(x: object, grid: Quantizer) -> OnGrid:
-    if isinstance(x, (Accumulator, Sum)):
-        return x.onto(grid)
+    if isinstance(x, OnGrid) and x.grid is grid:
+        return x
+    if isinstance(x, Settled):
+        return OnGrid(grid.offsets(x.values), grid)
     real = _real(x)
     assert isinstance(real, Tensor)
     codes = quantize(real, grid.scale, grid.zero_point, grid.qmin, grid.qmax)

@@ -1,7 +1,7 @@
 """The quantized network: an ordinary nn.Module with the original's signature."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,11 +9,11 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from calque.graph import Network
-from calque.graph.network import clamp_bounds, is_movement, result_of
 from calque.graph.products import operands_of
 from calque.graph.rewrite import free_name
 from calque.graph.signature import Batch, Signature, flatten
 from calque.integer import IntegerModel
+from calque.kernels import fuse, grid_node, maker_of
 from calque.placement import Edge
 from calque.prices import Prices
 from calque.quantizers import QuantizedLayer, Quantizer
@@ -61,6 +61,7 @@ class QuantizedModel(nn.Module):
         self.facts = dict(facts)
         self.report: Any = None
         self.prices: Prices | None = None
+        self._kernels: Callable[..., tuple[Any, ...]] | None = None
         self.eval()
 
     def forward(self, *args: object, **kwargs: object) -> Any:
@@ -75,7 +76,21 @@ class QuantizedModel(nn.Module):
                 raise TypeError(
                     f"the network was captured with the argument {constant!r}. Got {leaf!r}; capture it anew."
                 )
-        return pytree.tree_unflatten(self.graph_module(*leaves), self.out_spec)
+        return pytree.tree_unflatten(self.evaluate(*leaves), self.out_spec)
+
+    def evaluate(self, *leaves: object) -> tuple[Any, ...]:
+        """The flat outputs for flat inputs, computed by the kernels that the exported file runs on.
+
+        `graph_module` is the same network operator by operator: there, an add is rounded as real numbers, and codes may
+        differ by a step at rounding edges.
+        """
+        if self._kernels is None:
+            self._kernels = type(fx.GraphModule(self.graph_module, fuse(self.graph_module))).forward
+        outputs: tuple[Any, ...] = self._kernels(self.graph_module, *leaves)
+        return outputs
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kernels": None}  # code made from the graph, which can be made again
 
     def _check_sizes(self, batch: Batch) -> None:
         """Raises ValueError where an axis has another size than at capture, and is neither the batch's nor free."""
@@ -171,21 +186,18 @@ def assemble(
 
 
 def link_requantization(module: fx.GraphModule) -> None:
-    """Tells, in place, each quantized layer on which grid its result goes, where a single quantizer reads it."""
+    """Tells, in place, each quantized layer what grid its input is on, and its result's, where a single quantizer reads it."""
     for node in module.graph.nodes:
-        layer = module.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if not isinstance(layer, QuantizedLayer):
-            continue
-        result = result_of(node)
-        readers = list(result.users)
-        reader = module.get_submodule(str(readers[0].target)) if _calls_one_module(readers) else None
-        if isinstance(reader, Quantizer):
-            bounds = None if result is node else clamp_bounds(result)
-            layer.feed(reader, bounds or (float("-inf"), float("inf")))
-
-
-def _calls_one_module(readers: list[fx.Node]) -> bool:
-    return len(readers) == 1 and readers[0].op == "call_module"
+        called = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(called, QuantizedLayer):
+            grid = grid_of(module, node.all_input_nodes[0])
+            if grid is not None:
+                called.read(grid)
+        elif isinstance(called, Quantizer):
+            maker, bounds = maker_of(node)
+            layer = module.get_submodule(str(maker.target)) if maker.op == "call_module" else None
+            if isinstance(layer, QuantizedLayer):
+                layer.feed(called, bounds)
 
 
 def _insert(
@@ -219,11 +231,8 @@ def _insert(
 
 def grid_of(graph_module: fx.GraphModule, node: fx.Node) -> Quantizer | None:
     """The quantizer on whose grid the node's value is, looking back through operators that only move values."""
-    while is_movement(node) and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    if node.op != "call_module":
-        return None
-    module = graph_module.get_submodule(str(node.target))
+    found = grid_node(graph_module, node)
+    module = None if found is None else graph_module.get_submodule(str(found.target))
     return module if isinstance(module, Quantizer) else None
 
 

@@ -1,11 +1,21 @@
 """The modules that stand in a quantized network: a quantizer on an edge, and a layer with integer weights."""
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from calque.arithmetic import activation_limits, fake_quantize, per_channel, quantize, requantize
+from calque.arithmetic import EXACT_FLOAT32, activation_limits, fake_quantize, float32, per_channel, requantize
 from calque.errors import SpecError
 from calque.graph import Geometry
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Real values that an integer kernel has put on the grid of the quantizer that reads them."""
+
+    values: Tensor
 
 
 class Quantizer(nn.Module):
@@ -33,14 +43,41 @@ class Quantizer(nn.Module):
         self.register_buffer("scale", scale.detach().clone().float())
         self.register_buffer("zero_point", zero_point.detach().clone().to(torch.int32))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Settled) -> Tensor:
+        if isinstance(x, Settled):
+            return x.values
         return fake_quantize(x, self.scale, self.zero_point, self.qmin, self.qmax)
 
-    def code_bounds(self, bounds: tuple[float, float]) -> tuple[Tensor, Tensor]:
-        """The codes that a clip of real values to `bounds` leaves; rounding is monotone, so the bounds may be rounded."""
-        ends = torch.tensor(bounds, device=self.scale.device)
-        low, high = quantize(ends, self.scale, self.zero_point, self.qmin, self.qmax)
+    def requantize(self, sums: Tensor, multiplier: Tensor, bounds: tuple[float, float]) -> Tensor:
+        """The offsets (codes minus the zero point) of whole-number sums, times one float32 multiplier and clipped to `bounds`."""
+        low, high = self.offset_bounds(bounds)
+        return requantize(sums, multiplier, 0, low, high)
+
+    def offsets(self, x: Tensor) -> Tensor:
+        """The offsets, whole numbers, of real values that are on this grid."""
+        return x.div(self.scale).round_()
+
+    def real(self, offsets: Tensor) -> Tensor:
+        """The real values of offsets, which are overwritten."""
+        return offsets.to(self.scale.dtype).mul_(self.scale)
+
+    @property
+    def constants(self) -> tuple[float, int]:
+        """Scale and zero point as numbers."""
+        return self.scale.item(), int(self.zero_point)
+
+    def offset_bounds(self, bounds: tuple[float, float]) -> tuple[int, int]:
+        """The offsets that a clip of real values to `bounds` leaves; rounding is monotone, so the bounds may be rounded."""
+        scale, zero = self.constants
+        quotients = (float32(float32(end) / scale) for end in bounds)
+        low, high = (round(min(max(end, self.qmin - zero), self.qmax - zero)) for end in quotients)
         return low, high
+
+    @property
+    def reach(self) -> int:
+        """The largest magnitude of an offset."""
+        _, zero = self.constants
+        return max(zero - self.qmin, self.qmax - zero)
 
     @property
     def range(self) -> tuple[float, float]:
@@ -56,8 +93,8 @@ class Quantizer(nn.Module):
 class QuantizedLayer(nn.Module):
     """A convolution or linear layer with integer weights: `geometry.apply(x, codes * scale, bias)`.
 
-    Where the input is on a grid, its whole-number offsets times the codes are summed, as integer kernels do it; float32 sums
-    of whole numbers are exact below 2^24, so that the evaluation parts from the integer one at rounding edges only.
+    Where the input is on a grid, its whole-number offsets times the codes are summed, as integer kernels do it: float32 sums of
+    whole numbers are exact below 2^24, and a layer whose sums could be larger is computed in pieces of its inputs.
 
     Attributes:
         codes: int8 (C_out, ...), within `bits`.  scale: float32 (C_out,), or (C_out, G) for G groups of inputs.
@@ -104,7 +141,11 @@ class QuantizedLayer(nn.Module):
         self.register_buffer("scale", scale.detach().clone())
         self.register_buffer("bias", bias.detach().clone())
         self.register_buffer("bias_scale", None if bias_scale is None else bias_scale.detach().clone())
-        self._next: list[tuple[Quantizer, tuple[float, float]]] = []  # in a list, so that it is no sub-module
+        # in lists, so that these are no sub-modules
+        self._source: list[Quantizer] = []
+        self._next: list[tuple[Quantizer, tuple[float, float]]] = []
+        self._parts: int | None = None
+        self.register_load_state_dict_post_hook(_recount)  # type: ignore[no-untyped-call]  # torch has no types here
 
     def feed(self, grid: Quantizer, bounds: tuple[float, float]) -> None:
         """Makes `forward` return values on `grid`, clipped to `bounds`, requantized as integer kernels do it.
@@ -113,6 +154,14 @@ class QuantizedLayer(nn.Module):
         nothing; but y / s_y of a rounded y is not always the code that one factor s_x s_w / s_y gives.
         """
         self._next = [(grid, bounds)]
+
+    def feeds(self, grid: Quantizer) -> bool:
+        """Whether `forward` returns values on that grid."""
+        return bool(self._next) and self._next[0][0] is grid
+
+    def read(self, grid: Quantizer) -> None:
+        """Says on which grid the input is: how large sums can become follows from it."""
+        self._source, self._parts = [grid], None
 
     def alone(self) -> "QuantizedLayer":
         """A copy of the layer that feeds no grid: its `forward` returns the real sums."""
@@ -134,17 +183,60 @@ class QuantizedLayer(nn.Module):
         return self.bias if self.bias_scale is None else self.bias.to(self.scale.dtype) * self.bias_scale
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.bias_scale is None:
-            return self.geometry.apply(x, self.weight, self.bias)
-        offsets = x.div(self.bias_scale[0] / self.scale[0]).round_()
-        sums = self.geometry.apply(offsets, self.codes.to(x.dtype), self.bias.to(x.dtype))
+        geometry, bias_scale = self.geometry, self.bias_scale
+        if bias_scale is None:
+            return geometry.apply(x, self.weight, self.bias)
+        sums = self.sums(x.div(bias_scale[0] / self.scale[0]).round_())
         if not self._next:
-            return sums.mul_(self.geometry.along_channels(self.bias_scale))
+            return sums.mul_(geometry.along_channels(bias_scale))
         grid, bounds = self._next[0]
-        low, high = grid.code_bounds(bounds)
-        multiplier = self.geometry.along_channels(self.bias_scale / grid.scale)
-        codes = requantize(sums, multiplier, grid.zero_point, low, high)
-        return codes.sub_(grid.zero_point).mul_(grid.scale)
+        return grid.real(grid.requantize(sums, geometry.along_channels(bias_scale / grid.scale), bounds))
+
+    def sums(self, offsets: Tensor) -> Tensor:
+        """The exact sums of offsets times codes plus the bias, rounded to the offsets' dtype once."""
+        if self._parts is None:
+            self._parts = self._count_parts()
+        codes, bias = self.codes.to(offsets.dtype), self.bias.to(offsets.dtype)
+        if self._parts == 1:
+            return self.geometry.apply(offsets, codes, bias)
+        if self._parts == 0:
+            exact = self.geometry.apply(offsets.double(), codes.double(), self.bias.double())
+            return exact.to(offsets.dtype)
+        axis = -1 if self.geometry.kind == "linear" else 1
+        pieces = zip(offsets.chunk(self._parts, axis), codes.chunk(self._parts, 1), strict=True)
+        total = sum(self.geometry.apply(x, weight, None).double() for x, weight in pieces)
+        return (total + self.geometry.along_channels(self.bias)).to(offsets.dtype)
+
+    def _count_parts(self) -> int:
+        """In how many pieces of the inputs every float32 sum is exact; 0 where in none, for float64."""
+        low, high = -255, 255
+        if self._source:
+            grid, zero = self._source[0], int(self._source[0].zero_point)
+            low, high = grid.qmin - zero, grid.qmax - zero
+        bias = int(self.bias.abs().max()) if self.bias.numel() else 0
+        if bias + max(high, -low) * (self.codes[0].numel() << (self.bits - 1)) < EXACT_FLOAT32:
+            return 1
+        if bias + _largest_sum(self.codes, low, high) < EXACT_FLOAT32:
+            return 1
+        inputs = self.codes.shape[1] if self.geometry.groups == 1 else 0
+        parts = 2
+        while parts <= inputs:
+            if all(_largest_sum(piece, low, high) < EXACT_FLOAT32 for piece in self.codes.chunk(parts, 1)):
+                return len(self.codes.chunk(parts, 1))
+            parts *= 2
+        return 0
 
     def extra_repr(self) -> str:
         return f"{self.geometry.kind}, bits={self.bits}, codes={tuple(self.codes.shape)}"
+
+
+def _largest_sum(codes: Tensor, low: int, high: int) -> int:
+    """The largest magnitude of any partial sum of a channel's codes (C_out, ...) times offsets from low <= 0 to high >= 0."""
+    rows = codes.flatten(1)
+    positive, negative = (part.sum(1, dtype=torch.int64) for part in (rows.clamp(min=0), rows.clamp(max=0)))
+    return int(torch.maximum(high * positive + low * negative, -low * positive - high * negative).max())
+
+
+def _recount(layer: nn.Module, keys: Any) -> None:
+    """Forgets how large a layer's sums can become: other codes were loaded."""
+    layer._parts = None  # type: ignore[assignment]  # an int or None, in a QuantizedLayer alone

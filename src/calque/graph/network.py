@@ -29,6 +29,7 @@ MOVEMENTS = frozenset(
 MAX_POOLS = frozenset({aten.max_pool2d.default, aten.adaptive_max_pool2d.default})
 AVERAGE_POOLS = frozenset({aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default})
 ADDITIONS = frozenset({aten.add.Tensor})
+MULTIPLICATIONS = frozenset({aten.mul.Tensor})
 CONCATENATIONS = frozenset({aten.cat.default, aten.concat.default})
 # Elementwise activations of one tensor, which a layer is fitted through.
 ACTIVATIONS = frozenset(
@@ -107,6 +108,14 @@ def is_spatial_mean(node: fx.Node) -> bool:
         and rank.dim() == 4
         and (sorted(axis % 4 for axis in axes if isinstance(axis, int)) == [2, 3])
     )
+
+
+def is_global_average(node: fx.Node) -> bool:
+    """Whether the node averages over the whole of an image tensor (N, C, H, W)."""
+    if node.target is not aten.adaptive_avg_pool2d.default:
+        return is_spatial_mean(node)
+    value = value_of(node.args[0])
+    return value is not None and value.dim() == 4 and node.args[1] in ([1, 1], (1, 1))
 
 
 def value_of(node: object) -> Tensor | None:

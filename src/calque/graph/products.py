@@ -28,6 +28,24 @@ def operands_of(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     return pair[0], pair[1]
 
 
+def contracted_axes(node: fx.Node) -> tuple[tuple[int, int], ...]:
+    """What a product sums over: (0 for the left factor or 1 for the right one, axis), each index once."""
+    if node.target is not aten.einsum.default:
+        return ((0, -1),)
+    equation = str(node.args[0]).replace(" ", "")
+    factors, _, result = equation.partition("->")
+    if "->" not in equation:
+        result = "".join(index for index in factors if factors.count(index) == 1)
+    found: dict[str, tuple[int, int]] = {}
+    for side, indices in enumerate(factors.split(",")):
+        front, dots, back = indices.partition("...")
+        for axis, index in enumerate(front if dots else indices):
+            found.setdefault(index, (side, axis))
+        for axis, index in enumerate(reversed(back), start=1):
+            found.setdefault(index, (side, -axis))
+    return tuple(place for index, place in found.items() if index not in result)
+
+
 def find_products(module: fx.GraphModule) -> dict[str, Product]:
     """The products of a captured graph whose operands both come from weighted layers, in execution order.
 
