@@ -201,7 +201,7 @@ def test_verify_of_an_edited_file_prints_its_figures_and_ends_in_an_error(
 
 def test_verify_of_another_runs_file_says_so_and_runs_nothing(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     quantize("--weights", "weights.safetensors")
-    quantize("--weights", "weights.safetensors", "--bits", "w2a2", output="worse")
+    quantize("--weights", "weights.safetensors", "--override", "[0]=w4a4", output="worse")
     run(["export", "worse", "model.onnx"])
     capsys.readouterr()
 

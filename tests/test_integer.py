@@ -185,7 +185,7 @@ def test_every_output_has_the_step_of_its_grid_or_of_its_sums() -> None:
 
     outputs, _, steps = q.integer().trace(WITHIN)
 
-    assert [None if step is None else tuple(step.shape) for step in steps] == [(4, 1, 1), (3,), None, None]
+    assert [None if step is None else tuple(step.shape) for step in steps] == [(1, 4, 1, 1), (3,), None, None]
     for output, step in zip(outputs[:2], steps[:2], strict=True):
         assert step is not None
         sums = output.double() / step
@@ -194,14 +194,14 @@ def test_every_output_has_the_step_of_its_grid_or_of_its_sums() -> None:
 
 def test_of_equal_values_the_first_comes_first_as_onnx_has_it() -> None:
     def best(net: Net, x: Tensor) -> tuple[Tensor, ...]:
-        y = net.a(x).flatten(1)
+        y = net.a(x).flatten(1).round()
         return (*y.topk(40, 1), *y.sort(1))
 
-    q = calque.quantize(Net(best, a=nn.Conv2d(1, 2, 3)), CALIBRATION, bits="w8a2", recipe="nearest", first_last=None)
+    q = calque.quantize(Net(best, a=nn.Conv2d(1, 2, 3)), CALIBRATION, bits="w8a8", recipe="nearest")
 
     values, indices, rising, order = q.integer()(WITHIN)
 
-    assert len(values[0].unique()) < 5  # so that most are equal to others
+    assert len(values[0].unique()) < 10  # most are equal to others
     for found, where in ((values, indices), (rising, order)):
         equal = found[:, 1:] == found[:, :-1]
         assert (where[:, 1:] > where[:, :-1])[equal].all()

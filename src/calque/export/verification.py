@@ -186,11 +186,11 @@ def _cells(output: OutputAgreement) -> tuple[str, ...]:
 def _legend(found: Verification) -> list[str]:
     """What the table's rows and columns mean, for the kinds of outputs that it has."""
     kinds = {output.kind for output in found.optimized.outputs}
-    off = ", optimizer off: without its own rewriting," if found.plain is not None else ""
+    off = "optimizer off, without its own rewriting, and " if found.plain is not None else ""
     shares = [text for kind, text in SHARES.items() if kind in kinds]
     lines = [
-        f"optimized: as {TITLES[found.target]} loads the file, which is judged{off} and far outside: inputs {OUTSIDE:g} times as "
-        "large, are not judged",
+        f"optimized: as {TITLES[found.target]} loads the file, which is judged; not judged: {off}far outside, inputs "
+        f"{OUTSIDE:g} times as large",
         f"= exact: share that is the exact integer evaluation's ({'; '.join(shares)}); = simulated: the PyTorch module's",
     ]
     if kinds != {"whole numbers"}:
