@@ -21,6 +21,7 @@ ROOMS = (
     "quantizers",
     "integer",
     "model",
+    "floats",
     "store",
     "calibration",
     "losses",

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from calque.arithmetic import affine_grid, fake_quantize, per_channel, weight_limits
 from calque.calibration import Execution, real_tokens
 from calque.graph import Network, WeightedLayer
-from calque.graph.network import AVERAGE_POOLS, MAX_POOLS, is_movement, is_spatial_mean
+from calque.graph.network import AVERAGE_POOLS, MAX_POOLS, SCALED, is_movement, is_spatial_mean
 from calque.graph.rewrite import free_name
 from calque.job import Job
 from calque.placement import root, shared_tensors
@@ -287,6 +287,7 @@ def insert_factor(network: Network, names: Group, index: int) -> fx.Node:
         factor = graph.get_attr(f"{holder}.{index:03d}")
         product = graph.call_function(aten.mul.Tensor, (source, factor))
     product.meta = {key: item for key, item in source.meta.items() if key in ("val", "tensor_meta", "nn_module_stack")}
+    product.meta[SCALED] = names
     for reader in readers:
         reader.replace_input_with(source, product)
     return factor

@@ -10,12 +10,11 @@ from torch import nn
 
 from calque.costs import float_size, values_outside_layers
 from calque.errors import CalibrationWarning
-from calque.graph import Network
+from calque.floats import float_operators
 from calque.job import Job
 from calque.report import LayerReport, Report
 from calque.search import Found
 from calque.stages import Built
-from calque.swept import Swept
 
 STACK = 4  # warnings point at the caller of quantize
 
@@ -40,7 +39,7 @@ def summarize(
     searched = {} if found is None else found.phases
     return Report(
         recipe.name, job.placement, job.seed, job.inputs, _layers(built, found), tensors, float_size(network) + other, other,
-        {**phases, **searched, **built.phases}, tuple(_notes(model, network, built.swept, found)),
+        {**phases, **searched, **built.phases}, tuple(_notes(model, job, built, found)),
         {"calque": version("calque"), "torch": torch.__version__}, loss=loss,
         finalists=() if found is None else found.finalists, distilled=built.distilled,
         tuned=None if tuned is None else (tuned.before, tuned.after),
@@ -63,8 +62,10 @@ def _layers(built: Built, found: Found | None) -> tuple[LayerReport, ...]:
     )
 
 
-def _notes(model: nn.Module, network: Network, swept: Swept, found: Found | None) -> list[str]:
-    notes = [*network.left_float, *swept.notes, *(() if found is None else found.notes)]
+def _notes(model: nn.Module, job: Job, built: Built, found: Found | None) -> list[str]:
+    network, swept = job.network, built.swept
+    left = [*network.left_float, *float_operators(built.model, network)]
+    notes = [*left, *swept.notes, *(() if found is None else found.notes)]
     if any(module.training for module in model.modules()):
         notes.insert(0, "the model was in train mode; its eval mode was quantized.")
     for name in network.unreached:

@@ -30,6 +30,7 @@ MAX_POOLS = frozenset({aten.max_pool2d.default, aten.adaptive_max_pool2d.default
 AVERAGE_POOLS = frozenset({aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default})
 ADDITIONS = frozenset({aten.add.Tensor})
 CONCATENATIONS = frozenset({aten.cat.default, aten.concat.default})
+SCALED = "scaled"  # in the meta of a multiplication by channel scales (calque.smoothing)
 # Elementwise activations of one tensor, which a layer is fitted through.
 ACTIVATIONS = frozenset(
     {
