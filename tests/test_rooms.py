@@ -23,6 +23,7 @@ ROOMS = (
     "integer",
     "model",
     "admission",
+    "floats",
     "store",
     "calibration",
     "losses",

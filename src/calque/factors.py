@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, fx
 
 from calque.graph import Network, WeightedLayer
+from calque.graph.network import SCALED
 from calque.graph.rewrite import free_name
 from calque.migration import along_inputs
 
@@ -52,6 +53,7 @@ def insert_factor(network: Network, names: Group, index: int) -> fx.Node:
         factor = graph.get_attr(f"{holder}.{index:03d}")
         product = graph.call_function(aten.mul.Tensor, (source, factor))
     product.meta = {key: item for key, item in source.meta.items() if key in ("val", "tensor_meta", "nn_module_stack")}
+    product.meta[SCALED] = names
     for reader in readers:
         reader.replace_input_with(source, product)
     return factor

@@ -10,6 +10,7 @@ from torch import nn
 
 from calque.costs import float_size, values_outside_layers
 from calque.errors import CalibrationWarning
+from calque.floats import float_operators
 from calque.graph import Network
 from calque.graph.batching import layout_notes
 from calque.job import Job
@@ -70,6 +71,7 @@ def _notes(model: nn.Module, job: Job, built: Built, found: Found | None) -> lis
         *layout_notes(network.signature.layout),
         *job.notes,
         *network.left_float,
+        *float_operators(built.model, network),
         *swept.notes,
         *(() if found is None else found.notes),
     ]

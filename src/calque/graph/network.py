@@ -31,6 +31,7 @@ AVERAGE_POOLS = frozenset({aten.avg_pool2d.default, aten.adaptive_avg_pool2d.def
 ADDITIONS = frozenset({aten.add.Tensor})
 MULTIPLICATIONS = frozenset({aten.mul.Tensor})
 CONCATENATIONS = frozenset({aten.cat.default, aten.concat.default})
+SCALED = "scaled"  # in the meta of a multiplication by channel scales (calque.smoothing)
 # Elementwise activations of one tensor, which a layer is fitted through.
 ACTIVATIONS = frozenset(
     {

@@ -1,9 +1,11 @@
 """What a captured graph leaves float or never reaches, in words."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import fx, nn
 
-from calque.graph.network import Product
+from calque.graph.network import Product, is_movement, value_of
 from calque.graph.rewrite import path_of
 
 aten = torch.ops.aten
@@ -16,10 +18,16 @@ _OTHER_WEIGHTED = frozenset(
         aten.conv_transpose3d.input, aten.embedding.default, aten.embedding_bag.padding_idx, aten.embedding_bag.default,
         aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input, aten.matmul.default,
         aten.bmm.default, aten.mm.default, aten.einsum.default, aten.scaled_dot_product_attention.default,
+        aten.baddbmm.default, aten.addbmm.default,
         aten.bilinear.default, aten.conv2d.default, aten.conv2d.padding, aten.linear.default, aten.addmm.default,
         aten.layer_norm.default, aten.group_norm.default, aten.instance_norm.default, aten.rms_norm.default,
     }
 )  # fmt: skip
+
+# Operators that look values up; where these are the network's own, it is a table that stays float, and is listed.
+_LOOKUPS = frozenset(
+    {aten.index.Tensor, aten.index_select.default, aten.gather.default, aten.take.default, aten.embedding.default}
+)
 
 
 def unreached(model: nn.Module, read: set[str]) -> tuple[str, ...]:
@@ -37,12 +45,54 @@ def unreached(model: nn.Module, read: set[str]) -> tuple[str, ...]:
 
 def uncovered(module: fx.GraphModule, products: dict[str, Product]) -> list[str]:
     """A sentence for each kind of operator with weights, or product of activations, that stays float."""
-    places: dict[str, list[str]] = {}
+    return list_operators(uncovered_operators(module, products))
+
+
+def uncovered_operators(module: fx.GraphModule, products: dict[str, Product]) -> list[fx.Node]:
+    """The operators with weights, the lookups in tables and the products of activations that no layer or product is."""
     quantized = {product.node for product in products.values()}
-    for node in module.graph.nodes:
-        if node.op == "call_function" and node.target in _OTHER_WEIGHTED and node not in quantized:
-            where = f" in {path_of(node)}" if path_of(node) else ""
-            places.setdefault(str(node.target), []).append(f"{node.name}{where}")
+    return [
+        node
+        for node in module.graph.nodes
+        if node.op == "call_function"
+        and node not in quantized
+        and (
+            node.target in _OTHER_WEIGHTED
+            or (node.target in _LOOKUPS and _table(node) is not None and _reads_inputs(node))
+        )
+    ]
+
+
+def _table(node: fx.Node) -> str | None:
+    """The path of the float tensor of the network that the node looks values up in."""
+    source, value = node.args[0], value_of(node)
+    if value is None or not value.is_floating_point():
+        return None
+    while isinstance(source, fx.Node) and is_movement(source):
+        source = source.args[0]
+    return str(source.target) if isinstance(source, fx.Node) and source.op == "get_attr" else None
+
+
+def _reads_inputs(node: fx.Node) -> bool:
+    pending, seen = [node], set()
+    while pending:
+        current = pending.pop()
+        if current.op in ("placeholder", "call_module"):
+            return True
+        if current not in seen and current.target is not aten.sym_size.int:
+            seen.add(current)
+            pending.extend(current.all_input_nodes)
+    return False
+
+
+def list_operators(nodes: Iterable[fx.Node]) -> list[str]:
+    """A sentence for each kind of these operators, which stay float; SHOWN of a kind are named."""
+    places: dict[str, list[str]] = {}
+    for node in nodes:
+        table = _table(node) if node.target in _LOOKUPS else None
+        what = f" of the table {table}" if table else ""
+        where = f" in {path_of(node)}" if path_of(node) else ""
+        places.setdefault(str(node.target), []).append(f"{node.name}{what}{where}")
     sentences = []
     for operator, names in places.items():
         if len(names) == 1:
