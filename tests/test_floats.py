@@ -13,7 +13,8 @@ import calque
 import networks
 from calque.graph import Network, capture
 from calque.graph.network import result_of
-from calque.integer import Accumulator, OnGrid, Sum, _Interpreter
+from calque.integer import Accumulator, OnGrid, _Interpreter
+from calque.kernels import fuse, scale_product, settle_pool
 from calque.model import QuantizedModel
 from calque.quantizers import Quantizer
 from calque.spec import Placement
@@ -26,7 +27,6 @@ MOVES = {
     "flatten", "view", "reshape", "transpose", "permute", "select", "slice", "unsqueeze", "squeeze", "cat", "dropout",
     "max_pool2d", "expand_as", "zeros", "unflatten", "contiguous", "clone", "expand", "to", "unbind", "chunk", "split", "stack",
 }  # fmt: skip
-POOLS = {"avg_pool2d", "adaptive_avg_pool2d", "mean"}
 
 
 def image_forward(net: Net, x: Tensor) -> Tensor:
@@ -63,21 +63,20 @@ class Text(nn.Module):
 
 
 class Ran(_Interpreter):
-    """The integer evaluation, and the nodes whose result is computed on integers."""
+    """The integer evaluation, the nodes that it executes and those of them whose result is computed on integers."""
 
     def __init__(self, q: QuantizedModel) -> None:
-        super().__init__(q.graph_module, {})
+        super().__init__(q.graph_module, fuse(q.graph_module), {})
+        self.seen: set[str] = set()
         self.exact: set[str] = set()
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        operands = [self.env[source] for source in n.all_input_nodes if source in self.env]
-        sums = isinstance(result, (Accumulator, Sum)) and _quantized(self, result_of(n))
-        stays = sums or isinstance(result, OnGrid)
+        self.seen.add(n.name)
+        sums = isinstance(result, Accumulator) and _quantized(self, result_of(n))
         clip = n.op == "call_function" and _name(n) in ("relu", "relu6") and _quantized(self, n)
-        pool = n.op == "call_function" and _name(n) in POOLS and _quantized(self, result_of(n))
-        product = n.op == "call_function" and _name(n) == "matmul"
-        if stays or clip or ((pool or product) and all(isinstance(x, OnGrid) for x in operands)):
+        kernel = bool(n.users) and all(reader.target in (settle_pool, scale_product) for reader in n.users)
+        if isinstance(result, OnGrid) or sums or clip or kernel:
             self.exact.add(n.name)
         return result
 
@@ -105,7 +104,8 @@ def expected(q: QuantizedModel, network: Network, leaves: tuple[Tensor, ...]) ->
         values = [node.meta.get("val"), *(source.meta.get("val") for source in node.all_input_nodes)]
         floats = any(isinstance(value, Tensor) and value.is_floating_point() for value in values)
         computes = node.op == "call_function" and floats and _name(node) not in MOVES | {"getitem", "sym_size"}
-        if computes and node.name not in ran.exact and "scaled" not in node.meta:
+        stays = node.name in ran.seen and node.name not in ran.exact  # a kernel stands for what was not executed
+        if computes and stays and "scaled" not in node.meta:
             found[str(node.target)] += 1
     return found
 

@@ -11,7 +11,16 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from calque.graph import Network
-from calque.graph.network import ADDITIONS, AVERAGE_POOLS, SCALED, clamp_bounds, is_movement, is_spatial_mean, result_of
+from calque.graph.network import (
+    ADDITIONS,
+    AVERAGE_POOLS,
+    MULTIPLICATIONS,
+    SCALED,
+    clamp_bounds,
+    is_movement,
+    is_spatial_mean,
+    result_of,
+)
 from calque.graph.products import operands_of
 from calque.graph.uncovered import SHOWN, list_operators, uncovered_operators
 from calque.model import QuantizedModel, grid_of
@@ -96,7 +105,7 @@ def _is_integer(module: fx.GraphModule, node: fx.Node) -> bool:
     if clamp_bounds(node) is not None:
         return _goes_on_a_grid(module, node)
     operands = [argument for argument in node.args if isinstance(argument, fx.Node)]
-    whole = node.target in ADDITIONS and len(operands) == 2 and not node.kwargs
+    whole = node.target in ADDITIONS | MULTIPLICATIONS and len(operands) == 2 and not node.kwargs
     if not (whole or node.target in AVERAGE_POOLS or is_spatial_mean(node)):
         return False
     on_grids = all(grid_of(module, operand) is not None for operand in operands)
