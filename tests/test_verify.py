@@ -20,7 +20,7 @@ from calque.export import Agreement
 from calque.export.agreement import agreements, spread_of
 from calque.export.runtimes import OnnxRuntime
 from calque.export.verification import LIMIT_DB
-from calque.export.verify import load_proto
+from calque.export.verify import _with_outputs, load_proto
 from calque.model import QuantizedModel
 from calque.parts import PartlyQuantized
 from networks import Net
@@ -60,6 +60,7 @@ def boxes_beside_scores(net: Net, x: Tensor) -> Tensor:
 FORWARDS: dict[str, tuple[tuple[str, ...], Forward]] = {
     "two heads": (("scores", "boxes"), lambda n, x: {"a": n.scores(pooled(n, x)), "b": n.boxes(pooled(n, x))}),
     "sigmoid": (("scores",), lambda n, x: torch.sigmoid(n.scores(pooled(n, x)))),
+    "scores": (("scores",), lambda n, x: n.scores(pooled(n, x))),
     "softmax": (("scores",), lambda n, x: n.scores(pooled(n, x)).softmax(1)),
     "regression": (("score",), lambda n, x: n.score(pooled(n, x))),
     "boxes beside scores": (("boxes", "score"), boxes_beside_scores),
@@ -329,8 +330,35 @@ def test_the_spread_is_that_of_the_narrowest_slice_and_of_a_constant_its_size() 
     assert spread_of(torch.tensor([[float("-inf"), 1.0, 3.0]])).item() == 1.0
 
 
+@pytest.mark.parametrize(("name", "moved"), [("regression", 0.05), ("scores", 0.001)])
+@pytest.mark.parametrize(("codes", "share"), [(0, 0.0), (1, 1.0), (200, 0.0)])
+def test_other_values_count_where_a_code_parts_and_few_codes_do(
+    tmp_path: Path, name: str, moved: float, codes: int, share: float
+) -> None:
+    """Every row's values move by a part of their spread: beside equal codes, one other code a row, or most codes."""
+    q = quantized(name)
+    path, parts_at = calque.export_onnx(q, tmp_path / "model.onnx"), "stem.output"
+    proto = onnx.load(path)
+    names = [output.name for output in proto.graph.output]
+    onnx.save(_with_outputs(proto, list(q.quantizers)), path)
+    position = list(q.quantizers).index(parts_at)
+
+    def change(outputs: list[Tensor]) -> list[Tensor]:
+        values, *found = outputs
+        parted = found[position].clone()
+        parted.flatten(1)[:, :codes] ^= 1
+        return [values + moved * values.std(), *found[:position], parted, *found[position + 1 :]]
+
+    runtime = Returning(path, change)
+    found = agreements([runtime], q, [{"x": INPUTS}], names, list(q.quantizers))[0]  # type: ignore[list-item]
+
+    assert found.parted == (parts_at if codes else "")
+    assert found.parted_share == codes / 512
+    assert found.exact == share
+
+
 class Attention(nn.Module):
-    """Eight float kernels in front of grids: single codes of a right file part at rounding edges."""
+    """Float kernels in front of grids: single codes of a right file part at rounding edges."""
 
     def __init__(self) -> None:
         super().__init__()

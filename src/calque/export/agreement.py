@@ -50,7 +50,7 @@ def agreements(
 
     Args:
         names: of the file's outputs.
-        edges: whose codes the runtimes return behind the outputs; all of the network's, or none.
+        edges: whose codes the runtimes return behind the outputs, of the network's those that the file has.
 
     Raises:
         VerificationError: a runtime cannot run the file; outputs of another number or shape than the network's.
@@ -145,7 +145,7 @@ class _FileCount:
             self.wrong[name] += int(apart.sum())
             same &= ~(apart.reshape(batch.rows, -1).any(1) if apart.shape[:1] == same.shape else apart.any())
         for count, found, output in zip(self.outputs, received[:number], batch.outputs, strict=True):
-            count.add(found, output, same if self.edges or not batch.codes else None)
+            count.add(found, output, same if len(self.edges) == len(batch.codes) else None)
 
     def agreement(self) -> Agreement:
         parted = next((name for name in self.edges if self.wrong[name]), "")
@@ -173,7 +173,7 @@ class _OutputCount:
         self.finite, self.total, self.power = 0, 0.0, 0.0  # of the exact output
 
     def add(self, received: Tensor, output: _Output, same: Tensor | None) -> None:
-        """Counts one batch; `same` (N,): rows whose codes are the exact ones in every tensor, None where nobody asked."""
+        """Counts one batch; `same` (N,): rows whose codes are the exact ones in every tensor, None where not all are known."""
         if received.shape != output.exact.shape:
             raise VerificationError(
                 f"output {self.name} has the shape {tuple(received.shape)} in the file and {tuple(output.exact.shape)} in the "

@@ -118,9 +118,8 @@ def _opened(proto: onnx.ModelProto, model: QuantizedModel, target: Target) -> tu
     """The file as its runtime loads it, in ONNX Runtime also without the optimizer; and the edges whose codes it returns, too."""
     if target != "onnxruntime":
         return [open_runtime(proto, target)], []  # more outputs would change what OpenVINO fuses
-    known, edges = {output for node in proto.graph.node for output in node.output}, list(model.quantizers)
-    if not all(f"{name}/codes" in known for name in edges):
-        edges = []
+    known = {output for node in proto.graph.node for output in node.output}
+    edges = [name for name in model.quantizers if f"{name}/codes" in known]
     probed = _with_outputs(proto, edges)
     return [OnnxRuntime(probed), OnnxRuntime(probed, optimize=False)], edges
 
