@@ -28,7 +28,7 @@ from calque.trial import Extremes
 RATIO = 10.0  # costs 3 bits of 8; within it, some inputs are brighter than others
 ENOUGH = 256  # rows for which RATIO holds; of fewer, it grows by the square root
 CHANCE = 1e-4
-FEWEST = 16  # rows: fewer do not show what is usual
+FEWEST = 8  # rows: fewer do not show what is usual
 SHARES = (
     32,
     100,

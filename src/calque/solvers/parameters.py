@@ -20,9 +20,9 @@ class StepSizes:
     Attributes:
         weight, weight_scale, bias, activation_scale, zero_point: a rate each.
         unit: "relative": weights and the zero point in levels of their grid, scales by their logarithm, the bias in standard
-            deviations of the output, each falling by a cosine. "absolute": everything in real units, the scales as the
-            ranges that they span and the zero point as the range's lower end, constant, as in the released code of Hubara
-            et al. 2021.
+            deviations of the output, each falling by a cosine. "absolute": everything in units of the layer
+            (`calque.solvers.units`), the scales as the ranges that they span and the zero point as the range's lower end,
+            constant. The released code of Hubara et al. 2021 has real units; its rates are for values of about 1.
     """
 
     weight: float
@@ -135,7 +135,7 @@ class Relative(Parameters):
 
 
 class Absolute(Parameters):
-    """In real units: the weights themselves, and ranges in place of scales (the released code of Hubara et al. 2021)."""
+    """In units of the layer: the weights themselves, and ranges in place of scales (the released code of Hubara et al. 2021)."""
 
     def __init__(self, problem: LayerProblem, start: Fit, bits: int, *, codes: Tensor | None, learn_grid: bool):
         super().__init__(problem, start, bits, codes=codes, learn_grid=learn_grid)
