@@ -219,7 +219,7 @@ def _agreements(
         leaves = [leaf for leaf in flatten(batch)[0] if isinstance(leaf, Tensor)]
         exact, codes, step = integer.trace(*leaves)
         with torch.no_grad():
-            simulated = model.graph_module(*leaves)[0]
+            simulated = model.evaluate(*leaves)[0]
         for runtime, count in zip(runtimes, counts, strict=True):
             count.add(runtime.run(leaves), exact[0].cpu(), simulated.cpu(), step.cpu(), codes)
     return [count.agreement() for count in counts]
