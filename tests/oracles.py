@@ -46,6 +46,15 @@ def requantize(accumulator: int, multiplier: float, zero_point: int, qmin: int, 
     return min(max(round_half_even(Fraction(float(product))) + zero_point, qmin), qmax)
 
 
+def add(left: Whole, right: Whole, scales: tuple[float, float, float], zero_points: tuple[int, int, int]) -> Whole:
+    """Codes of a sum before the clip, by QLinearAdd's fused multiply-adds; products of codes and factors fit float64."""
+    a, b = (np.float32(scale) / np.float32(scales[2]) for scale in scales[:2])
+    za, zb, zy = zero_points
+    offset = np.float32(np.float64(a) * za + np.float64(b * np.float32(zb)))
+    inner = (np.float64(b) * right + np.float64(np.float32(zy) - offset)).astype(np.float32)
+    return np.rint((np.float64(a) * left + np.float64(inner)).astype(np.float32)).astype(np.int64)
+
+
 def grid(low: float, high: float, bits: int) -> tuple[float, int]:
     """Scale and zero point of the 2^bits points over [low, high] with 0 in it, in float64."""
     low, high = min(low, 0.0), max(high, 0.0)

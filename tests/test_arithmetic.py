@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -9,6 +9,7 @@ import oracles
 from calque.arithmetic import (
     BIAS_LIMIT,
     SMALLEST_SCALE,
+    Grids,
     activation_limits,
     affine_grid,
     bias_codes,
@@ -18,6 +19,7 @@ from calque.arithmetic import (
     pack,
     quantize,
     requantize,
+    requantize_sum,
     round_through,
     unpack,
     weight_codes,
@@ -272,6 +274,26 @@ def test_requantizing_rounds_halves_to_even() -> None:
     codes = requantize(torch.tensor([1, 3, 5, 7]), half, zero, zero, torch.tensor(15.0))
 
     assert codes.tolist() == [0, 2, 2, 4]
+
+
+@given(
+    st.tuples(*[st.floats(float(np.float32(1e-3)), 1.0, width=32)] * 3),
+    st.tuples(*[st.integers(0, 255)] * 3),
+)
+@example((1.0, 1.0, 2.0), (0, 0, 0))  # every second sum is a tie
+@example((0.1, 0.3, 0.2), (121, 7, 90))
+@settings(deadline=None, max_examples=20)
+def test_a_requantized_sum_equals_the_oracle_for_every_pair_of_codes(
+    scales: tuple[float, float, float], zero_points: tuple[int, int, int]
+) -> None:
+    left, right = (torch.arange(256.0).reshape(shape) for shape in ((256, 1), (1, 256)))
+    sides = tuple((float(np.float32(scale)), zero) for scale, zero in zip(scales, zero_points, strict=True))
+    real = [(codes - zero) * scale for codes, (scale, zero) in zip((left, right), sides, strict=False)]
+
+    offsets = requantize_sum(real[0], real[1], Grids(*sides), -zero_points[2], 255 - zero_points[2])
+
+    expected = oracles.add(left.long().numpy(), right.long().numpy(), scales, zero_points)
+    assert np.array_equal(offsets.numpy() + zero_points[2], expected.clip(0, 255))
 
 
 def test_rounding_passes_gradients_through() -> None:

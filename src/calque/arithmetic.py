@@ -20,9 +20,8 @@ NEGLIGIBLE = (
 )  # a scale of weights in units of their layer (`calque.solvers.units`): what is smaller adds nothing
 BIAS_LIMIT = 2**30  # half of int32, so that accumulator plus bias stays inside it
 EXACT_FLOAT32 = 2**24  # integers up to here, and sums of them that stay below, are exact in float32
-SUM_ERROR = (
-    2**-12
-)  # over 1 + A + B: eight roundings of values up to 256 of these, each half of 2^-23 of them, and twice that
+# Of a requantized sum, in units of 1 + A + B: ten roundings of at most 2^-24 of values below 256, and a half more.
+SUM_ERROR = 2**-12
 
 
 def activation_limits(bits: int) -> tuple[int, int]:

@@ -30,27 +30,22 @@ UNBOUNDED: Bounds = (float("-inf"), float("inf"))
 Trio = tuple[Quantizer, Quantizer, Quantizer]  # the grids of both operands and of the result
 
 
-def maker_of(quantizer: fx.Node) -> tuple[fx.Node, Bounds]:
-    """The node whose result only this quantizer reads, through clips that nothing else reads, and their bounds together.
+def maker_of(quantizer: fx.Node) -> tuple[fx.Node, Bounds] | None:
+    """The node whose result goes to this quantizer alone, through clips at most, and the bounds of these together.
 
-    Where something else reads a value on the way, the node is the quantizer's own argument, unclipped.
+    None where something else reads the result or a clip of it: then it becomes real numbers.
     """
-    source = quantizer.args[0]
-    assert isinstance(source, fx.Node)
-    node, clips = source, []
-    while len(node.users) == 1:
+    node, clips = quantizer.args[0], list[Bounds]()
+    while isinstance(node, fx.Node) and len(node.users) == 1:
         bounds = clamp_bounds(node) if node.op == "call_function" else None
         if bounds is None:
-            break
+            low, high = UNBOUNDED
+            for first, last in reversed(clips):
+                low, high = (min(max(end, first), last) for end in (low, high))
+            return node, (low, high)
         clips.append(bounds)
-        assert isinstance(node.args[0], fx.Node)
         node = node.args[0]
-    if len(node.users) > 1:
-        return source, UNBOUNDED
-    low, high = UNBOUNDED
-    for first, last in reversed(clips):
-        low, high = (min(max(end, first), last) for end in (low, high))
-    return node, (low, high)
+    return None
 
 
 def grid_node(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
@@ -89,7 +84,10 @@ class _Fusion:
 
     def requantize(self, quantizer: fx.Node) -> None:
         """Puts the kernel that returns its codes in front of a quantizer."""
-        node, bounds = maker_of(quantizer)
+        made = maker_of(quantizer)
+        if made is None:
+            return
+        node, bounds = made
         with self.graph.inserting_before(quantizer):
             target = self._called(quantizer)
             layer = self.module.get_submodule(str(node.target)) if node.op == "call_module" else None

@@ -194,10 +194,10 @@ def link_requantization(module: fx.GraphModule) -> None:
             if grid is not None:
                 called.read(grid)
         elif isinstance(called, Quantizer):
-            maker, bounds = maker_of(node)
-            layer = module.get_submodule(str(maker.target)) if maker.op == "call_module" else None
-            if isinstance(layer, QuantizedLayer):
-                layer.feed(called, bounds)
+            made = maker_of(node)
+            layer = module.get_submodule(str(made[0].target)) if made and made[0].op == "call_module" else None
+            if made and isinstance(layer, QuantizedLayer):
+                layer.feed(called, made[1])
 
 
 def _insert(

@@ -74,7 +74,7 @@ def _quantized_at_load(model: QuantizedModel) -> bool:
 @torch.no_grad()
 def _evaluated(model: QuantizedModel, leaves: list[Tensor], count: int, names: Sequence[str]) -> _Batch:
     exact, codes, steps = model.integer().trace(*leaves)
-    simulated = model.graph_module(*leaves)
+    simulated = model.evaluate(*leaves)
     outputs = []
     for index in _shared(exact, names):
         values = torch.as_tensor(exact[index]).cpu()
