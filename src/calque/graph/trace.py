@@ -83,7 +83,9 @@ def trace(
                 program = program.run_decompositions({})
             module = program.module(check_guards=False)
             assert isinstance(module, fx.GraphModule)
-            return module, trees[-1]
+            tree = trees[-1] if trees else module._out_spec  # torch.export copies graphs, and their own forward runs
+            assert isinstance(tree, pytree.TreeSpec)
+            return module, tree
     except Exception as error:
         raise CaptureError(_explain(error)) from error
 
