@@ -373,7 +373,7 @@ def test_smoothing_changes_no_output(trained: Encoder) -> None:
     batches = prepare(batch, Signature.of(trained), torch.device("cpu"))
     network = capture(trained, batches[0])
     job = Job(network, batches, FAST)
-    scaled = smooth(job, {name: (Bits(4, 4),) for name in network.layers})
+    scaled, _ = smooth(job, {name: (Bits(4, 4),) for name in network.layers})
 
     with torch.no_grad():
         found, expected = scaled.module(*batch.values())[0], trained(**batch)

@@ -34,12 +34,14 @@ class Guarded:
         network: the one that was given, with factors in front of some layers.
         tensors: names of shared tensors and products that stay float.
         layers: names of layers whose activations stay float.
+        scaled: names of layers whose input got factors.
         notes: which of these, and why, a sentence each.
     """
 
     network: Network
     tensors: frozenset[str] = frozenset()
     layers: frozenset[str] = frozenset()
+    scaled: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
 
     def applied(
@@ -71,7 +73,7 @@ def guard(
         lost = trial.lost([edge for edge in edges if edge.name not in asked and edge.product not in asked])
         if not lost:
             return found
-        for edge, loss in lost.items():
+        for edge, loss in _joined(found.network, lost).items():
             log.info("grid %s would cost %.3g of a signal", edge.name, loss)
             found = _mended(found, edge, trial, loss)
 
@@ -87,6 +89,16 @@ def _edges(
     return place(found.network, bits, placement)
 
 
+def _joined(network: Network, lost: Mapping[Edge, float]) -> dict[Edge, float]:
+    """The lost edges, with one in place of those that stand in front of layers on the same value: they share factors."""
+    found: dict[object, tuple[Edge, float]] = {}
+    for edge, loss in lost.items():
+        key = network.layers[edge.readers[0]].node.args[0] if edge.kind == "input" else edge
+        first, most = found.get(key, (replace(edge, readers=()), 0.0))
+        found[key] = replace(first, readers=(*first.readers, *edge.readers)), max(most, loss)
+    return dict(found.values())
+
+
 def _mended(found: Guarded, edge: Edge, trial: Trial, loss: float) -> Guarded:
     """The decisions with one more, about a grid that loses a part."""
     why = f"one grid {trial.shown(edge)} would wipe out a part of {{}}{_kept(loss)}."
@@ -95,10 +107,11 @@ def _mended(found: Guarded, edge: Edge, trial: Trial, loss: float) -> Guarded:
         note = f"tensor {name} stays float: {why.format('it')}"
         return replace(found, tensors=found.tensors | {name}, notes=(*found.notes, note))
     names = ", ".join(edge.readers)
-    scale = None if edge.readers in found.network.scaled else trial.factors(edge)
+    scale = None if found.scaled & set(edge.readers) else trial.factors(edge)
     if scale is not None:
         note = f"layer {names}: each channel of the input is multiplied by a factor of its own; {why.format('it')}"
-        return replace(found, network=multiply_inputs(found.network, edge.readers, scale), notes=(*found.notes, note))
+        network = multiply_inputs(found.network, edge.readers, scale)
+        return replace(found, network=network, scaled=found.scaled | set(edge.readers), notes=(*found.notes, note))
     note = f"layer {names}: the activations stay float; {why.format('the input')}"
     return replace(found, layers=found.layers | set(edge.readers), notes=(*found.notes, note))
 

@@ -33,7 +33,7 @@ from calque.parts import PartlyQuantized, quantize_parts
 from calque.recipe import Recipe, find_recipe
 from calque.search import check_budget, search
 from calque.smoothing import smooth
-from calque.spec import FLOAT, Bits, Placement, Plan
+from calque.spec import Bits, Placement, Plan
 from calque.stages import build
 from calque.store import parse_bytes
 from calque.summary import summarize
@@ -144,6 +144,9 @@ def quantize(
     captured = time.perf_counter()
     job, references, extremes = healthy(job)
     float_pass = time.perf_counter() - captured
+    if job.recipe.migration:
+        smoothed, moved = smooth(job, choices)
+        job, extremes = replace(job, network=smoothed), {} if moved else extremes
     asked_tensors = {name: entry for name, entry in entries.items() if name not in network.layers}
     guarded = guard(job, choices, asked_tensors, extremes)
     job = replace(job, network=guarded.network, notes=(*job.notes, *guarded.notes))
@@ -153,9 +156,6 @@ def quantize(
     asked = {"bits": bits, "plan": plan and plan.to_toml(), "override": override, "first_last": first_last}
     job = replace(job, checkpoint=_open(run, job, {**asked, "loss": _named(loss)}))
     log.info("%s", estimate(job, choices, float_pass, search=budget is not None))
-    if job.recipe.migration:
-        floating = {name for name, entry in entries.items() if entry == FLOAT}
-        job = replace(job, network=smooth(job, choices, floating))
     found = None
     with alone(job.checkpoint):
         if budget is not None:

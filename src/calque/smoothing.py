@@ -10,7 +10,7 @@ AWQ (2306.00978) chooses them.
 """
 
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -40,19 +40,18 @@ SILENT = 1e-6  # of the largest channel
 CONSTANT = 1e-30  # of the squared size of outputs: the power of those that are the same everywhere
 
 
-def smooth(job: Job, choices: Mapping[str, Sequence[Bits]], floating: Collection[str] = ()) -> Network:
-    """The job's network with channel scales wherever they help the linear layers whose inputs will be quantized.
+def smooth(job: Job, choices: Mapping[str, Sequence[Bits]]) -> tuple[Network, bool]:
+    """The job's network with channel scales wherever they help the linear layers whose inputs will be quantized; if any do.
 
     The network's module is changed in place. One float pass up to the last such layer; none where there is none.
 
     Args:
         choices: the bits that each layer has, or may have; the middle one judges.
-        floating: shared tensors that are on no grid.
     """
     network = job.network
-    groups = linear_groups(network, choices, job.placement, floating)
+    groups = linear_groups(network, choices, job.placement)
     if not groups:
-        return network
+        return network, False
     with job.store() as store:
         execution = Execution(network.module, job.batches, store)
         found: dict[Group, Tensor] = {}
@@ -76,24 +75,19 @@ def smooth(job: Job, choices: Mapping[str, Sequence[Bits]], floating: Collection
             layer = network.weighted(name)
             network.module.set_submodule(name, WeightedLayer(layer.geometry, layer.weight * scale, layer.bias))
     network.module.recompile()
-    return network
+    return network, bool(found)
 
 
 def linear_groups(
-    network: Network,
-    choices: Mapping[str, Sequence[Bits]],
-    placement: Placement,
-    floating: Collection[str] = (),
+    network: Network, choices: Mapping[str, Sequence[Bits]], placement: Placement
 ) -> dict[fx.Node, Group]:
     """By the tensor that they read, the linear layers that may share channel scales.
 
-    None that shares its weights, reads a clipped layer (`calque.migration` has these), a pool, or what is on a grid anyway,
-    and none that has factors already.
+    None that shares its weights, reads a clipped layer (`calque.migration` has these), a pool, or what is on a grid anyway.
     """
-    tied = {*network.shared, *network.shared.values(), *(name for names in network.scaled for name in names)}
+    tied = {*network.shared, *network.shared.values()}
     clipped = {layer.result for layer in network.layers.values() if layer.result is not layer.node}
-    shared = shared_tensors(network) if placement == "integer" else {}
-    gridded = {node for node, name in shared.items() if name not in floating}
+    gridded = set(shared_tensors(network)) if placement == "integer" else set()
     readers: dict[fx.Node, list[str]] = {}
     for name, layer in network.layers.items():
         quantized = any(bits.activation is not None for bits in choices[name])
