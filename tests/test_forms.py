@@ -94,7 +94,7 @@ class Signal(nn.Module):
         x = F.relu(x + self.norm2(self.inner(F.pad(x, (5, 0))))[..., 1:])
         y = F.relu6(self.norm3(self.up(self.pool(x))))
         x = F.leaky_relu(self.mean(self.last(torch.cat([x[..., :-1], y], 1)))) * 0.5
-        logits: Tensor = self.head(x.mean((2, 3) if self.image else -1))
+        logits: Tensor = self.head(x.mean((2, 3)) if self.image else x.flatten(2).mean(-1))
         return logits
 
 

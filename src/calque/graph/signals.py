@@ -115,6 +115,13 @@ def _slice(node: fx.Node, image_of: Callable[[Any], Any]) -> tuple[Any, ...] | N
     return None if node.kwargs else (node.target, image_of(x), _axis(axis), *bounds)
 
 
+def _flatten(node: fx.Node, image_of: Callable[[Any], Any]) -> tuple[Any, ...] | None:
+    """The last axis alone, which changes nothing: what is written for images and signals alike."""
+    ends: list[Any] = [*node.args[1:], *[0, -1][len(node.args) - 1 :]]  # from axis 0 to the last one by default
+    last_alone = all(int(end) % 3 == 2 for end in ends) and not node.kwargs
+    return (aten.alias.default, image_of(node.args[0])) if last_alone else None
+
+
 def _axis(axis: int) -> int:
     """The axis of an image that is this one of the signal."""
     return 3 if axis % 3 == 2 else axis % 3
@@ -157,6 +164,7 @@ _RULES: dict[Any, Rule] = {
     **dict.fromkeys(CONCATENATIONS, _concatenation),
     **dict.fromkeys((aten.constant_pad_nd.default, aten.pad.default), _pad),
     aten.slice.Tensor: _slice,
+    aten.flatten.using_ints: _flatten,
     aten.mean.dim: _mean,
     aten.max_pool1d.default: _pool(aten.max_pool2d.default, (0, 1)),
     aten.avg_pool1d.default: _pool(aten.avg_pool2d.default, (0,)),
