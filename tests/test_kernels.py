@@ -22,7 +22,7 @@ from calque.spec import Placement
 from networks import Net
 
 CALIBRATION, INPUTS = networks.images(24, seed=0), networks.images(16, seed=1)
-DEPTH = 27  # blocks: a code that differs at one edge changes thousands behind it
+DEPTH = 16  # blocks: a code that differs at one edge changes thousands behind it
 
 
 def residual(net: Net, x: Tensor) -> Tensor:
@@ -137,7 +137,9 @@ def test_a_deep_network_equals_the_exact_evaluation_and_its_file(tmp_path: Path,
 
     assert {name for name in codes if not torch.equal(found[name], codes[name])} == set()
     assert torch.equal(deep(INPUTS), exact[0])
-    assert torch.equal(run_onnx(calque.export_onnx(deep, tmp_path / "q.onnx"), [INPUTS]), deep(INPUTS))
+    file = calque.export_onnx(deep, tmp_path / "q.onnx")
+    assert calque.verify(file, deep, networks.images(100, seed=2), bound=0).optimized.parted == ""
+    assert torch.equal(run_onnx(file, [INPUTS]), deep(INPUTS))
 
 
 def test_a_module_and_its_copies_and_its_pickle_give_the_same_bits(tmp_path: Path) -> None:
