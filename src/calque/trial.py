@@ -14,7 +14,7 @@ from calque.graph.signature import flatten, rows, select
 from calque.placement import SHARED_TENSOR_BITS, Edge
 
 ROWS = 32  # calibration rows that judge
-BATCHES = 4  # that they come from, at most
+BATCHES = 4  # that they come from, where batches have enough rows
 LOST = 0.01  # of the signal of a slice of an output (20 dB): a grid that costs less is left alone
 CHANGED = 0.05  # share of the whole numbers among the outputs (classes, say) whose change weighs as much as LOST
 SILENT = 1e-5  # of a slice's largest value: a slice that varies less is constant
@@ -30,7 +30,8 @@ class Trial:
         self.network = network
         self.batches = batches
         self.extremes = extremes
-        sample = [_some_rows(batch) for batch in batches[:: -(-len(batches) // BATCHES)]]
+        count = max(BATCHES, ROWS // rows(batches[0]))
+        sample = [_some_rows(batch) for batch in batches[:: -(-len(batches) // count)]]
         self.masks = token_masks(sample)
         self.leaves = [flatten(batch)[0] for batch in sample]
         self.exact = self._outputs([])
