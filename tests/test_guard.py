@@ -113,7 +113,7 @@ def test_features_survive_beside_raw_measurements(placement: str, tmp_path: Path
     q = quantized(model, batch, placement=placement)
 
     assert kept(model, q, batch) > 30
-    assert "layer mix: each channel of the input is multiplied by a factor of its own" in said(q)
+    assert "layer mix: each channel of the input has a factor of its own" in said(q)
     calque.save(q, tmp_path / "q.safetensors")
     assert torch.equal(calque.load(tmp_path / "q.safetensors", model)(*batch), q(*batch))
     exact_in_a_file(q, batch, tmp_path)
@@ -310,6 +310,42 @@ def test_a_tensor_whose_bits_the_user_gave_keeps_its_grid() -> None:
 
     assert q.plan["head.output"] == Bits(None, 8)
     assert "one grid" not in said(q)
+
+
+class Spikes(nn.Module):
+    """A linear layer whose one input channel has rare huge values, which no factor by channel helps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.out = nn.Linear(1, 8), nn.Linear(8, 3)
+        networks.seeded(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.out(torch.tanh(self.mix(x)))
+        return result
+
+
+def spikes() -> Tensor:
+    x = torch.randn(128, 1, generator=torch.Generator().manual_seed(0))
+    x[::4] *= 2000
+    return x
+
+
+def test_activations_that_nothing_helps_stay_float() -> None:
+    q = quantized(Spikes(), spikes())
+
+    assert str(q.plan["mix"]) == "w8"
+    assert "layer mix: the activations stay float; one grid from" in said(q)
+
+
+@pytest.mark.parametrize("how", ["override", "plan"])
+def test_a_layer_whose_bits_the_user_gave_keeps_them(how: str) -> None:
+    plan = calque.Plan({"mix": Bits(8, 8), "out": Bits(8, 8)})
+
+    q = quantized(Spikes(), spikes(), **({"plan": plan} if how == "plan" else {"override": {"mix": "w8a8"}}))
+
+    assert str(q.plan["mix"]) == "w8a8"
+    assert "its activations have the bits that were asked for" in said(q)
 
 
 def test_factors_change_no_bit_of_the_float_network() -> None:

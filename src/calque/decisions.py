@@ -88,6 +88,14 @@ def decide_choices(
     return choices, {name: entry for name, entry in overridden.items() if name not in undecided}
 
 
+def asked_layers(network: Network, plan: Plan | None, override: Mapping[str, str | None]) -> set[str]:
+    """The layers whose bits the user gave one by one: those of a plan, and those that an override names."""
+    if plan is not None:
+        return set(network.layers)
+    patterns = [pattern for pattern, text in override.items() if _suits_layers(text)]
+    return {name for name in network.layers if any(fnmatchcase(name, pattern) for pattern in patterns)}
+
+
 def _ends(network: Network) -> tuple[str, ...]:
     """The first and the last layer that multiply; tables are no ends."""
     names = [name for name in network.layers if not network.is_table(name)]

@@ -11,7 +11,7 @@ where that does not help, the layer's activations stay float.
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx
@@ -25,6 +25,8 @@ from calque.trial import Extremes, Trial, survey
 
 log = logging.getLogger(__name__)
 
+RUINED = 0.1  # of the signal of a slice of an output (10 dB): what a layer's integer kernel is given up for
+
 
 @dataclass(frozen=True)
 class Guarded:
@@ -34,14 +36,14 @@ class Guarded:
         network: the one that was given, with factors in front of some layers.
         tensors: names of shared tensors and products that stay float.
         layers: names of layers whose activations stay float.
-        scaled: names of layers whose input got factors.
+        judged: names of layers whose input is decided on: it got factors, or stays as it is.
         notes: which of these, and why, a sentence each.
     """
 
     network: Network
     tensors: frozenset[str] = frozenset()
     layers: frozenset[str] = frozenset()
-    scaled: frozenset[str] = frozenset()
+    judged: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
 
     def applied(
@@ -54,7 +56,12 @@ class Guarded:
 
 
 def guard(
-    job: Job, choices: Mapping[str, Sequence[Bits]], asked: Mapping[str, Bits], extremes: Mapping[fx.Node, Extremes]
+    job: Job,
+    choices: Mapping[str, Sequence[Bits]],
+    asked: Mapping[str, Bits],
+    extremes: Mapping[fx.Node, Extremes],
+    *,
+    kept: Collection[str] = (),
 ) -> Guarded:
     """The job's network without the grids that would wipe out a part of what they carry.
 
@@ -64,18 +71,26 @@ def guard(
         choices: the bits that each layer may have; each is judged at SHARED_TENSOR_BITS.
         asked: bits of tensors that the user has decided; these grids stay.
         extremes: of nodes on the calibration inputs, as far as they are known.
+        kept: layers whose bits the user has decided; they may get factors.
     """
     found, known = Guarded(job.network), dict(extremes)
     while True:
         edges = _edges(found, job.placement, choices, asked)
         known |= survey(found.network, job.batches, {edge.source for edge in edges} - known.keys())
         trial = Trial(found.network, job.batches, known)
-        lost = trial.lost([edge for edge in edges if edge.name not in asked and edge.product not in asked])
+        lost = trial.lost([edge for edge in edges if not _is_decided(edge, asked, found)])
         if not lost:
             return found
         for edge, loss in _joined(found.network, lost).items():
             log.info("grid %s would cost %.3g of a signal", edge.name, loss)
-            found = _mended(found, edge, trial, loss)
+            if edge.kind in ("tensor", "operand"):
+                found = _left_out(found, edge, trial, loss)
+            else:
+                found = _mended(found, edge, trial, loss, kept=bool(set(edge.readers) & set(kept)))
+
+
+def _is_decided(edge: Edge, asked: Mapping[str, Bits], found: Guarded) -> bool:
+    return edge.name in asked or edge.product in asked or bool(found.judged & set(edge.readers))
 
 
 def _edges(
@@ -99,24 +114,33 @@ def _joined(network: Network, lost: Mapping[Edge, float]) -> dict[Edge, float]:
     return dict(found.values())
 
 
-def _mended(found: Guarded, edge: Edge, trial: Trial, loss: float) -> Guarded:
-    """The decisions with one more, about a grid that loses a part."""
-    why = f"one grid {trial.shown(edge)} would wipe out a part of {{}}{_kept(loss)}."
-    if edge.kind in ("tensor", "operand"):
-        name = edge.product or edge.name
-        note = f"tensor {name} stays float: {why.format('it')}"
-        return replace(found, tensors=found.tensors | {name}, notes=(*found.notes, note))
-    names = ", ".join(edge.readers)
-    scale = None if found.scaled & set(edge.readers) else trial.factors(edge)
-    if scale is not None:
-        note = f"layer {names}: each channel of the input is multiplied by a factor of its own; {why.format('it')}"
-        network = multiply_inputs(found.network, edge.readers, scale)
-        return replace(found, network=network, scaled=found.scaled | set(edge.readers), notes=(*found.notes, note))
-    note = f"layer {names}: the activations stay float; {why.format('the input')}"
-    return replace(found, layers=found.layers | set(edge.readers), notes=(*found.notes, note))
+def _left_out(found: Guarded, edge: Edge, trial: Trial, loss: float) -> Guarded:
+    """The decisions with one more: a tensor, or the operands of a product, stays float."""
+    name = edge.product or edge.name
+    note = f"tensor {name} stays float: one grid {trial.shown(edge)} would wipe out a part of it{_remains(loss)}."
+    return replace(found, tensors=found.tensors | {name}, notes=(*found.notes, note))
 
 
-def _kept(loss: float) -> str:
+def _mended(found: Guarded, edge: Edge, trial: Trial, loss: float, *, kept: bool) -> Guarded:
+    """The decisions with one more, about layers' input: factors where they help; float where all is lost, unless it is kept."""
+    names, readers = ", ".join(edge.readers), set(edge.readers)
+    why = f"one grid {trial.shown(edge)} would wipe out a part of the input{_remains(loss)}"
+    factors = trial.factors(edge)
+    rest = loss if factors is None else trial.loss_with(edge, factors)
+    if factors is not None and rest < loss / 2 and (rest <= RUINED or kept):
+        note = f"layer {names}: each channel of the input has a factor of its own; {why}."
+        network = multiply_inputs(found.network, edge.readers, factors.scale)
+        return replace(found, network=network, judged=found.judged | readers, notes=(*found.notes, note))
+    if loss <= RUINED:
+        return replace(found, judged=found.judged | readers)
+    if kept:
+        note = f"layer {names}: {why}; its activations have the bits that were asked for."
+        return replace(found, judged=found.judged | readers, notes=(*found.notes, note))
+    note = f"layer {names}: the activations stay float; {why}."
+    return replace(found, layers=found.layers | readers, notes=(*found.notes, note))
+
+
+def _remains(loss: float) -> str:
     if not math.isfinite(loss):
         return ""
-    return f" (some output would keep {-10 * math.log10(loss):.0f} dB)"
+    return f" (some slice of an output would keep {-10 * math.log10(loss):.0f} dB)"

@@ -35,7 +35,7 @@ SHARES = (
 )  # one in so many rows may be left out: of the first, up to three rows, or of the second; at least one
 APART = 50.0  # ratio at which more rows than that are named wherever they stand; healthy kinds of inputs differ by less
 NAMED = 8  # rows at most in one sentence
-STACK = 3  # warnings point at the caller of quantize
+STACK = 4  # warnings point at the caller of quantize, which is decorated
 
 
 @dataclass(frozen=True, slots=True)

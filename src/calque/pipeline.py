@@ -15,7 +15,7 @@ from calque.admission import require_inputs, require_original
 from calque.budget import Budget
 from calque.calibration import prepare
 from calque.checkpoint import Checkpoint, FilePath, alone, fingerprint, open_run
-from calque.decisions import DEFAULT_BITS, decide_bits, decide_choices
+from calque.decisions import DEFAULT_BITS, asked_layers, decide_bits, decide_choices
 from calque.errors import CaptureError, SpecError
 from calque.estimate import estimate
 from calque.graph import Batch, DynamicAxes, Network, Signature, capture
@@ -148,7 +148,8 @@ def quantize(
         smoothed, moved = smooth(job, choices)
         job, extremes = replace(job, network=smoothed), {} if moved else extremes
     asked_tensors = {name: entry for name, entry in entries.items() if name not in network.layers}
-    guarded = guard(job, choices, asked_tensors, extremes)
+    kept = asked_layers(network, plan, override or {})
+    guarded = guard(job, choices, asked_tensors, extremes, kept=kept)
     job = replace(job, network=guarded.network, notes=(*job.notes, *guarded.notes))
     choices, entries = guarded.applied(choices, entries)
     loss_name, function = find_loss(loss, references[0], network.out_spec)

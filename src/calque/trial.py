@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +22,20 @@ SILENT = 1e-5  # of a slice's largest value: a slice that varies less is constan
 LARGEST_FACTOR = 2.0**60  # ratio of the factors of two channels: weights times it are normal numbers
 
 Extremes = tuple[Tensor, Tensor]  # the least and the largest value of a tensor
+Grid = tuple[Tensor, Tensor]  # scale, which may differ by channel, and zero point
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What the channels of a layer's input are divided by, `scale` (C,), and their largest absolute values before, (C,)."""
+
+    scale: Tensor
+    largest: Tensor
+    axis: int
+
+    def along_channels(self) -> Tensor:
+        """The scale, so that it broadcasts against the input."""
+        return self.scale if self.axis == -1 else self.scale.reshape(-1, 1, 1)
 
 
 class Trial:
@@ -34,7 +49,7 @@ class Trial:
         sample = [_some_rows(batch) for batch in batches[:: -(-len(batches) // count)]]
         self.masks = token_masks(sample)
         self.leaves = [flatten(batch)[0] for batch in sample]
-        self.exact = self._outputs([])
+        self.exact = self._outputs({})
 
     def lost(self, edges: list[Edge]) -> dict[Edge, float]:
         """The edges whose grid alone costs the outputs more than LOST, and more than all harmless grids together.
@@ -59,22 +74,37 @@ class Trial:
 
     def loss(self, edges: list[Edge]) -> float:
         """The largest share of its signal that a slice of an output loses with these grids in place."""
-        if not edges:
+        return self._loss({edge: affine_grid(*self.extremes[edge.source], SHARED_TENSOR_BITS) for edge in edges})
+
+    def loss_with(self, edge: Edge, factors: "Factors") -> float:
+        """The same with the grid of one layers' input alone, behind factors of its channels."""
+        top = (factors.largest / factors.scale).max()
+        low = -top if self.extremes[edge.source][0] < 0 else torch.zeros_like(top)
+        step, zero_point = affine_grid(low, top, SHARED_TENSOR_BITS)
+        placed = replace(edge, kind="input", source=self._read_by(edge))
+        return self._loss({placed: (step * factors.along_channels(), zero_point)})
+
+    def _loss(self, grids: Mapping[Edge, Grid]) -> float:
+        if not grids:
             return 0.0
-        pairs = zip(self.exact, self._outputs(edges), strict=True)
+        pairs = zip(self.exact, self._outputs(grids), strict=True)
         return max((_lost_share(exact, received) for exact, received in pairs), default=0.0)
 
-    def factors(self, edge: Edge) -> Tensor | None:
+    def factors(self, edge: Edge) -> "Factors | None":
         """Powers of two, one for each channel of the layers' input, that make the channels alike; None where they are."""
         if set(edge.readers) & {*self.network.shared, *self.network.shared.values()}:
             return None  # the weights have another reader
-        source = self.network.layers[edge.readers[0]].node.args[0]
-        assert isinstance(source, fx.Node)
         axis = -1 if self.network.weighted(edge.readers[0]).geometry.kind == "linear" else 1
-        largest = _largest_by_channel(self.network, self.batches, source, axis)
+        largest = _largest_by_channel(self.network, self.batches, self._read_by(edge), axis)
         powers = torch.where(largest > 0, largest, largest.max()).log2().round()
         powers = (powers - powers.max()).clamp(min=-math.log2(LARGEST_FACTOR))
-        return None if bool((powers == 0).all()) else powers.exp2()
+        return None if bool((powers == 0).all()) else Factors(powers.exp2(), largest, axis)
+
+    def _read_by(self, edge: Edge) -> fx.Node:
+        """The value in front of the edge's layers: the source, moved."""
+        value = self.network.layers[edge.readers[0]].node.args[0]
+        assert isinstance(value, fx.Node)
+        return value
 
     def shown(self, edge: Edge) -> str:
         low, high = self.extremes[edge.source]
@@ -83,9 +113,8 @@ class Trial:
     def _is_finite(self, edge: Edge) -> bool:
         return all(bool(torch.isfinite(end)) for end in self.extremes[edge.source])
 
-    def _outputs(self, edges: list[Edge]) -> list[tuple[Any, ...]]:
-        """Each output of the network on the sampled rows, batch by batch, with the grids of these edges."""
-        grids = {edge: affine_grid(*self.extremes[edge.source], SHARED_TENSOR_BITS) for edge in edges}
+    def _outputs(self, grids: Mapping[Edge, Grid]) -> list[tuple[Any, ...]]:
+        """Each output of the network on the sampled rows, batch by batch, with these grids in place."""
         found = []
         for leaves, mask in zip(self.leaves, self.masks, strict=True):
             outputs = _OnGrids(self.network, grids).run(*leaves)
@@ -108,10 +137,10 @@ def _some_rows(batch: Batch) -> Batch:
 class _OnGrids(fx.Interpreter):
     """A float network with the values of some edges rounded to their grids."""
 
-    def __init__(self, network: Network, grids: Mapping[Edge, tuple[Tensor, Tensor]]):
+    def __init__(self, network: Network, grids: Mapping[Edge, Grid]):
         super().__init__(network.module)
         self.at_source = {edge.source: grid for edge, grid in grids.items() if edge.kind in ("tensor", "sole")}
-        self.in_front: dict[fx.Node, dict[fx.Node, tuple[Tensor, Tensor]]] = {}
+        self.in_front: dict[fx.Node, dict[fx.Node, Grid]] = {}
         for edge, grid in grids.items():
             for reader in _readers(network, edge):
                 self.in_front.setdefault(reader, {})[edge.source] = grid
@@ -135,7 +164,7 @@ def _readers(network: Network, edge: Edge) -> list[fx.Node]:
     return [network.products[edge.product].node] if edge.kind == "operand" else []
 
 
-def _rounded(value: Tensor, grid: tuple[Tensor, Tensor]) -> Tensor:
+def _rounded(value: Tensor, grid: Grid) -> Tensor:
     return fake_quantize(value, *grid, 0, 2**SHARED_TENSOR_BITS - 1)
 
 
