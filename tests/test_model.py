@@ -130,3 +130,10 @@ def test_an_operator_that_returns_a_tuple_can_feed_a_layer() -> None:
 
 def test_the_plan_of_a_quantized_network_can_be_pickled(quantized: QuantizedModel) -> None:
     assert pickle.loads(pickle.dumps(quantized.plan)) == quantized.plan
+
+
+def test_bytes_in_place_of_real_numbers_are_refused() -> None:
+    q = calque.quantize(networks.small(), networks.images(16, 0), recipe="nearest")
+
+    with pytest.raises(TypeError, match=r"was captured as torch.float32. Got torch.uint8; prepare it as in calibration"):
+        q(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))

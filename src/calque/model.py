@@ -93,13 +93,18 @@ class QuantizedModel(nn.Module):
         return {**self.__dict__, "_kernels": None}  # code made from the graph, which can be made again
 
     def _check_sizes(self, batch: Batch) -> None:
-        """Raises ValueError where an axis has another size than at capture, and is neither the batch's nor free."""
+        """Raises ValueError where an axis has another size than at capture and is neither the batch's nor free.
+
+        TypeError for real numbers in place of whole ones, or the other way round: images of bytes, say.
+        """
         example, free = self.facts.get("example", {}), self.facts.get("dynamic", {})
         whole = self.signature.layout.whole if self.signature.layout is not None else ()
         for name, value in batch.items():
             known, axes = example.get(name), free.get(name, {})
             if not isinstance(value, Tensor) or not isinstance(known, Tensor) or not isinstance(axes, Mapping):
                 continue
+            if value.is_floating_point() != known.is_floating_point():
+                raise TypeError(f"{name} was captured as {known.dtype}. Got {value.dtype}; prepare it as in calibration.")
             if value.dim() != known.dim():
                 raise ValueError(f"{name} was captured with {known.dim()} axes. Got {value.dim()}.")
             for axis in range(0 if name in whole else 1, value.dim()):
