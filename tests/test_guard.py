@@ -378,3 +378,56 @@ def test_a_survey_has_the_extremes_of_all_batches() -> None:
     argument = next(network.nodes())
 
     assert survey(network, batches, {argument}) == {argument: (INPUTS.min(), INPUTS.max())}
+
+
+class Kept(nn.Module):
+    """Attention that adds -1e4 where an argument is zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(8, 8) for _ in range(4))
+        networks.seeded(self)
+
+    def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+        scores = self.query(x) @ self.key(x).transpose(1, 2) + (1 - keep)[:, None] * -1e4
+        result: Tensor = self.out(scores.softmax(-1) @ self.value(x))
+        return result
+
+
+@pytest.mark.parametrize("masked", [1, 3])
+@pytest.mark.parametrize("placement", ["integer", "inputs"])
+def test_a_mask_that_few_calibration_rows_have_still_masks(masked: int, placement: str) -> None:
+    model, x = Kept(), 2 * torch.randn(64, 10, 8, generator=torch.Generator().manual_seed(0))
+    keep, other = torch.ones(64, 10), torch.ones(64, 10)
+    keep[:masked, 6:] = 0
+    other[:, 5:] = 0
+
+    q = quantized(model, (x, keep), placement=placement)
+
+    assert kept(model, q, (x, other)) > 25
+    assert "left out" not in said(q)
+
+
+@pytest.mark.filterwarnings("ignore:a calibration input has the same value")
+def test_a_mask_that_no_calibration_row_has_still_masks() -> None:
+    model, x = Kept(), 2 * torch.randn(64, 10, 8, generator=torch.Generator().manual_seed(0))
+    other = torch.ones(64, 10)
+    other[:, 5:] = 0
+
+    assert kept(model, quantized(model, (x, torch.ones(64, 10))), (x, other)) > 25
+
+
+def test_ranks_of_near_ties_blame_no_grid() -> None:
+    def forward(n: Net, x: Tensor) -> Tensor:
+        y = F.relu(n.second(F.relu(n.stem(x))))
+        values, order = n.score(y).flatten(1).topk(8, 1)
+        boxes = n.boxes(F.relu(n.third(y))).flatten(2)
+        found: Tensor = torch.gather(boxes, 2, order[:, None].expand(-1, 2, -1)) + values[:, None]
+        return found
+
+    parts = {"stem": nn.Conv2d(3, 8, 3), "second": nn.Conv2d(8, 8, 1), "third": nn.Conv2d(8, 8, 1)}
+    model = Net(forward, **parts, score=nn.Conv2d(8, 1, 1), boxes=nn.Conv2d(8, 2, 1))
+
+    q = quantized(model)
+
+    assert not [note for note in q.report.notes if "one grid" in note]

@@ -135,5 +135,7 @@ def test_the_plan_of_a_quantized_network_can_be_pickled(quantized: QuantizedMode
 def test_bytes_in_place_of_real_numbers_are_refused() -> None:
     q = calque.quantize(networks.small(), networks.images(16, 0), recipe="nearest")
 
-    with pytest.raises(TypeError, match=r"was captured as torch.float32. Got torch.uint8; prepare it as in calibration"):
+    with pytest.raises(
+        TypeError, match=r"was captured as torch.float32. Got torch.uint8; prepare it as in calibration"
+    ):
         q(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))

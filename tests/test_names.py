@@ -13,9 +13,10 @@ import calque
 import networks
 from calque.graph import capture
 from calque.model import QuantizedModel
-from calque.placement import named_tensors, place
+from calque.placement import place
 from calque.recipe import ACCURATE, FAST
 from calque.spec import Bits
+from calque.tensors import named_tensors
 from networks import Net
 
 X = torch.randn(40, 6, 8, generator=torch.Generator().manual_seed(0))

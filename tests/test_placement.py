@@ -5,8 +5,9 @@ from torch import Tensor, nn
 
 import networks
 from calque.graph import Network, capture
-from calque.placement import Edge, place, shared_tensors
+from calque.placement import Edge, place
 from calque.spec import FLOAT, Bits, Placement
+from calque.tensors import shared_tensors
 from networks import Net
 
 X = networks.images(3, seed=0, channels=4)

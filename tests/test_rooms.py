@@ -15,6 +15,7 @@ ROOMS = (
     "arithmetic",
     "ranges",
     "graph",
+    "tensors",
     "placement",
     "decisions",
     "costs",

@@ -9,8 +9,9 @@ from torch import fx
 from calque.graph import Batch, Geometry, Network, WeightedLayer
 from calque.graph.network import is_movement, result_of
 from calque.graph.signature import flatten, select
-from calque.placement import place, root, shared_tensors
+from calque.placement import place
 from calque.spec import Bits, Placement
+from calque.tensors import root, shared_tensors
 
 CHANNEL_BYTES = 12  # scale, bias and bias scale of an output channel (docs/method.md)
 SCALE_BYTES = 4  # of an embedding's row, and of each group of inputs but a channel's first

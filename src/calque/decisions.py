@@ -5,8 +5,8 @@ from fnmatch import fnmatchcase
 
 from calque.errors import SpecError
 from calque.graph import Network
-from calque.placement import named_tensors
 from calque.spec import FLOAT, Bits, Plan, apply_overrides, check_entry
+from calque.tensors import named_tensors
 
 DEFAULT_BITS = "w8a8"
 

@@ -104,7 +104,9 @@ class QuantizedModel(nn.Module):
             if not isinstance(value, Tensor) or not isinstance(known, Tensor) or not isinstance(axes, Mapping):
                 continue
             if value.is_floating_point() != known.is_floating_point():
-                raise TypeError(f"{name} was captured as {known.dtype}. Got {value.dtype}; prepare it as in calibration.")
+                raise TypeError(
+                    f"{name} was captured as {known.dtype}. Got {value.dtype}; prepare it as in calibration."
+                )
             if value.dim() != known.dim():
                 raise ValueError(f"{name} was captured with {known.dim()} axes. Got {value.dim()}.")
             for axis in range(0 if name in whole else 1, value.dim()):

@@ -21,8 +21,8 @@ from calque.graph import Batch, Network
 from calque.graph.network import value_of
 from calque.graph.signature import rows, select
 from calque.job import Job
-from calque.placement import shared_tensors
 from calque.stages import float_outputs
+from calque.tensors import root, shared_tensors
 from calque.trial import Extremes
 
 RATIO = 10.0  # costs 3 bits of 8; within it, some inputs are brighter than others
@@ -75,14 +75,14 @@ def healthy(job: Job) -> tuple[Job, list[list[Tensor]], dict[fx.Node, Extremes]]
     references = float_outputs(job, watch.run)
     dropped: set[int] = set()
     notes = []
-    rows_of = watch.extremes
-    for place, found in rows_of.items():
-        outliers = few(_without(found, dropped), place)
+    for node in watch.judged:
+        outliers = few(_without(watch.largest(node), dropped), watch.places[node])
         if outliers is not None:
+            outliers = watch.named(outliers, dropped)
             dropped.update(outliers.rows)
             notes.append(f"{outliers}; {'it is' if len(outliers.rows) == 1 else 'they are'} left out.")
-    for place in watch.inputs:
-        outliers = many(_without(rows_of[place], dropped), place)
+    for node in (node for node in watch.judged if node.op == "placeholder"):
+        outliers = many(_without(watch.largest(node), dropped), watch.places[node])
         if outliers is not None:
             notes.append(f"{outliers}; they are kept, and decide the ranges. Are they in another unit than the others?")
     for note in notes:
@@ -166,21 +166,31 @@ class _Watch:
     """The float network executed batch by batch, with the ends of each row of the tensors that may get grids.
 
     Attributes:
-        places: these tensors, in words.  inputs: those that are arguments.
+        places: these tensors, in words.
+        judged: those that layers read. What a mask rules out ends in a softmax, a maximum or a clip: it is no data.
         lows, highs: the least and the largest value of each row (N,), or 0, by tensor.
     """
 
     def __init__(self, job: Job):
         self.job = job
         self.places = _places(job.network, job.batches[0])
-        self.inputs = [place for node, place in self.places.items() if node.op == "placeholder"]
+        read = {source for layer in job.network.layers.values() for source in layer.node.all_input_nodes}
+        roots = {root(node) for node in read}
+        self.judged = [node for node in self.places if node in read | roots]
         self.lows, self.highs = ({node: torch.zeros(job.inputs) for node in self.places} for _ in range(2))
         self._batch = self._start = 0
 
-    @property
-    def extremes(self) -> dict[str, Tensor]:
-        """The largest absolute value of each row (N,) by the tensor, in words, in the graph's order."""
-        return {place: torch.maximum(-self.lows[node], self.highs[node]) for node, place in self.places.items()}
+    def largest(self, node: fx.Node) -> Tensor:
+        """The largest absolute value of each row (N,) of a tensor."""
+        return torch.maximum(-self.lows[node], self.highs[node])
+
+    def named(self, outliers: Outliers, dropped: set[int]) -> Outliers:
+        """The same rows as they stand out in an argument, where they do: users know these."""
+        for node, place in self.places.items():
+            found = few(_without(self.largest(node), dropped), place) if node.op == "placeholder" else None
+            if found is not None and found.rows == outliers.rows:
+                return found
+        return outliers
 
     def ends(self, dropped: set[int]) -> dict[fx.Node, Extremes]:
         """The least and the largest value of each tensor in all rows but these; 0 is among them."""

@@ -20,7 +20,6 @@ from calque.checkpoint import PROBLEMS, Checkpoint, Piece, read_piece, write_pie
 from calque.graph import Geometry, Layer
 from calque.graph.layers import Activation
 from calque.job import Job
-from calque.placement import root
 from calque.ranges import TensorSample, activation_range, off_ties, search_range
 from calque.solvers.adaquant import Draw, Linear
 from calque.solvers.layer import Settings, fit_from_piece, fit_to_piece, solve_each
@@ -29,6 +28,7 @@ from calque.solvers.table import fit_table
 from calque.solvers.whole import whole_inputs
 from calque.spec import Bits
 from calque.sweep import SAMPLED_VALUES
+from calque.tensors import root
 
 Choices = Mapping[str, Sequence[Bits]]
 Fits = dict[tuple[str, Bits], Fit]

@@ -22,9 +22,9 @@ from calque.graph import Network, WeightedLayer
 from calque.graph.network import AVERAGE_POOLS, MAX_POOLS, is_movement, is_spatial_mean
 from calque.graph.rewrite import free_name
 from calque.job import Job
-from calque.placement import root, shared_tensors
 from calque.ranges import weight_scale
 from calque.spec import Bits, Placement
+from calque.tensors import root, shared_tensors
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten

@@ -19,7 +19,7 @@ from calque.graph import Layer
 from calque.graph.network import find_shortcuts
 from calque.job import Job
 from calque.migration import Migration
-from calque.placement import Edge, root
+from calque.placement import Edge
 from calque.quantizers import QuantizedLayer, Quantizer
 from calque.ranges import TensorSample, activation_range, extremes, off_ties, search_range
 from calque.solvers.adaquant import Draw, Linear
@@ -31,6 +31,7 @@ from calque.spec import Bits
 from calque.statistics import ChannelStatistics
 from calque.store import Store
 from calque.swept import Swept
+from calque.tensors import root
 
 log = logging.getLogger(__name__)
 

@@ -17,6 +17,7 @@ from calque.placement import SHARED_TENSOR_BITS, Edge
 ROWS = 32  # calibration rows that judge
 BATCHES = 4  # that they come from, where batches have enough rows
 LOST = 0.01  # of the signal of a slice of an output (20 dB): a grid that costs less is left alone
+FEW = 2  # grids: of so few, all may be to blame
 CHANGED = 0.05  # share of the whole numbers among the outputs (classes, say) whose change weighs as much as LOST
 SILENT = 1e-5  # of a slice's largest value: a slice that varies less is constant
 LARGEST_FACTOR = 2.0**60  # ratio of the factors of two channels: weights times it are normal numbers
@@ -60,6 +61,8 @@ class Trial:
         if endless:
             return endless
         costly = self._costly(edges)
+        if len(costly) > max(FEW, len(edges) // 2):
+            return {}  # outputs that any rounding changes, as ranks of near ties: no grid is to blame
         harmless = self.loss([edge for edge in edges if edge not in costly]) if costly else 0.0
         return {edge: loss for edge, loss in costly.items() if loss > harmless}
 

@@ -218,8 +218,9 @@ class _OutputCount:
     def agreement(self, *, explained: bool) -> OutputAgreement:
         """The figures; `explained`: codes part, and as they do where float kernels meet rounding edges."""
         assert self.kind is not None
-        units = max(1, self.units)
-        exact, simulated = (self.nearly if explained else self.strict) / units, self.simulated / units
+        exact, simulated = 1.0, 1.0  # of an output without values
+        if self.units:
+            exact, simulated = (self.nearly if explained else self.strict) / self.units, self.simulated / self.units
         if self.kind == "whole numbers":
             return OutputAgreement(self.name, self.kind, exact, simulated, None, None, None)
         mean = self.steps / max(1, self.values)
