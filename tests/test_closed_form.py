@@ -326,3 +326,12 @@ def test_ridges_that_are_tried_one_after_the_other_end_where_all_at_once_do(monk
     assert torch.equal(alone.scale, together.scale)
     assert set(tried) == {1}
     assert len(tried) < len(closed_form.RIDGES)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.filterwarnings("ignore::calque.errors.CalibrationWarning")
+def test_a_handful_of_inputs_is_fitted(rows: int) -> None:
+    for seed in range(3):
+        q = calque.quantize(networks.small(seed), networks.images(rows, seed), bits="w8a8")
+
+        assert torch.isfinite(q(networks.images(4, 9))).all()

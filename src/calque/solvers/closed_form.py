@@ -21,6 +21,7 @@ from calque.solvers.problem import Fit, Grid, LayerProblem, round_to_nearest
 from calque.solvers.rounding import Metric, descend, gptq, initial_scale, refitted_groups, refitted_scale
 
 RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # of the mean power of an input
+LEAST_SHARE = 1e-3  # of the mean power of moments, as a unit of ridges
 LEAST_POWER = 1e-10  # of the squared unit of the inputs: M stays positive definite where they are the same everywhere
 CLIP_STEPS = 4  # of the majorization; later ones gain little
 TOGETHER = 2**24  # values of the matrices that are factorized at once
@@ -176,7 +177,7 @@ class ClosedForm:
 
     def _solved(self, moments: Moments, ridges: tuple[float, ...]) -> tuple[Metric, Tensor]:
         """M and W* (ridges * groups, K, O)."""
-        strength = torch.tensor(ridges, device=self.unit.device)[:, None, None, None] * self.unit
+        strength = torch.tensor(ridges, device=self.unit.device)[:, None, None, None] * self._unit(moments)
         kept = self.metrics.get(ridges)
         if kept is None or kept[0] is not moments.power:  # clipped targets that move leave H as it was
             eye = torch.eye(moments.power.shape[-1], device=moments.power.device)
@@ -190,8 +191,12 @@ class ClosedForm:
         metric, best = self._solved(moments, (ridge,))
         for _ in range(CLIP_STEPS):
             moments = clips.followed(moments, best)
-            best = metric.solve(moments.cross + ridge * self.unit * self.weight)
+            best = metric.solve(moments.cross + ridge * self._unit(moments) * self.weight)
         return moments, best
+
+    def _unit(self, moments: Moments) -> Tensor:
+        """Of ridges: the mean power of the fitted rows, or what keeps these moments invertible where those hardly differ."""
+        return torch.maximum(self.unit, LEAST_SHARE * moments.power.diagonal(dim1=1, dim2=2).mean())
 
     def _best_ridge(self, bits: int) -> tuple[float, float]:
         """The ridge with the least held-out error, and that error.
