@@ -17,6 +17,7 @@ from calque.placement import SHARED_TENSOR_BITS, Edge
 ROWS = 32  # calibration rows that judge
 BATCHES = 4  # that they come from, where batches have enough rows
 LOST = 0.01  # of the signal of a slice of an output (20 dB): a grid that costs less is left alone
+TRIALS = 32  # of sets of grids: what loses everywhere a little has no grid to blame, and is not searched to its end
 FEW = 2  # grids: of so few, all may be to blame
 CHANGED = 0.05  # share of the whole numbers among the outputs (classes, say) whose change weighs as much as LOST
 SILENT = 1e-5  # of a slice's largest value: a slice that varies less is constant
@@ -67,13 +68,21 @@ class Trial:
         return {edge: loss for edge, loss in costly.items() if loss > harmless}
 
     def _costly(self, edges: list[Edge]) -> dict[Edge, float]:
+        """Single edges that cost more than LOST, the costliest halves first, as far as TRIALS lead."""
         loss = self.loss(edges)
-        if loss <= LOST:
-            return {}
-        if len(edges) == 1:
-            return {edges[0]: loss}
-        half = len(edges) // 2
-        return {**self._costly(edges[:half]), **self._costly(edges[half:])}
+        groups = [(loss, edges)] if loss > LOST else []
+        found: dict[Edge, float] = {}
+        trials = 1
+        while groups:
+            loss, group = groups.pop(max(range(len(groups)), key=lambda index: groups[index][0]))
+            if len(group) == 1:
+                found[group[0]] = loss
+            elif trials < TRIALS:
+                half = len(group) // 2
+                halves = [(self.loss(part), part) for part in (group[:half], group[half:])]
+                groups += [(loss, part) for loss, part in halves if loss > LOST]
+                trials += len(halves)
+        return found
 
     def loss(self, edges: list[Edge]) -> float:
         """The largest share of its signal that a slice of an output loses with these grids in place."""
