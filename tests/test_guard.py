@@ -431,3 +431,19 @@ def test_ranks_of_near_ties_blame_no_grid() -> None:
     q = quantized(model)
 
     assert not [note for note in q.report.notes if "one grid" in note]
+
+
+def test_a_product_both_of_whose_operands_are_lost_has_one_note() -> None:
+    def forward(n: Net, x: Tensor) -> Tensor:
+        left, right = n.left(x), n.right(x)
+        spike = torch.tensor([1.0, 1e-5]).repeat_interleave(4)
+        product: Tensor = (left * spike) @ (right / spike).transpose(1, 2) + left[..., 4:] @ right[..., 4:].transpose(
+            1, 2
+        )
+        return product
+
+    x = torch.randn(64, 6, 8, generator=torch.Generator().manual_seed(0))
+    q = quantized(Net(forward, left=nn.Linear(8, 8), right=nn.Linear(8, 8)), x, placement="inputs")
+
+    notes = [note for note in q.report.notes if note.startswith("tensor matmul stays float")]
+    assert len(notes) == 1

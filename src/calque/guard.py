@@ -117,6 +117,8 @@ def _joined(network: Network, lost: Mapping[Edge, float]) -> dict[Edge, float]:
 def _left_out(found: Guarded, edge: Edge, trial: Trial, loss: float) -> Guarded:
     """The decisions with one more: a tensor, or the operands of a product, stays float."""
     name = edge.product or edge.name
+    if name in found.tensors:  # the product's other operand was lost, too
+        return found
     note = f"tensor {name} stays float: one grid {trial.shown(edge)} would wipe out a part of it{_remains(loss)}."
     return replace(found, tensors=found.tensors | {name}, notes=(*found.notes, note))
 
