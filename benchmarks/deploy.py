@@ -24,7 +24,8 @@ from calque.export import Target
 from calque.export.agreement import LEVELS, spread_of
 from calque.export.latency import measure_latency
 from calque.export.onnx import float_onnx
-from calque.export.runtimes import Kernel, open_runtime, saturates
+from calque.export.runtimes import Kernel, open_runtime
+from calque.export.saturation import saturates
 from calque.export.verify import load_proto
 from calque.model import QuantizedModel
 
