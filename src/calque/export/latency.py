@@ -2,8 +2,9 @@
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import onnx
 from torch import Tensor
@@ -76,13 +77,7 @@ def measure_latency(
     """
     cases = [(proto, DEFAULT), (original, DEFAULT), *([(proto, exact)] if exact else [])]
     opened = [_opened(file, target, threads, settings) for file, settings in cases]
-    runtimes = [runtime for runtime, _ in opened]
-    for runtime in runtimes:
-        runtime.run(leaves)
-    once = sum(_milliseconds(runtime, leaves) for runtime in runtimes) / 1000
-    runs = max(3, min(RUNS, int(SECONDS / max(once, 1e-6))))
-    turns = [[_milliseconds(runtime, leaves) for runtime in runtimes] for _ in range(runs)]
-    mine, theirs, *others = (statistics.median(times) for times in zip(*turns, strict=True))
+    (mine, theirs, *others), runs = in_turns([partial(runtime.run, leaves) for runtime, _ in opened])
     return Latency(
         mine, theirs, opened[0][1], opened[1][1], runs, others[0] if others else None,
         tuple(f"{key} = {value}" for key, value in exact.items()),
@@ -101,7 +96,17 @@ def _opened(
     return runtime, time.perf_counter() - started
 
 
-def _milliseconds(runtime: Runtime, leaves: Sequence[Tensor]) -> float:
+def in_turns(calls: Sequence[Callable[[], object]]) -> tuple[list[float], int]:
+    """The median milliseconds of each call, run in turns after one turn that warms up, and the number of turns."""
+    for call in calls:
+        call()
+    once = sum(_milliseconds(call) for call in calls) / 1000
+    runs = max(3, min(RUNS, int(SECONDS / max(once, 1e-6))))
+    turns = [[_milliseconds(call) for call in calls] for _ in range(runs)]
+    return [statistics.median(times) for times in zip(*turns, strict=True)], runs
+
+
+def _milliseconds(call: Callable[[], object]) -> float:
     started = time.perf_counter()
-    runtime.run(leaves)
+    call()
     return 1000 * (time.perf_counter() - started)
