@@ -126,7 +126,8 @@ class _Writer:
             return self._constant("weight", np.ones(shape, np.float32))
         packed = np.full(-(-int(np.prod(shape)) // 2), 0x11, np.uint8)
         self.constants["codes"] = helper.make_tensor("codes", TensorProto.INT4, shape, packed.tobytes(), raw=True)
-        scale = self._constant("scale", np.ones(case.weight[0], np.float32))
+        # another value than the bias's: ONNX Runtime merges small constants, and would not fuse then
+        scale = self._constant("scale", np.full(case.weight[0], 0.5, np.float32))
         return self._add("DequantizeLinear", ["codes", scale], axis=1)
 
     def _table(self, x: str) -> str:
