@@ -19,19 +19,22 @@ from torch import Tensor
 import calque
 from benchmarks.accuracy import SHARES, commit, outputs, same
 from benchmarks.rows import Row, is_asked, measure_rows, read_rows
+from benchmarks.shapes import ALL, SHAPES, measure_shapes, shape_lines
 from benchmarks.tasks import SETTINGS, Setting, load, quantize, score
 from calque.export import Target
 from calque.export.agreement import LEVELS, spread_of
 from calque.export.latency import measure_latency
 from calque.export.onnx import float_onnx
-from calque.export.runtimes import Kernel, open_runtime, saturates
+from calque.export.runtimes import DEFAULT, EXACT, Kernel, open_runtime
+from calque.export.saturation import saturates
 from calque.export.verify import load_proto
 from calque.model import QuantizedModel
 
 FOLDER = Path(__file__).resolve().parent
 RECIPE = "light"  # files are the same in kind whatever fitted them
 PLANS = ("w8a8", "w7a8", "w4a8", "w4a4", "w2a4", "18%", "w4")
-CALIBRATION, TEST = 64, 300  # of ImageNet; the other networks' whole test sets
+CALIBRATION = 64
+TEST = 100  # of ImageNet, so that all rows take a quarter of an hour; the other networks' whole test sets
 TARGETS: tuple[Target, ...] = ("onnxruntime", "openvino")
 WEIGHTED = ("conv", "gemm", "matmul", "fullyconnected")  # in the names of kernels
 
@@ -40,14 +43,14 @@ Key = tuple[str, str]  # network, plan
 
 
 def cases() -> list[Key]:
-    return [(setting.name, plan) for setting in SETTINGS for plan in PLANS]
+    return [(SHAPES, ALL), *((setting.name, plan) for setting in SETTINGS for plan in PLANS)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    names = [setting.name for setting in SETTINGS]
+    names = [SHAPES, *(setting.name for setting in SETTINGS)]
     parser.add_argument("--networks", nargs="+", default=names, choices=names)
-    parser.add_argument("--plans", nargs="+", default=PLANS, choices=PLANS)
+    parser.add_argument("--plans", nargs="+", default=[ALL, *PLANS], choices=[ALL, *PLANS])
     parser.add_argument("--rows", type=Path, default=FOLDER / "deploy.jsonl")
     parser.add_argument("--again", action="store_true", help="measure again the rows asked for")
     arguments = parser.parse_args()
@@ -56,7 +59,17 @@ def main() -> None:
 
 
 def measured(network: str, plan: str) -> Row:
-    return bench_of(network).measure(plan)
+    facts: Row = {"network": network, "plan": plan, "commit": commit(), "machine": machine()}
+    facts["versions"] = {name: version(name) for name in ("onnxruntime", "openvino") if find_spec(name)}
+    return {**facts, **(measure_shapes() if network == SHAPES else bench_of(network).measure(plan))}
+
+
+def machine() -> str:
+    """The processor, whether it has VNNI, and the threads that torch has."""
+    facts = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").is_file() else ""
+    name = next((line.partition(":")[2].strip() for line in facts.splitlines() if line.startswith("model name")), "")
+    vnni = "with" if "avx512_vnni" in facts or "avx_vnni" in facts else "without"
+    return f"{name or platform.machine()} {vnni} VNNI, {torch.get_num_threads()} torch thread(s)"
 
 
 @lru_cache(maxsize=1)
@@ -89,12 +102,10 @@ class Bench:
         simulated = outputs(model, self.test)
         exact, steps = traced(model, self.test)
         row: Row = {
-            "network": self.setting.name, "plan": plan, "ends": str(model.report.layers[0].bits), "metric": self.task.metric,
+            "ends": str(model.report.layers[0].bits), "metric": self.task.metric,
             "test": len(self.test), "layers": len(model.layers), "bytes": size, "ideal": model.report.size,
             "metadata": sum(len(entry.key) + len(entry.value) for entry in proto.metadata_props),
-            "score": score(self.task, simulated), "commit": commit(),
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} torch thread(s)",
-            "versions": {name: version(name) for name in ("onnxruntime", "openvino") if find_spec(name)},
+            "score": score(self.task, simulated),
         }  # fmt: skip
         for target in TARGETS:
             if find_spec(target):
@@ -106,12 +117,14 @@ class Bench:
         received = torch.cat([runtime.run([part])[0] for part in torch.split(self.test, 10)])
         integer, weighted = weighted_kernels(runtime.kernels())
         distance = (received - exact).abs() / steps
-        latency = measure_latency(proto, self.original, [self.test[:1]], target, threads=1)
+        settings = EXACT if target == "onnxruntime" else DEFAULT
+        latency = measure_latency(proto, self.original, [self.test[:1]], target, threads=1, exact=settings)
         return {
             "exact": same(received, exact), "simulated": same(received, simulated), "score": score(self.task, received),
             "mean_steps": distance.mean().item(), "largest_steps": distance.max().item(), "integer": integer,
             "weighted": weighted, "saturates": saturates(target), "milliseconds": latency.milliseconds,
-            "ratio": latency.ratio, "load": latency.load_seconds, "float_load": latency.float_load_seconds,
+            "ratio": latency.ratio, "exact_ratio": latency.exact_ratio, "load": latency.load_seconds,
+            "float_load": latency.float_load_seconds,
         }  # fmt: skip
 
     def quantize(self, plan: str) -> QuantizedModel:
@@ -141,7 +154,8 @@ def weighted_kernels(kernels: list[Kernel]) -> tuple[int, int]:
 
 
 HEADINGS = ("plan", "ends", "bytes", "packed", "over", "allowed", "score PyTorch", "runtime", "score", "integer kernels",
-            "= exact", "= simulated", "mean steps", "largest", "load s", "ms", "of float32", "of w8a8")  # fmt: skip
+            "= exact", "= simulated", "mean steps", "largest", "load s", "ms", "of float32", "of w8a8",
+            "exact: of float32")  # fmt: skip
 INTRODUCTION = f"""# Exported files in their runtimes
 
 Written by `python -m benchmarks.deploy`: recipe {RECIPE}, placement `integer`, {CALIBRATION} calibration inputs; 18 %:
@@ -150,16 +164,17 @@ per output channel, what stays float; *over*: the file without its metadata over
 1.5 kB per layer and 20 kB. *integer kernels*: of all convolutions and matrix products with weights. *= exact*, *=
 simulated*: top-1 (for images: output
 values) equal to the exact integer evaluation and to the PyTorch module; *steps*: distance to the exact evaluation in
-steps of the output. Latency, on one thread: median of runs on one input in turns with the float32 file, and that
-ratio over w8a8's. ONNX Runtime computes integer products exactly (`session.x64quantprecision`). *ends* (first and
-last layer): 7-bit weights where the processor's products saturate, which OpenVINO has no switch against; w8a8 shows
-what happens without. Other work ran on the machine: ratios count, not milliseconds.
+steps of the output. Latency, on one thread: median of runs on one input in turns with the float32 file, both in default
+sessions, and that ratio over w8a8's; *exact*: the ratio in a session with exact products (`session.x64quantprecision`,
+`session.qdq_matmulnbits_accuracy_level` = 1), as agreement is measured. Processors with VNNI do not need the first, and take
+slower kernels with it all the same. *ends* (first and last layer): 7-bit weights where the processor's products saturate,
+which OpenVINO has no switch against; w8a8 shows what happens without.
 """
 
 
 def table(rows: list[Row]) -> str:
     """The rows as Markdown, a section for each network."""
-    lines = [INTRODUCTION]
+    lines = [INTRODUCTION, *(line for row in rows if row["network"] == SHAPES for line in shape_lines(row))]
     for setting in SETTINGS:
         mine = {row["plan"]: row for row in rows if row["network"] == setting.name}
         if not mine:
@@ -194,9 +209,13 @@ def _cells(row: Row, wide: Row | None) -> list[list[str]]:
             *(file if not lines else [""] * len(file)), target, f"{found['score']:.2f}",
             f"{found['integer']} of {found['weighted']}", f"{found['exact']:.2%}", f"{found['simulated']:.2%}",
             f"{found['mean_steps']:.2g}", f"{found['largest_steps']:.2g}", f"{found['load']:.2g}",
-            f"{found['milliseconds']:.2f}", f"{found['ratio']:.2f}", beside,
+            f"{found['milliseconds']:.2f}", f"{found['ratio']:.2f}", beside, _optional(found.get("exact_ratio")),
         ])  # fmt: skip
     return lines
+
+
+def _optional(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}"
 
 
 if __name__ == "__main__":

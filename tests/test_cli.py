@@ -689,3 +689,20 @@ def _session(process: Path) -> str:
     except OSError:
         return ""
     return "" if state == "Z" else fields[2]
+
+
+def test_a_latency_table_is_measured_and_limits_a_run(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert quantize("--bits", "w8a8") == 0
+    assert run(["latency", "run", "-o", "table.csv", "--bits", "w8a8,w4a4", "--quiet"]) == 0
+    assert "--latency table.csv=" in capsys.readouterr().out
+    lines = (work / "table.csv").read_text().splitlines()
+    assert lines[0] == "layer,bits,milliseconds"
+    assert {line.rpartition(",")[0] for line in lines[1:]} == {"0,w8a8", "0,w4a4", "3,w8a8", "3,w4a4"}
+
+    assert quantize("--bits", "w8a8,w4a4", "--latency", "table.csv=1000", output="budget") == 0
+    assert run(["latency", "budget", "-o", "again.csv", "--quiet"]) == 0  # choices are those of its budget
+    assert {line.rpartition(",")[0] for line in (work / "again.csv").read_text().splitlines()[1:]} == {
+        "0,w8a8", "0,w4a4", "3,w8a8", "3,w4a4",
+    }  # fmt: skip
+    assert run(["latency", "run", "-o", "missing/table.csv"]) == 1
+    assert "the folder missing does not exist" in capsys.readouterr().err

@@ -15,7 +15,8 @@ import calque
 import networks
 from calque.errors import SpecError, VerificationError
 from calque.export import Target, count_kernels, run_onnx
-from calque.export.runtimes import OnnxRuntime, _reads, open_runtime, saturates
+from calque.export.runtimes import DEFAULT, OnnxRuntime, _reads, open_runtime
+from calque.export.saturation import saturates
 from calque.export.verify import load_proto
 from calque.model import QuantizedModel
 
@@ -90,7 +91,8 @@ def test_latency_is_measured_beside_the_float_network_that_is_left_as_it_was(
     assert latency.ratio == latency.milliseconds / latency.float_milliseconds
     assert min(latency.milliseconds, latency.float_milliseconds, latency.load_seconds, latency.float_load_seconds) > 0
     assert latency.runs >= 3
-    assert f"{latency.runs} runs in turns" in str(latency)
+    assert f"default sessions, {latency.runs} runs in turns" in str(latency)
+    assert (latency.exact_milliseconds, latency.exact_ratio, latency.exact_settings) == (None, None, ())  # 7-bit ends
 
 
 def test_agreement_below_the_bound_is_an_error_with_all_figures(
@@ -178,7 +180,7 @@ def test_seven_bit_weights_are_exact_without_the_switch_for_exact_products(
     proto = load_proto(calque.export_onnx(q, tmp_path / "model.onnx"))
     exact = q.integer()(test_inputs)
 
-    plain = OnnxRuntime(proto, precise=False).run([test_inputs])[0]
+    plain = OnnxRuntime(proto, settings=DEFAULT).run([test_inputs])[0]
 
     torch.testing.assert_close(plain, exact)
 
@@ -257,3 +259,37 @@ def test_images_do_not_lie_between_two_codes_of_the_input_grid(recipe: str) -> N
 
     assert ((steps - steps.floor() - 0.5).abs() > 1e-4).double().mean() >= 0.99
     assert 0.99 * 2 / 255 <= grid.scale <= 1.01 * 2 / 255  # advanced learns it
+
+
+@pytest.mark.parametrize("answer", [False, True])
+def test_latency_is_that_of_the_default_session_and_where_products_need_a_setting_that_of_both(
+    tmp_path: Path, trained: nn.Module, calibration: Tensor, test_inputs: Tensor, answer: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(sys.modules["calque.export.verify"], "saturates", lambda target: answer)
+    q = calque.quantize(trained, calibration, bits="w8a8", recipe="nearest")
+
+    found = calque.verify(calque.export_onnx(q, tmp_path / "model.onnx"), q, test_inputs, original=trained)
+
+    assert found.latency is not None
+    written = json.loads(found.to_json())["latency"]
+    if answer:
+        assert found.latency.exact_milliseconds is not None
+        assert found.latency.exact_ratio == found.latency.exact_milliseconds / found.latency.float_milliseconds
+        assert written["exact_settings"] == ["session.x64quantprecision = 1"]
+        assert "latency with exact products:" in str(found)
+    else:
+        assert written["exact_milliseconds"] is None
+        assert "exact products" not in str(found.latency)
+
+
+def test_products_that_the_runtime_itself_would_compute_on_rounded_inputs_need_a_setting(
+    tmp_path: Path, trained: nn.Module, calibration: Tensor, test_inputs: Tensor
+) -> None:
+    fused = calque.quantize(trained, calibration, bits="w4", recipe="nearest", first_last=None)
+
+    found = calque.verify(calque.export_onnx(fused, tmp_path / "model.onnx"), fused, test_inputs, original=trained)
+
+    assert found.latency is not None
+    assert found.latency.exact_settings == ("session.qdq_matmulnbits_accuracy_level = 1",)
+    assert any("MatMulNBits computes in float32 here" in note for note in found.notes)

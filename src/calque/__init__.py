@@ -4,7 +4,7 @@ from importlib.metadata import version
 
 from calque import errors
 from calque.budget import Budget
-from calque.export import Latency, Verification, export_onnx, verify
+from calque.export import Latency, LatencyTable, Verification, export_onnx, latency_table, verify
 from calque.parts import PartlyQuantized
 from calque.pipeline import quantize
 from calque.prices import Prices
@@ -18,6 +18,7 @@ __version__ = version("calque")
 __all__ = [
     "Budget",
     "Latency",
+    "LatencyTable",
     "PartlyQuantized",
     "Plan",
     "Prices",
@@ -26,6 +27,7 @@ __all__ = [
     "Verification",
     "errors",
     "export_onnx",
+    "latency_table",
     "load",
     "quantize",
     "save",

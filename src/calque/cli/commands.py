@@ -36,6 +36,7 @@ from calque.cli.inputs import (
     parse_loss,
     parse_overrides,
 )
+from calque.cli.latency import latency_command
 from calque.cli.plan import plan_command
 from calque.cli.terminal import advice, bars, complain, estimates, one_line, shielded_workers, visible_warnings
 from calque.demo import DemoRow, run_demo
@@ -202,6 +203,7 @@ def recipe_command(
 
 
 app.command("plan")(plan_command)
+app.command("latency")(latency_command)
 
 
 @app.command("report")

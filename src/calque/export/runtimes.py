@@ -4,7 +4,6 @@ import importlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, Protocol, get_args
@@ -14,7 +13,6 @@ import onnx
 import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from calque.errors import SpecError, VerificationError
@@ -25,7 +23,9 @@ Precision = Literal["integer", "float", "neutral"]
 # x86 processors without VNNI saturate sums of uint8 x int8 products at 16 bits; this makes ONNX Runtime compute them exactly.
 PRECISE = "session.x64quantprecision"
 # Products with packed 4-bit weights: ONNX Runtime's default, 4, rounds their float inputs to 8 bits at run time; 1 is float32.
-LEVEL = ("session.qdq_matmulnbits_accuracy_level", "1")
+LEVEL = "session.qdq_matmulnbits_accuracy_level"
+EXACT: Mapping[str, str] = {PRECISE: "1", LEVEL: "1"}
+DEFAULT: Mapping[str, str] = {}  # a session as users open it
 PACKED = "MatMulNBits"
 BLOCKED = "_nchwc"  # behind the value's name in that of a convolution that ONNX Runtime computes in blocks of channels
 # Operators that move, convert or clip codes and indices; everything else that is not an integer kernel computes on floats.
@@ -77,24 +77,31 @@ class Runtime(Protocol):
 
 
 class OnnxRuntime:
-    """A file in ONNX Runtime on the CPU, with exact integer products.
+    """A file in ONNX Runtime on the CPU.
+
+    Args:
+        settings: entries of the session's configuration; exact products by default, which a session of a user does not have.
 
     Raises:
         VerificationError: ONNX Runtime cannot load the file.
     """
 
     def __init__(
-        self, proto: onnx.ModelProto, threads: int | None = None, *, optimize: bool = True, precise: bool = True
+        self,
+        proto: onnx.ModelProto,
+        threads: int | None = None,
+        *,
+        optimize: bool = True,
+        settings: Mapping[str, str] = EXACT,
     ):
-        self._proto, self._threads, self._optimize, self._precise = proto, threads, optimize, precise
+        self._proto, self._threads, self._optimize, self._settings = proto, threads, optimize, settings
         self._session = self._open()
 
     def _open(self, save: Path | None = None) -> ort.InferenceSession:
         """A session; `save`: where the graph that it executes is written."""
         options = ort.SessionOptions()
-        if self._precise:
-            options.add_session_config_entry(PRECISE, "1")
-        options.add_session_config_entry(*LEVEL)
+        for key, value in self._settings.items():
+            options.add_session_config_entry(key, value)
         options.log_severity_level = 4
         levels = ort.GraphOptimizationLevel
         options.graph_optimization_level = levels.ORT_ENABLE_ALL if self._optimize else levels.ORT_DISABLE_ALL
@@ -220,7 +227,7 @@ class Qonnx:
 
 
 def open_runtime(proto: onnx.ModelProto, target: Target, threads: int | None = None) -> Runtime:
-    """The file in a runtime, as a user would load it, integer products exact where the runtime offers that.
+    """The file in a runtime, products exact where the runtime offers that.
 
     Args:
         threads: as many as the runtime takes by default (QONNX's executor always does).
@@ -265,33 +272,3 @@ def _attempt(failure: str, call: Callable[[], Any]) -> Any:
     except Exception as error:
         line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise VerificationError(f"{failure}: {line}") from error
-
-
-@cache
-def saturates(target: Target) -> bool:
-    """Whether this runtime, as it is by default, saturates sums of uint8 x int8 products on this processor.
-
-    A convolution of four products of 255 x 127 tells: x86 processors without VNNI stop each pair at 32767.
-    """
-    weights = np.full((1, 4, 1, 1), 127, dtype=np.int8)
-    constants = {
-        "one": np.float32(1), "zero": np.uint8(0), "w": weights, "ones": np.ones(1, np.float32),
-        "zeros": np.zeros(1, np.int8), "step": np.float32(4 * 127),
-    }  # fmt: skip
-    nodes = [
-        helper.make_node("QuantizeLinear", ["x", "one", "zero"], ["q"]),
-        helper.make_node("DequantizeLinear", ["q", "one", "zero"], ["d"]),
-        helper.make_node("DequantizeLinear", ["w", "ones", "zeros"], ["v"], axis=0),
-        helper.make_node("Conv", ["d", "v"], ["c"]),
-        helper.make_node("QuantizeLinear", ["c", "step", "zero"], ["r"]),
-        helper.make_node("DequantizeLinear", ["r", "step", "zero"], ["y"]),
-    ]
-    graph = helper.make_graph(
-        nodes, "probe", [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 4, 8, 8])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
-    )  # fmt: skip
-    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-    runtime = OnnxRuntime(proto, precise=False) if target == "onnxruntime" else open_runtime(proto, target)
-    received = runtime.run([torch.full((1, 4, 8, 8), 255.0)])[0]
-    return bool((received < 0.99 * 255 * 4 * 127).any())

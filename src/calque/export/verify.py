@@ -17,6 +17,7 @@ from calque.export.identity import differences, unknown_origin
 from calque.export.latency import measure_latency
 from calque.export.onnx import float_onnx
 from calque.export.runtimes import (
+    EXACT,
     LEVEL,
     PACKED,
     PRECISE,
@@ -26,8 +27,8 @@ from calque.export.runtimes import (
     Target,
     check_target,
     open_runtime,
-    saturates,
 )
+from calque.export.saturation import saturates
 from calque.export.verification import LEAST_DB, LIMIT_DB, OUTSIDE, TITLES, OutputAgreement, Verification
 from calque.graph import Batch
 from calque.graph.signature import flatten, rows, select
@@ -62,8 +63,8 @@ def verify(
         target: "onnxruntime", with its optimizer on and off, "openvino" or "qonnx" (extras of these names).
         bound: the least share of each output that agrees with the exact integer evaluation, the optimizer on; 0 for figures
             without a verdict: nothing is asked of share and error, and another network's file is a note.
-        original: the float network; the latency of both files is then measured, in turns, on the first input (not in QONNX's
-            executor, which is no deployment).
+        original: the float network; the latency of both files is then measured, in turns, on the first input, in sessions as a
+            user opens them (not in QONNX's executor, which is no deployment).
 
     Raises:
         VerificationError: the file is another network's or run's by its metadata; the runtime is not installed, or cannot load
@@ -86,6 +87,7 @@ def verify(
     batches = prepare(inputs, model.signature, next(iter(model.buffers())).device)
     runtimes, edges = _opened(proto, model, target)
     kernels = (OnnxRuntime(proto) if edges else runtimes[0]).kernels()
+    needed = settings_for_exact(proto, kernels, model, target)
     names = [output.name for output in proto.graph.output]
     optimized, *others = agreements(runtimes, model, batches, names, edges)
     (outside,) = agreements(runtimes[:1], model, [_scaled(batch) for batch in batches], names, edges)
@@ -93,14 +95,15 @@ def verify(
         target, sum(rows(batch) for batch in batches), optimized, others[0] if others else None, outside,
         _counted(kernels, "integer"), _counted(kernels, "float"), _counted(kernels, "neutral"),
         {} if target == "qonnx" else _reasons(kernels, model), path.stat().st_size, model.report.size,
-        (*origin, *_notes(kernels, model, target)),
+        (*origin, *_notes(needed, model, target)),
     )  # fmt: skip
     failed = [output for output in optimized.outputs if not output.passes(bound)]
     if failed:
         raise _refusal(found, failed, bound)
     if original is not None and target != "qonnx":
         leaves = [leaf for leaf in flatten(select(batches[0], torch.arange(1)))[0] if isinstance(leaf, Tensor)]
-        found = replace(found, latency=measure_latency(proto, float_onnx(original, model), leaves, target))
+        latency = measure_latency(proto, float_onnx(original, model), leaves, target, exact=needed)
+        found = replace(found, latency=latency)
     return found
 
 
@@ -223,14 +226,34 @@ def _reason(layer: str, model: QuantizedModel) -> str:
     return "not fused by the runtime"
 
 
-def _notes(kernels: list[Kernel], model: QuantizedModel, target: Target) -> tuple[str, ...]:
+def settings_for_exact(
+    proto: onnx.ModelProto, kernels: list[Kernel], model: QuantizedModel, target: Target
+) -> dict[str, str]:
+    """What a session of ONNX Runtime must be given on this processor to compute this file's products exactly.
+
+    Args:
+        kernels: that the file has there.
+    """
+    if target != "onnxruntime":
+        return {}
+    fused = sum(kernel.operator == PACKED for kernel in kernels) > sum(n.op_type == PACKED for n in proto.graph.node)
+    keys = [*([PRECISE] if _wide(model) and saturates(target) else []), *([LEVEL] if fused else [])]
+    return {key: EXACT[key] for key in keys}
+
+
+def _wide(model: QuantizedModel) -> list[str]:
+    """The layers whose uint8 x int8 products may saturate."""
+    return [name for name, layer in model.layers.items() if layer.bits == 8 and layer.bias_scale is not None]
+
+
+def _notes(needed: dict[str, str], model: QuantizedModel, target: Target) -> tuple[str, ...]:
     notes = []
-    if any(kernel.operator == PACKED for kernel in kernels):
+    if LEVEL in needed:
         notes.append(
-            f"{PACKED} computes in float32 here ({LEVEL[0]} = {LEVEL[1]}); the runtime's default rounds the inputs of those "
+            f"{PACKED} computes in float32 here ({LEVEL} = {EXACT[LEVEL]}); the runtime's default rounds the inputs of those "
             "that it fuses itself to 8 bits."
         )
-    wide = [name for name, layer in model.layers.items() if layer.bits == 8 and layer.bias_scale is not None]
+    wide = _wide(model)
     if wide and target != "qonnx" and saturates(target):
         remedy = '7-bit weights do not: bits or first_last of "w7a8"'
         if target == "onnxruntime":
