@@ -10,9 +10,11 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
+from calque.admission import file_to_read, require_original, require_quantized
 from calque.calibration import prepare
 from calque.errors import SpecError, VerificationError
 from calque.export.agreement import agreements
+from calque.export.feeds import feeds_of
 from calque.export.identity import differences, unknown_origin
 from calque.export.latency import measure_latency
 from calque.export.onnx import float_onnx
@@ -73,9 +75,10 @@ def verify(
         CalibrationError: inputs that are empty, not finite or of the wrong form.
         FileNotFoundError: no such file.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}.")
+    path = file_to_read(path, "verify(path, q, inputs)")
+    require_quantized(model, "verify(path, q, inputs)")
+    if original is not None:
+        require_original(original)
     if isinstance(model, PartlyQuantized):
         raise whole_only(model, "verify", "verify(file, q.parts[path], inputs)")
     if not 0 <= bound <= 1:
@@ -84,6 +87,8 @@ def verify(
     proto = load_proto(path)
     origin = _origin(proto, model, bound)
     batches = prepare(inputs, model.signature, next(iter(model.buffers())).device)
+    for batch in batches:
+        feeds_of(proto.graph.input, [leaf for leaf in flatten(batch)[0] if isinstance(leaf, Tensor)])
     runtimes, edges = _opened(proto, model, target)
     kernels = (OnnxRuntime(proto) if edges else runtimes[0]).kernels()
     names = [output.name for output in proto.graph.output]
@@ -155,7 +160,7 @@ def run_onnx(path: str | os.PathLike[str], inputs: list[Tensor], *, batch: int =
     Raises:
         VerificationError: ONNX Runtime cannot load or run the file.
     """
-    runtime = OnnxRuntime(load_proto(Path(path)))
+    runtime = OnnxRuntime(load_proto(file_to_read(path, "run_onnx(path, inputs)")))
     pieces = zip(*(torch.split(tensor, batch) for tensor in inputs), strict=True)
     return torch.cat([runtime.run(list(piece))[0] for piece in pieces])
 
@@ -184,7 +189,7 @@ def count_kernels(
 
     Neutral operators move, convert or clip codes and indices.
     """
-    kernels = open_runtime(load_proto(Path(path)), target).kernels()
+    kernels = open_runtime(load_proto(file_to_read(path, "count_kernels(path)")), target).kernels()
     return _counted(kernels, "integer"), _counted(kernels, "float"), _counted(kernels, "neutral")
 
 
