@@ -1,7 +1,7 @@
 """What the inputs, the outputs and the constants of a file are called: as in the network, whatever torch.onnx called them."""
 
 from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx
 from onnx import helper
@@ -20,27 +20,29 @@ class Interface:
     """The names of a file's inputs and outputs, in their order; all are distinct.
 
     Attributes:
-        chosen: those that the user chose, which must not be changed.
+        inputs_chosen, outputs_chosen: whether they are the user's, which must not be changed.
     """
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    chosen: frozenset[str] = frozenset()
+    inputs_chosen: bool = False
+    outputs_chosen: bool = False
 
     def beside(self, taken: Container[str]) -> "Interface":
-        """The same names, with an underscore behind those of the network that are `taken`.
+        """The same names, with underscores behind those of the network that are `taken`, or used twice.
 
         Raises:
-            SpecError: a chosen one is.
+            SpecError: a chosen one is taken.
         """
-        for name in sorted(self.chosen):
+        used = {*(self.inputs if self.inputs_chosen else ()), *(self.outputs if self.outputs_chosen else ())}
+        for name in sorted(used):
             if name in taken:
                 raise SpecError(
                     f"{name!r} is the name of a tensor inside the file. Choose another input or output name."
                 )
-        used: set[str] = set(self.chosen)
-        free = [name if name in self.chosen else free_name(name, used, taken) for name in (*self.inputs, *self.outputs)]
-        return Interface(tuple(free[: len(self.inputs)]), tuple(free[len(self.inputs) :]), self.chosen)
+        inputs = self.inputs if self.inputs_chosen else tuple(free_name(name, used, taken) for name in self.inputs)
+        outputs = self.outputs if self.outputs_chosen else tuple(free_name(name, used, taken) for name in self.outputs)
+        return replace(self, inputs=inputs, outputs=outputs)
 
 
 def interface(
@@ -51,19 +53,16 @@ def interface(
     Raises:
         SpecError: names that are no list of distinct, non-empty strings, one for each.
     """
-    used: set[str] = set()
-    own = [free_name(name, used) for name in argument_names(model)]
-    outputs = _result_names(model)
-    inputs = [*_checked("input", input_names, own)] or own
-    chosen = [*_checked("output", output_names, outputs)]
-    twice = next((name for name in chosen if name in inputs), None)
-    if twice is not None:
+    own = Interface(tuple(_argument_names(model)), tuple(_result_names(model)))
+    inputs = own.beside(()).inputs if input_names is None else _checked("input", input_names, own.inputs)
+    outputs = own.outputs if output_names is None else _checked("output", output_names, own.outputs)
+    twice = next((name for name in outputs if name in inputs), None)
+    if twice is not None and output_names is not None:
         raise SpecError(f"output_names must differ from the names of the inputs ({', '.join(inputs)}). Got {twice!r}.")
-    fixed = frozenset([*(input_names or ()), *chosen])
-    return Interface(tuple(inputs), tuple(chosen or outputs), fixed).beside(())
+    return Interface(inputs, outputs, input_names is not None, output_names is not None).beside(())
 
 
-def argument_names(model: QuantizedModel) -> list[str]:
+def _argument_names(model: QuantizedModel) -> list[str]:
     """The flat inputs by forward's arguments, their keys and positions: image, boxes_0, features_p3."""
     return [_joined(path) for path in leaf_paths(model.in_spec.child(1))]
 
@@ -82,18 +81,16 @@ def _joined(path: Sequence[str | int]) -> str:
     return "_".join(map(str, path)) or OUTPUT
 
 
-def _checked(kind: str, given: Sequence[str] | None, present: Sequence[str]) -> Sequence[str]:
-    """The names that were given, none where that is None."""
-    if given is None:
-        return ()
-    rule = f"{kind}_names is a list of {len(present)} distinct names, one for each {kind} ({', '.join(present)})"
+def _checked(kind: str, given: Sequence[str], present: Sequence[str]) -> tuple[str, ...]:
+    """The names that were given."""
+    rule = f"{kind}_names is a list with one distinct name for each {kind} ({', '.join(present)})"
     if not isinstance(given, (list, tuple)) or not all(isinstance(name, str) for name in given):
         raise SpecError(f"{rule}. Got {given!r}.")
     if len(given) != len(present):
         raise SpecError(f"{rule}. Got {len(given)}: {', '.join(given) or 'none'}.")
     if len(set(given)) < len(given) or not all(name.strip() for name in given):
         raise SpecError(f"{rule}, none of them empty. Got {', '.join(map(repr, given))}.")
-    return given
+    return tuple(given)
 
 
 def name_values(graph: onnx.GraphProto, names: Interface, own: Container[str] = ()) -> None:
@@ -113,12 +110,10 @@ def name_values(graph: onnx.GraphProto, names: Interface, own: Container[str] = 
         )
     _separate_outputs(graph)
     inner = list(dict.fromkeys(_inner_names(graph)))
-    names = names.beside(
-        {name for name in inner if "/" in name}
-    )  # those are looked up: the codes of an edge, a layer's scale
-    renamed = dict(
-        zip((value.name for value in (*graph.input, *graph.output)), names.inputs + names.outputs, strict=True)
-    )
+    looked_up = {name for name in inner if "/" in name}  # such as the codes of an edge, and a layer's scale
+    names = names.beside(looked_up)
+    fronts = (value.name for value in (*graph.input, *graph.output))
+    renamed = dict(zip(fronts, names.inputs + names.outputs, strict=True))
     used = set(renamed.values())
     constants = {tensor.name for each in graphs(graph) for tensor in each.initializer if tensor.name not in own}
     for name in inner:

@@ -69,11 +69,13 @@ def verify(
 
     Raises:
         VerificationError: the file is another network's or run's by its metadata; the runtime is not installed, or cannot load
-            or run the file; the file has other inputs or outputs than the model; an output does not pass (`verification` of
-            the error has all figures).
-        SpecError: an unknown target, or a bound that is no share; a network quantized in parts, which are verified one by one.
+            or run the file; the inputs have another shape or type than the file's; the file has other outputs than the model;
+            an output does not pass (`verification` of the error has all figures).
+        SpecError: an unknown target, or a bound that is no share; no path; no quantized network, or one quantized in parts, which
+            are verified one by one.
+        CaptureError: an `original` that is no float network.
         CalibrationError: inputs that are empty, not finite or of the wrong form.
-        FileNotFoundError: no such file.
+        OSError: no such file.
     """
     path = file_to_read(path, "verify(path, q, inputs)")
     require_quantized(model, "verify(path, q, inputs)")
@@ -158,7 +160,8 @@ def run_onnx(path: str | os.PathLike[str], inputs: list[Tensor], *, batch: int =
     """The first output of an ONNX file in ONNX Runtime (optimizer on) for flat inputs (N, ...).
 
     Raises:
-        VerificationError: ONNX Runtime cannot load or run the file.
+        VerificationError: ONNX Runtime cannot load or run the file; inputs of another shape or type than the file's.
+        OSError: no such file.
     """
     runtime = OnnxRuntime(load_proto(file_to_read(path, "run_onnx(path, inputs)")))
     pieces = zip(*(torch.split(tensor, batch) for tensor in inputs), strict=True)
@@ -222,7 +225,7 @@ def _layer_of(kernel: Kernel, model: QuantizedModel) -> str:
 
 def _reason(layer: str, model: QuantizedModel) -> str:
     if not layer:
-        return "reads values that are on no grid, or has no integer kernel"
+        return "values on no grid, or no integer kernel"
     if model.layers[layer].bias_scale is None:
         return "weights alone are quantized"
     return "not fused by the runtime"
