@@ -163,6 +163,19 @@ def test_export_writes_a_verified_file_and_report_repeats_the_table(
     assert capsys.readouterr().out == table
 
 
+def test_names_in_the_file_are_chosen_on_the_command_line(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quantize("--weights", "weights.safetensors")
+
+    assert run(["export", "run", "model.onnx", "--input-names", "data", "--output-names", " scores", "--verify"]) == 0
+    graph = onnx.load("model.onnx").graph
+    assert [value.name for value in (*graph.input, *graph.output)] == ["data", "scores"]
+    capsys.readouterr()
+    assert run(["export", "run", "model.onnx", "--output-names", "a,b"]) == 1
+    assert (
+        "output_names is a list with one distinct name for each output (output). Got 2: a, b" in capsys.readouterr().err
+    )
+
+
 def test_verify_prints_figures_with_the_latency_or_one_line_of_json(
     work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,13 +1,15 @@
-"""What `quantize` and `load` take: the float network itself, as Python modules; for all else, what to pass in its place."""
+"""What the front door takes: float networks as Python modules, quantized ones, files; for all else, what to pass in its place."""
 
+import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.nn.parameter import UninitializedParameter
 
-from calque.errors import CalibrationError, CaptureError
+from calque.errors import CalibrationError, CaptureError, SpecError
 from calque.graph import Batch
 from calque.graph.copies import private_copy
 from calque.graph.rewrite import silent_tracing
@@ -35,6 +37,60 @@ def require_original(model: object) -> None:
     problem = next(_problems(model), None)
     if problem is not None:
         raise CaptureError(problem)
+
+
+def require_quantized(q: object, call: str) -> None:
+    """Raises SpecError where `q` is no quantized network; says what to pass instead.
+
+    Args:
+        call: how it is written, such as "export_onnx(q, path)".
+    """
+    if isinstance(q, QuantizedModel):
+        return
+    received = f"{type(q).__name__}."
+    if isinstance(q, (str, os.PathLike)):
+        received = f"the path {os.fspath(q)!r}: are the arguments swapped?"
+    elif isinstance(q, nn.Module):
+        received = f"the float network {type(q).__name__}: quantize it first."
+    raise SpecError(f"{call} takes as q what calque.quantize or calque.load returned. Got {received}")
+
+
+def file_to_write(path: object, call: str) -> Path:
+    """The path, where a file can be written there.
+
+    Raises:
+        SpecError: no path.
+        OSError: a folder, or one in a folder that does not exist.
+    """
+    found = require_path(path, call)
+    if found.is_dir():
+        raise IsADirectoryError(f"{found} is a folder. Add the name of the file to write.")
+    if not found.parent.is_dir():
+        raise FileNotFoundError(f"the folder {found.parent} does not exist. Make it first.")
+    return found
+
+
+def file_to_read(path: object, call: str) -> Path:
+    """The path, where a file is.
+
+    Raises:
+        SpecError: no path.
+        OSError: a folder, or nothing.
+    """
+    found = require_path(path, call)
+    if found.is_dir():
+        raise IsADirectoryError(f"{found} is a folder. Pass the file in it.")
+    if not found.is_file():
+        raise FileNotFoundError(f"there is no file {found}.")
+    return found
+
+
+def require_path(path: object, call: str) -> Path:
+    """The path. Raises: SpecError, where it is none; says whether arguments are swapped."""
+    if isinstance(path, (str, os.PathLike)):
+        return Path(path)
+    swapped = ": are the arguments swapped?" if isinstance(path, nn.Module) else "."
+    raise SpecError(f"{call} takes as path a str or Path. Got {type(path).__name__}{swapped}")
 
 
 def require_inputs(model: nn.Module, batch: Batch) -> None:

@@ -19,7 +19,7 @@ from calque.decisions import DEFAULT_BITS, asked_layers, decide_bits, decide_cho
 from calque.errors import CaptureError, SpecError
 from calque.estimate import estimate
 from calque.graph import Batch, DynamicAxes, Network, Signature, capture
-from calque.graph.batching import find_layout, varying_axes
+from calque.graph.batching import equal_axes, find_layout, varying_axes
 from calque.graph.copies import duplicate
 from calque.graph.regions import undisturbed
 from calque.graph.signature import flatten, rows, select
@@ -164,7 +164,7 @@ def quantize(
         built = build(job, entries, function, references) if found is None else found.built
     result = built.model
     example = select(job.batches[0], torch.arange(EXAMPLE_ROWS) % rows(job.batches[0]))
-    result.facts |= {"placement": placement, "example": example, "dynamic": axes}
+    result.facts |= {"placement": placement, "example": example, "dynamic": axes, "equal_axes": equal_axes(batches)}
     result.prices = None if found is None else found.prices
     phases = {"capture": captured - started, "float pass": float_pass}
     result.report = summarize(model, job, built, found, phases=phases, loss=loss_name)

@@ -23,14 +23,24 @@ def export_command(
     path: Annotated[Path, typer.Argument(help="the file to write", metavar="MODEL.ONNX")],
     check: Annotated[bool, typer.Option("--verify", help="run the file on the calibration inputs")] = False,
     target: Runtime = "onnxruntime",
+    input_names: Annotated[
+        str | None, typer.Option(help="names of the inputs in the file, by position: a,b", metavar="NAMES")
+    ] = None,
+    output_names: Annotated[str | None, typer.Option(help="names of the outputs, as well", metavar="NAMES")] = None,
 ) -> None:
     """Exports the network of a run: ONNX for onnxruntime and openvino, which read the same file, or qonnx."""
     settings = read_run(run)
     q = load(run / NETWORK, build_model(settings.model))
-    export_onnx(q, path, target=cast(Target, target))  # which checks it
+    export_onnx(
+        q, path, target=cast(Target, target), input_names=_names(input_names), output_names=_names(output_names)
+    )  # which checks all of them
     print(f"{path}: {path.stat().st_size:,} bytes")
     if check:
         _verify(path, q, load_calibration(Path(settings.calibration)), target, BOUND, None, as_json=False)
+
+
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",")]
 
 
 def verify_command(

@@ -5,9 +5,7 @@ import copy
 import io
 import json
 import operator
-import os
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import get_args
@@ -18,9 +16,13 @@ from onnx import helper
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from calque.admission import file_to_write, require_quantized
+from calque.checkpoint import FilePath, write_whole
 from calque.errors import ExportError, SpecError
+from calque.export.axes import name_axes
 from calque.export.identity import PREFIX, identity
 from calque.export.lowering import DOMAIN, TRANSLATIONS, behind, lower
+from calque.export.names import graphs, interface, name_values
 from calque.export.nodes import MICROSOFT, Expander
 from calque.export.qonnx import QONNX_DOMAIN, QuantExpander
 from calque.export.rehearsal import origins, rehearse
@@ -28,38 +30,50 @@ from calque.export.runtimes import Target
 from calque.graph.network import FlatInput, value_of
 from calque.graph.outputs import flatten_outputs
 from calque.graph.rewrite import silent_tracing
-from calque.graph.signature import have_rows, laid_out
 from calque.model import QuantizedModel
 from calque.parts import PartlyQuantized, whole_only
 
 OPSET = 21  # the first with INT4
 
 
-def export_onnx(model: QuantizedModel, path: str | os.PathLike[str], *, target: Target = "onnxruntime") -> Path:
+def export_onnx(
+    model: QuantizedModel,
+    path: FilePath,
+    *,
+    target: Target = "onnxruntime",
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+) -> Path:
     """Writes `model` to `path` as ONNX (opset 21) and returns the path; the batch axis and dynamic axes stay free.
 
     Args:
         target: "onnxruntime" and "openvino" read the same file, with packed weights and integer kernels; "qonnx" has one Quant
             node per tensor, and float32 weights.
+        input_names: one for each input, in order. Default: forward's arguments, those inside a list or dict behind the
+            argument's name (boxes_0, features_p3).
+        output_names: one for each output that is a tensor, in order. Default: the keys and fields of what forward returns, joined
+            by "_"; without any "output", or "output_0", "output_1", ... by position.
 
     A file for ONNX Runtime is run there before it is kept, on the few inputs that `model` has as an example.
 
     The file holds the plan, checksums of the network, which `verify` compares, the recipe and versions in its metadata. It is
-    written to a temporary name and moved, so that nothing half-written is ever left at `path`.
+    written to a temporary name and moved, so that nothing half-written is ever left at `path`. The same network gives the same
+    bytes.
 
     Raises:
         ExportError: an operator without a translation, which is named, or with one that is no valid ONNX; a file that ONNX
             Runtime cannot run, or in which it computes something else than the network.
-        SpecError: an unknown target; a network quantized in parts, which are exported one by one.
+        SpecError: an unknown target; no quantized network; names that are no distinct strings, one for each; a network quantized
+            in parts, which are exported one by one.
         OSError: the path cannot be written.
     """
-    path = Path(path)
+    require_quantized(model, "export_onnx(q, path)")
     if isinstance(model, PartlyQuantized):
         raise whole_only(model, "export_onnx", "export_onnx(q.parts[path], file)")
+    path = file_to_write(path, "export_onnx(q, path)")
     if target not in get_args(Target):
         raise SpecError(f"target is one of {', '.join(get_args(Target))}. Got {target!r}.")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"the folder {path.parent} does not exist.")
+    names = interface(model, input_names, output_names)
     proto = _exported(_Flat(lower(model, fused=target != "qonnx")).eval(), model)
     behind_nodes = origins(proto)
     expander = (QuantExpander if target == "qonnx" else Expander)(model, _ranks(model))
@@ -69,22 +83,20 @@ def export_onnx(model: QuantizedModel, path: str | os.PathLike[str], *, target: 
     elif any(node.domain == MICROSOFT for node in proto.graph.node):
         proto.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
     _clean(proto, model)
+    name_values(proto.graph, names, own=expander.initializers)
+    name_axes(proto.graph, model)
+    _check(proto)
+    if target == "onnxruntime":
+        rehearse(proto, model, behind_nodes)
+    write_whole(path, proto.SerializeToString())
+    return path
+
+
+def _check(proto: onnx.ModelProto) -> None:
     try:
         onnx.checker.check_model(proto)
     except onnx.checker.ValidationError as error:
         raise ExportError(f"torch.onnx wrote a file that is not valid ONNX: {str(error).splitlines()[0]}") from error
-    if target == "onnxruntime":
-        rehearse(proto, model, behind_nodes)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(proto.SerializeToString())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path
 
 
 def _ranks(model: QuantizedModel) -> dict[str, int]:
@@ -98,12 +110,15 @@ def _ranks(model: QuantizedModel) -> dict[str, int]:
 
 
 def float_onnx(original: nn.Module, model: QuantizedModel) -> onnx.ModelProto:
-    """The float network that `model` was made from, with the same inputs and free axes.
+    """The float network that `model` was made from, with the same inputs, outputs and free axes, under the same names.
 
     Raises:
-        ExportError: an operator without a translation, which is named.
+        ExportError: an operator without a translation, which is named; another network.
     """
-    return _exported(_Original(copy.deepcopy(original).eval(), model.in_spec.child(1)).eval(), model)
+    proto = _exported(_Original(copy.deepcopy(original).eval(), model.in_spec.child(1)).eval(), model)
+    name_values(proto.graph, interface(model))
+    name_axes(proto.graph, model)
+    return proto
 
 
 def _exported(module: nn.Module, model: QuantizedModel) -> onnx.ModelProto:
@@ -130,26 +145,7 @@ def _exported(module: nn.Module, model: QuantizedModel) -> onnx.ModelProto:
         raise ExportError(f"torch.onnx cannot translate {_culprit(model)}: {_root_cause(error)}") from error
     assert program is not None
     proto: onnx.ModelProto = program.model_proto
-    _name_inputs(proto.graph, [form.name for form in forms])
     return proto
-
-
-def _name_inputs(graph: onnx.GraphProto, names: list[str]) -> None:
-    """Gives the inputs the names of forward's arguments, in place; what torch.onnx called like one of them is renamed."""
-    own = {name for node in graph.node for name in node.output} | {tensor.name for tensor in graph.initializer}
-    known = own | {value.name for value in graph.input} | set(names)
-    renamed = {value.name: name for value, name in zip(graph.input, names, strict=True)}
-    for name in sorted(own & set(names)):
-        free = f"{name}_"
-        while free in known:
-            free += "_"
-        renamed[name] = free
-        known.add(free)
-    for node in graph.node:
-        for values in (node.input, node.output):
-            values[:] = [renamed.get(name, name) for name in values]
-    for value in (*graph.input, *graph.output, *graph.initializer, *graph.value_info):
-        value.name = renamed.get(value.name, value.name)
 
 
 def _culprit(model: QuantizedModel) -> str:
@@ -229,7 +225,8 @@ def _clean(proto: onnx.ModelProto, model: QuantizedModel) -> None:
         node.doc_string = ""
     del graph.value_info[:]
     del graph.metadata_props[:]
-    read = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
+    read = {name for each in graphs(graph) for node in each.node for name in node.input}
+    read |= {output.name for each in graphs(graph) for output in each.output}
     kept = [tensor for tensor in graph.initializer if tensor.name in read]
     del graph.initializer[:]
     graph.initializer.extend(kept)
@@ -238,7 +235,6 @@ def _clean(proto: onnx.ModelProto, model: QuantizedModel) -> None:
     domains = [entry for entry in proto.opset_import if entry.domain != DOMAIN]
     del proto.opset_import[:]
     proto.opset_import.extend(domains)
-    _name_batch_axis(graph, model)
     del proto.metadata_props[:]
     facts = identity(model)
     if model.report is not None:
@@ -249,15 +245,3 @@ def _clean(proto: onnx.ModelProto, model: QuantizedModel) -> None:
         proto.metadata_props.add(key=PREFIX + key, value=value)
     proto.producer_name, proto.producer_version = "calque", version("calque")
     graph.name = "calque"
-
-
-def _name_batch_axis(graph: onnx.GraphProto, model: QuantizedModel) -> None:
-    batched = have_rows(laid_out(model.facts["example"], model.signature.layout))
-    axes = [
-        value.type.tensor_type.shape.dim[0].dim_param for value, rows in zip(graph.input, batched, strict=False) if rows
-    ]
-    symbol = axes[0] if axes else ""
-    for value in (*graph.input, *graph.output):
-        for dim in value.type.tensor_type.shape.dim:
-            if symbol and dim.dim_param == symbol:
-                dim.dim_param = "batch"

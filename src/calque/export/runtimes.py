@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from calque.errors import SpecError, VerificationError
+from calque.export.feeds import feeds_of
 
 Target = Literal["onnxruntime", "openvino", "qonnx"]
 Precision = Literal["integer", "float", "neutral"]
@@ -115,7 +116,7 @@ class OnnxRuntime:
         )
 
     def run(self, leaves: Sequence[Tensor]) -> list[Tensor]:
-        feeds = _feeds([value.name for value in self._session.get_inputs()], leaves)
+        feeds = feeds_of(self._proto.graph.input, leaves)
         outputs = _attempt("ONNX Runtime cannot run the file", lambda: self._session.run(None, feeds))
         return [torch.from_numpy(np.asarray(output)) for output in outputs]
 
@@ -163,13 +164,13 @@ class OpenVino:
     def __init__(self, proto: onnx.ModelProto, threads: int | None = None):
         core = _extra("openvino", "openvino").Core()
         content, limits = proto.SerializeToString(), {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
-        self._names = [value.name for value in proto.graph.input]
+        self._inputs = list(proto.graph.input)
         self._compiled = _attempt(
             "OpenVINO cannot load the file", lambda: core.compile_model(core.read_model(content), "CPU", limits)
         )
 
     def run(self, leaves: Sequence[Tensor]) -> list[Tensor]:
-        feeds = _feeds(self._names, leaves)
+        feeds = feeds_of(self._inputs, leaves)
         outputs = _attempt("OpenVINO cannot run the file", lambda: self._compiled(list(feeds.values())))
         return [torch.from_numpy(np.array(output)) for output in outputs.values()]
 
@@ -203,7 +204,7 @@ class Qonnx:
         self._proto = proto
 
     def run(self, leaves: Sequence[Tensor]) -> list[Tensor]:
-        feeds = _feeds([value.name for value in self._proto.graph.input], leaves)
+        feeds = feeds_of(self._proto.graph.input, leaves)
         outputs = _attempt("QONNX cannot run the file", lambda: self._execute(self._shaped(feeds), feeds))
         return [torch.from_numpy(np.asarray(outputs[value.name])) for value in self._proto.graph.output]
 
@@ -258,12 +259,6 @@ def _extra(name: str, module: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise VerificationError(f"{name} is not installed: pip install 'calque[{name}]'.") from error
-
-
-def _feeds(names: list[str], leaves: Sequence[Tensor]) -> dict[str, NDArray[Any]]:
-    if len(names) != len(leaves):
-        raise VerificationError(f"the file has {len(names)} inputs ({', '.join(names)}). Got {len(leaves)}.")
-    return {name: np.ascontiguousarray(leaf.cpu().numpy()) for name, leaf in zip(names, leaves, strict=True)}
 
 
 def _attempt(failure: str, call: Callable[[], Any]) -> Any:

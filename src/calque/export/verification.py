@@ -157,7 +157,9 @@ class Verification:
         for title, kernels in (("integer", self.integer_kernels), ("float", self.float_kernels)):
             names = ", ".join(f"{count} {name}" for name, count in sorted(kernels.items()))
             lines.append(f"{title} kernels: {names or 'none'}")
-        lines += [f"  {operator}: {reason}" for operator, reason in sorted(self.reasons.items())]
+        for reason in dict.fromkeys(reason for _, reason in sorted(self.reasons.items())):
+            alike = sorted(operator for operator, other in self.reasons.items() if other == reason)
+            lines.append(f"  {', '.join(alike)}: {reason}")
         lines.append(f"{self.inputs} inputs, {self.file_bytes:,} bytes ({self.ideal_bytes:,} packed)")
         if self.latency is not None:
             lines.append(str(self.latency))

@@ -10,9 +10,11 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
+from calque.admission import file_to_read, require_original, require_quantized
 from calque.calibration import prepare
 from calque.errors import SpecError, VerificationError
 from calque.export.agreement import agreements
+from calque.export.feeds import feeds_of
 from calque.export.identity import differences, unknown_origin
 from calque.export.latency import measure_latency
 from calque.export.onnx import float_onnx
@@ -68,15 +70,18 @@ def verify(
 
     Raises:
         VerificationError: the file is another network's or run's by its metadata; the runtime is not installed, or cannot load
-            or run the file; the file has other inputs or outputs than the model; an output does not pass (`verification` of
-            the error has all figures).
-        SpecError: an unknown target, or a bound that is no share; a network quantized in parts, which are verified one by one.
+            or run the file; the inputs have another shape or type than the file's; the file has other outputs than the model;
+            an output does not pass (`verification` of the error has all figures).
+        SpecError: an unknown target, or a bound that is no share; no path; no quantized network, or one quantized in parts, which
+            are verified one by one.
+        CaptureError: an `original` that is no float network.
         CalibrationError: inputs that are empty, not finite or of the wrong form.
-        FileNotFoundError: no such file.
+        OSError: no such file.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}.")
+    path = file_to_read(path, "verify(path, q, inputs)")
+    require_quantized(model, "verify(path, q, inputs)")
+    if original is not None:
+        require_original(original)
     if isinstance(model, PartlyQuantized):
         raise whole_only(model, "verify", "verify(file, q.parts[path], inputs)")
     if not 0 <= bound <= 1:
@@ -85,6 +90,8 @@ def verify(
     proto = load_proto(path)
     origin = _origin(proto, model, bound)
     batches = prepare(inputs, model.signature, next(iter(model.buffers())).device)
+    for batch in batches:
+        feeds_of(proto.graph.input, [leaf for leaf in flatten(batch)[0] if isinstance(leaf, Tensor)])
     runtimes, edges = _opened(proto, model, target)
     kernels = (OnnxRuntime(proto) if edges else runtimes[0]).kernels()
     needed = settings_for_exact(proto, kernels, model, target)
@@ -156,9 +163,10 @@ def run_onnx(path: str | os.PathLike[str], inputs: list[Tensor], *, batch: int =
     """The first output of an ONNX file in ONNX Runtime (optimizer on) for flat inputs (N, ...).
 
     Raises:
-        VerificationError: ONNX Runtime cannot load or run the file.
+        VerificationError: ONNX Runtime cannot load or run the file; inputs of another shape or type than the file's.
+        OSError: no such file.
     """
-    runtime = OnnxRuntime(load_proto(Path(path)))
+    runtime = OnnxRuntime(load_proto(file_to_read(path, "run_onnx(path, inputs)")))
     pieces = zip(*(torch.split(tensor, batch) for tensor in inputs), strict=True)
     return torch.cat([runtime.run(list(piece))[0] for piece in pieces])
 
@@ -187,7 +195,7 @@ def count_kernels(
 
     Neutral operators move, convert or clip codes and indices.
     """
-    kernels = open_runtime(load_proto(Path(path)), target).kernels()
+    kernels = open_runtime(load_proto(file_to_read(path, "count_kernels(path)")), target).kernels()
     return _counted(kernels, "integer"), _counted(kernels, "float"), _counted(kernels, "neutral")
 
 
@@ -220,7 +228,7 @@ def _layer_of(kernel: Kernel, model: QuantizedModel) -> str:
 
 def _reason(layer: str, model: QuantizedModel) -> str:
     if not layer:
-        return "reads values that are on no grid, or has no integer kernel"
+        return "values on no grid, or no integer kernel"
     if model.layers[layer].bias_scale is None:
         return "weights alone are quantized"
     return "not fused by the runtime"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from calque.errors import CaptureError
 from calque.graph.copies import private_copy
 from calque.graph.outputs import flatten_outputs
-from calque.graph.signature import Batch, Layout, cut, flatten, have_rows, laid_out, leaf_names, length
+from calque.graph.signature import Axis, Batch, Layout, cut, flatten, have_rows, laid_out, layout_of, leaf_names, length
 from calque.graph.trace import distinct
 
 Found = Literal["rows", "odd", "mixed", "none"]
@@ -61,6 +61,25 @@ def varying_axes(batches: Sequence[Batch]) -> dict[str, dict[int, Any]]:
             if axes:
                 found[name] = dict.fromkeys(sorted(axes), torch.export.Dim.AUTO)
     return found
+
+
+def equal_axes(batches: Sequence[Batch]) -> tuple[tuple[Axis, ...], ...]:
+    """The axes whose sizes differ between batches, in groups that have one size in every batch.
+
+    Rows are among them only where they may not be drawn apart from each other: elsewhere their number is free.
+
+    >>> equal_axes([{"ids": torch.zeros(1, n), "mask": torch.zeros(1, n), "image": torch.zeros(1, n, 2 * n)} for n in (4, 6)])
+    ((('ids', 1), ('mask', 1), ('image', 1)), (('image', 2),))
+    """
+    layout = layout_of(batches[0])
+    apart = layout is None or layout.apart
+    batched = dict(zip(leaf_names(batches[0]), have_rows(batches[0]), strict=True))
+    leaves = [_tensors(batch) for batch in batches]
+    groups: dict[tuple[int, ...], list[Axis]] = {}
+    for name, leaf in leaves[0].items():
+        for axis in range(1 if batched[name] and apart else 0, leaf.dim()):
+            groups.setdefault(tuple(each[name].shape[axis] for each in leaves), []).append((name, axis))
+    return tuple(tuple(axes) for sizes, axes in groups.items() if len(set(sizes)) > 1)
 
 
 def layout_notes(layout: Layout | None) -> list[str]:

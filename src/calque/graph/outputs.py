@@ -33,7 +33,7 @@ class _Constant:
 
 
 @dataclass(frozen=True)
-class _Record:
+class Record:
     """An object of named parts."""
 
     kind: type
@@ -93,7 +93,7 @@ def _opened_leaf(leaf: object) -> object:
             "forward must return tensors, numbers, strings, None, and lists, tuples, dicts and dataclasses of them. Got "
             f"{type(leaf).__name__}."
         )
-    return _Record(type(leaf), tuple(parts), tuple(_opened(part) for part in parts.values()))
+    return Record(type(leaf), tuple(parts), tuple(_opened(part) for part in parts.values()))
 
 
 def _closed(parts: Any, context: Any) -> object:
@@ -116,7 +116,7 @@ pytree.register_pytree_node(
     serialized_type_name="calque.constant",
 )
 pytree.register_pytree_node(
-    _Record,
+    Record,
     lambda record: (list(record.parts), (record.kind, record.names)),
     _closed,
     serialized_type_name="calque.record",

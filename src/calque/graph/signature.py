@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from calque.errors import CalibrationError, CaptureError
 
 Batch = dict[str, object]  # argument name -> value, in the order of forward's parameters
+Axis = tuple[str, int]  # of an input: its name, as in "boxes[0]", and which of its axes
 MASK = "attention_mask"  # the argument by which encoders tell tokens from padding
 
 _KINDS = inspect.Parameter

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calque.admission import require_original
+from calque.admission import file_to_read, file_to_write, require_original, require_quantized
 from calque.arithmetic import pack, unpack
 from calque.checkpoint import FilePath
 from calque.errors import CalibrationError, CaptureError, LoadError
 from calque.factors import insert_factor
 from calque.graph import Batch, Network, Signature, capture
 from calque.graph.copies import duplicate
-from calque.graph.signature import Layout, laid_out
+from calque.graph.signature import Axis, Layout, laid_out
 from calque.model import QuantizedModel, assemble
 from calque.parts import PartlyQuantized, whole_only
 from calque.placement import place
@@ -46,12 +46,14 @@ def save(q: QuantizedModel, path: FilePath) -> None:
     """Writes `q` to the safetensors file `path`, whole or not at all.
 
     Raises:
-        SpecError: a network quantized in parts; forward takes something else than tensors, numbers, strings, None, lists,
-            tuples, dicts.
+        SpecError: no quantized network, or one quantized in parts; forward takes something else than tensors, numbers,
+            strings, None, lists, tuples, dicts.
         OSError: `path` cannot be written.
     """
+    require_quantized(q, "save(q, path)")
     if isinstance(q, PartlyQuantized):
         raise whole_only(q, "save", "save(q.parts[path], file)")
+    path = file_to_write(path, "save(q, path)")
     tensors, layout = _tensors(q), q.signature.layout
     example: Tensors = {}
     form = {name: describe_input(value, example) for name, value in q.facts["example"].items()}
@@ -64,6 +66,7 @@ def save(q: QuantizedModel, path: FilePath) -> None:
         "report": None if q.report is None else json.loads(q.report.to_json()),
         "placement": q.facts["placement"],
         "dynamic": {name: sorted(axes) for name, axes in q.facts["dynamic"].items() if isinstance(axes, Mapping)},
+        "equal_axes": q.facts.get("equal_axes"),
         "inputs": form,
         "layout": None if layout is None else {**asdict(layout), "whole": sorted(layout.whole)},
         "layers": {name: {"bits": part.bits, "shape": list(part.codes.shape)} for name, part in q.layers.items()},
@@ -84,10 +87,12 @@ def load(path: FilePath, model: nn.Module) -> QuantizedModel:
     Raises:
         LoadError: a file that is not calque's or is damaged; an architecture that does not fit it, every
             mismatch named.
+        SpecError, CaptureError: no path, or no float network.
         OSError: `path` cannot be read.
     """
-    table, tensors = read(path)
+    path = file_to_read(path, "load(path, model)")
     require_original(model)
+    table, tensors = read(path)
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     tensors = {key: value.to(device) for key, value in tensors.items()}
     tensors.update({alias: tensors[key] for alias, key in table["aliases"].items()})
@@ -111,6 +116,7 @@ def load(path: FilePath, model: nn.Module) -> QuantizedModel:
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise LoadError(f"{path} is damaged: its contents contradict each other ({error}). Save it again.") from error
     result.facts |= {"placement": table["placement"], "example": example, "dynamic": _dynamic(table)}
+    result.facts["equal_axes"] = _equal_axes(table)
     if grids(result) != table["grids"]:
         raise _moved_grids(path, table)
     return result
@@ -147,6 +153,12 @@ def _capture(path: FilePath, model: nn.Module, example: Batch, table: Mapping[st
 
 def _dynamic(table: Mapping[str, Any]) -> dict[str, dict[int, Any]]:
     return {name: dict.fromkeys(axes, torch.export.Dim.AUTO) for name, axes in table["dynamic"].items()}
+
+
+def _equal_axes(table: Mapping[str, Any]) -> tuple[tuple[Axis, ...], ...] | None:
+    """None for files from before it was stored."""
+    stored = table.get("equal_axes")
+    return None if stored is None else tuple(tuple((name, axis) for name, axis in group) for group in stored)
 
 
 def _layout(table: Mapping[str, Any]) -> Layout | None:
