@@ -83,7 +83,7 @@ def verify(
     check_target(target)
     proto = load_proto(path)
     origin = _origin(proto, model, bound)
-    batches = prepare(inputs, model.signature, next(iter(model.buffers())).device)
+    batches = prepare(inputs, model.signature, next(iter(model.buffers())).device, on_note=origin.append)
     runtimes, edges = _opened(proto, model, target)
     kernels = (OnnxRuntime(proto) if edges else runtimes[0]).kernels()
     names = [output.name for output in proto.graph.output]
