@@ -190,7 +190,7 @@ def test_a_terminal_that_draws_nothing_gets_none(plain: pytest.MonkeyPatch) -> N
 def test_a_notebook_without_widgets_gets_a_line_that_is_written_over(plain: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     shell = SimpleNamespace(kernel=object())
-    plain.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))  # type: ignore[arg-type]  # of two
+    plain.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
     plain.setattr(importlib.util, "find_spec", lambda name, *_: None if name == "ipywidgets" else find(name))
 
     written = shown(None, terminal=False, monkeypatch=plain)
