@@ -60,7 +60,7 @@ def with_value(value: float) -> Tensor:
         ([], "needs at least one input. Got none"),
         (IMAGES[:0], "needs at least one input. Got none"),
         ([3.0], "a calibration batch is a tensor, .* Got float"),
-        ({"picture": IMAGES}, "'picture' is not a parameter of forward. forward takes: image"),
+        ({"picture": IMAGES}, r"forward needs the argument\(s\) image. Got: picture"),
         ({}, r"forward needs the argument\(s\) image"),
         ([torch.tensor(1.0)], "needs at least one tensor with a batch axis"),
         (with_value(float("nan")), "must be finite. Batch 1 has NaN"),

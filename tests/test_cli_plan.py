@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from calque.cli import run
+from calque.cli.folder import Run, write_start
 from calque.cli.plan import default_sweep, file_name, swept_quantity
 from calque.prices import Prices
+from calque.report import Finalist, Report
 from calque.spec import Plan
 
 BITS = ("w8a8", "w4a4", "w2a4")
@@ -163,6 +165,66 @@ def test_options_that_do_not_fit_are_refused(
     assert run(["plan", str(folder), *options]) == 1
 
     assert message in capsys.readouterr().err
+
+
+ALL_FOUR = dict.fromkeys(LAYERS, "w4a4")  # 4500 bytes, 160 Mbit-ops, + 0.01 predicted
+MIXED = {**ALL_FOUR, "conv1": "w8a8"}  # 4900 bytes
+
+
+@pytest.fixture
+def finished(folder: Path) -> Path:
+    """The folder of a run that has measured two finalists as well."""
+    finalists = (Finalist(ALL_FOUR, 4500, 0.01, 0.0125, True), Finalist(MIXED, 4900, 0.009, -0.002))
+    report = Report("fast", "integer", 0, 32, (), {}, 33_000, 500, {}, (), {}, loss="kl", finalists=finalists)
+    settings = Run("net:build", None, "x.npy", 0, "calque", {}, {})
+    (folder / "report.json").write_text(report.to_json())
+    write_start(folder, settings)
+    return folder
+
+
+def test_measured_finalists_are_marked_in_the_table_the_curve_and_the_picture(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["plan", str(finished), "--size", "3000B,4500B,6000B"]) == 0
+
+    printed = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert printed[0] == "budget bytes of float Mbit-ops loss increase measured bits"
+    assert printed[3] == "size 4500B 4,500 13.6% 160.0 0.01 +0.0125 w4a4 x4"
+    assert printed[5] == "chosen 4,500 13.6% 160.0 0.01 +0.0125 w4a4 x4"
+    assert printed[6] == "finalist 2 4,900 14.8% 208.0 0.009 -0.002 w4a4 x3, w8a8 x1"
+    rows = curve(finished)
+    assert [(row["budget"], row["finalist"], row["kl_measured"]) for row in rows] == [
+        ("size 3000B", "", ""),
+        ("size 4500B", "", "0.0125"),
+        ("size 6000B", "", ""),
+        ("", "chosen", "0.0125"),
+        ("", "finalist 2", "-0.002"),
+    ]
+    assert all(set(Plan.load(finished / row["plan"])) == set(LAYERS) for row in rows)
+    with_marks = (finished / "pareto.png").read_bytes()
+    (finished / "run.json").unlink()
+    assert run(["plan", str(finished), "--size", "3000B,4500B,6000B"]) == 0
+    assert (finished / "pareto.png").read_bytes() != with_marks
+
+
+def test_a_single_budget_adds_its_plan_and_leaves_the_curve(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", str(finished)]) == 0
+    before = (finished / "pareto.csv").read_bytes(), (finished / "pareto.png").read_bytes()
+    capsys.readouterr()
+
+    assert run(["plan", str(finished), "--size", "4500B"]) == 0
+
+    printed = capsys.readouterr().out
+    assert "size 4500B" in printed
+    assert "the curve of before in" in printed
+    assert ((finished / "pareto.csv").read_bytes(), (finished / "pareto.png").read_bytes()) == before
+    assert (finished / "plans" / "size-4500B.toml").is_file()
+
+
+def test_a_single_budget_is_drawn_where_there_is_no_curve(folder: Path) -> None:
+    for size in ("4500B", "3000B"):
+        assert run(["plan", str(folder), "--size", size]) == 0
+        assert [row["budget"] for row in curve(folder)] == [f"size {size}"]
 
 
 def test_a_run_without_prices_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

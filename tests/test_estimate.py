@@ -1,22 +1,27 @@
 """The forecast of a run: never shorter for more work, and disk where the memory is small."""
 
-import re
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import calque
 import networks
-from calque.estimate import estimate
+from calque.effort import Effort, Speed
+from calque.estimate import Forecast, forecast
 from calque.graph import Network, capture
 from calque.job import Job
 from calque.parallel import Choices
+from calque.progress import Phase
 from calque.recipe import ADVANCED, RECIPES, Recipe
 from calque.spec import Bits
 
 PASS = 0.01  # seconds of the float network for one input
+SPEED = Speed(call=3e-6, value=1e-10, fresh=3e-10, product=2e-11)
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +29,7 @@ def network() -> Network:
     return capture(networks.seeded(networks.Residual()), {"image": networks.images(4, seed=0)}, {})
 
 
-def forecast(
+def foreseen(
     network: Network,
     *,
     recipe: Recipe = ADVANCED,
@@ -33,19 +38,13 @@ def forecast(
     memory: int = 10**9,
     workers: int | None = None,
     search: bool = True,
-) -> tuple[float, float]:
-    """Seconds and gigabytes of disk, out of the sentence."""
+    speed: Speed = SPEED,
+    spent: float = 0.0,
+) -> Forecast:
     batches = [{"image": networks.images(1, seed=0).expand(inputs, 1, networks.SIDE, networks.SIDE)}]
     job = Job(network, batches, recipe, memory=memory, workers=workers)  # type: ignore[arg-type]  # of tensors
     choices: Choices = dict.fromkeys(network.layers, tuple(Bits(8 - index, 8) for index in range(candidates)))
-    text = estimate(job, choices, PASS * inputs, search=search)
-    match = re.fullmatch(
-        rf"about (\d+) (minutes|seconds) for {inputs} inputs, up to ([\d.]+) GB of disk beside ([\d.]+) GB of memory",
-        text,
-    )
-    assert match is not None, text
-    assert float(match[4]) == round(memory / 1e9, 1)
-    return int(match[1]) * (60 if match[2] == "minutes" else 1), float(match[3])
+    return forecast(job, choices, PASS * inputs, search=search, spent=spent, speed=speed)
 
 
 @given(
@@ -55,10 +54,10 @@ def forecast(
 @settings(deadline=None, max_examples=40)
 def test_more_images_never_take_less_time(network: Network, name: str, inputs: int, more: int, search: bool) -> None:
     less, longer = (
-        forecast(network, recipe=RECIPES[name], inputs=n, search=search)[0] for n in (inputs, inputs + more)
+        foreseen(network, recipe=RECIPES[name], inputs=n, search=search).seconds for n in (inputs, inputs + more)
     )
 
-    assert longer >= less - 60 * (less >= 120)  # minutes are rounded
+    assert longer >= less
 
 
 WORK: dict[str, Callable[[Recipe, int], Recipe]] = {
@@ -73,7 +72,7 @@ WORK: dict[str, Callable[[Recipe, int], Recipe]] = {
 @pytest.mark.parametrize("name", sorted(RECIPES))
 @pytest.mark.parametrize("field", WORK)
 def test_more_work_takes_longer(network: Network, name: str, field: str) -> None:
-    seconds = [forecast(network, recipe=WORK[field](RECIPES[name], n), inputs=1000)[0] for n in (1, 4, 16)]
+    seconds = [foreseen(network, recipe=WORK[field](RECIPES[name], n), inputs=1000).seconds for n in (1, 4, 16)]
 
     assert seconds == sorted(seconds)
     assert seconds[2] > seconds[0]
@@ -83,15 +82,15 @@ def test_more_work_takes_longer(network: Network, name: str, field: str) -> None
 def test_more_candidates_take_longer_and_more_workers_do_not(network: Network, name: str) -> None:
     recipe = replace(RECIPES[name], search_steps=20_000)
 
-    by_candidates = [forecast(network, recipe=recipe, candidates=n)[0] for n in (1, 3, 7)]
-    by_workers = [forecast(network, recipe=recipe, workers=n)[0] for n in (None, 1, 4)]
+    by_candidates = [foreseen(network, recipe=recipe, candidates=n).seconds for n in (1, 3, 7)]
+    by_workers = [foreseen(network, recipe=recipe, workers=n).seconds for n in (None, 1, 4)]
 
     assert by_candidates[0] < by_candidates[1] < by_candidates[2]
     assert by_workers[0] == by_workers[1] > by_workers[2]
 
 
 def test_a_budget_takes_longer_than_fixed_bits(network: Network) -> None:
-    assert forecast(network, search=True)[0] > forecast(network, search=False)[0]
+    assert foreseen(network, search=True).seconds > foreseen(network, search=False).seconds
 
 
 def test_disk_appears_when_the_memory_is_small(network: Network) -> None:
@@ -100,7 +99,58 @@ def test_disk_appears_when_the_memory_is_small(network: Network) -> None:
     alive = 2 * 6144 * inputs
 
     disk = {
-        memory: forecast(network, inputs=inputs, memory=memory, search=False)[1] for memory in (10**8, alive, 10**10)
+        memory: foreseen(network, inputs=inputs, memory=memory, search=False).disk for memory in (10**8, alive, 10**10)
     }
 
-    assert disk == {10**8: round((alive - 10**8) / 1e9, 1), alive: 0.0, 10**10: 0.0}
+    assert disk == {10**8: alive - 10**8, alive: 0, 10**10: 0}
+
+
+def test_the_sentence_has_the_whole_call_and_only_the_disk_that_is_needed() -> None:
+    phases = (Phase("fit", (20.0, 15.0)), Phase("statistics", (5.0,)))
+    small = Forecast(8.0, phases, 256, 2 * 10**9, 0, False)
+
+    assert str(small) == "about 48 seconds for 256 inputs"
+    assert str(replace(small, spent=320.0, resumed=True)) == "about 6 minutes for 256 inputs, less what is finished"
+    assert str(replace(small, disk=3 * 10**9)).endswith(", up to 3.0 GB of disk beside 2.0 GB of memory")
+
+
+def test_what_was_spent_is_a_part_of_the_whole(network: Network) -> None:
+    assert foreseen(network, spent=7.0).seconds == pytest.approx(foreseen(network).seconds + 7.0)
+
+
+@pytest.mark.parametrize("part", ["call", "value", "product"])
+def test_a_slower_machine_takes_longer(network: Network, part: str) -> None:
+    slower = replace(SPEED, **{part: 100 * getattr(SPEED, part)})
+
+    assert foreseen(network, speed=slower).seconds > 1.02 * foreseen(network).seconds
+
+
+def test_the_speed_of_this_machine_is_measured() -> None:
+    speed = Speed.measured(torch.device("cpu"))
+
+    work = Effort(calls=10, values=100, fresh=100, products=1000)
+    assert 0 < speed.seconds(work) < 0.1
+    assert speed.seconds(work * 3) == pytest.approx(3 * speed.seconds(work))
+
+
+@pytest.mark.parametrize(
+    ("name", "search"), [("nearest", False), ("accurate", False), ("fast", True), ("advanced", True)]
+)
+def test_every_phase_that_a_run_tells_of_is_foreseen(name: str, search: bool) -> None:
+    told: list[str] = []
+    recipe = replace(RECIPES[name], steps=min(2, RECIPES[name].steps), search_steps=min(2, RECIPES[name].search_steps))
+    recipe = replace(recipe, tuning=replace(recipe.tuning, steps=min(2, recipe.tuning.steps)))
+    if recipe.distillation:
+        recipe = replace(recipe, distillation=replace(recipe.distillation, minutes=0, steps=2))
+    options: dict[str, Any] = {"bits": "w4a4"}
+    if search:
+        options = {"bits": ("w8a8", "w4a4", "w2a4"), "budget": calque.Budget(size=0.2)}
+    network = capture(networks.seeded(networks.Residual()), {"image": networks.images(4, seed=0)}, {})
+    calque.quantize(
+        networks.seeded(networks.Residual()), networks.images(40, seed=0), recipe=recipe,
+        progress=lambda phase, done, total: told.append(phase), **options,
+    )  # fmt: skip
+
+    expected = {phase.name for phase in foreseen(network, recipe=recipe, search=search).phases}
+
+    assert set(told) == expected

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from calque.budget import Budget, nanoseconds
 from calque.errors import InfeasibleBudgetError, SpecError
-from calque.prices import Prices, Solution, pareto, solve
+from calque.prices import Prices, Solution, pareto, priced, solve
 
 BITS = ("w8a8", "w4a4", "w2a4")
 PRICES = Prices(
@@ -294,3 +294,15 @@ def test_prices_that_do_not_fit_together_are_refused(changes: dict[str, Any], me
 def test_a_damaged_file_of_prices_is_refused(text: str) -> None:
     with pytest.raises(SpecError, match="not a file of prices"):
         Prices.from_json(text)
+
+
+def test_the_costs_of_a_given_plan_are_those_that_the_program_counts() -> None:
+    for solution in solve(PRICES, Budget(size=300, activation_memory=400), count=4):
+        assert priced(PRICES, solution.plan) == solution
+
+
+def test_a_plan_of_other_choices_has_no_price() -> None:
+    plan = dict(solve(PRICES, Budget(size=300))[0].plan)
+
+    with pytest.raises(SpecError, match=r"layer linear: the prices have w8a8, w2a4\. Got w4a4\."):
+        priced(PRICES, {**plan, "linear": "w4a4"})

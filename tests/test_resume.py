@@ -195,9 +195,37 @@ def test_a_finished_run_is_not_fitted_or_priced_again(tmp_path: Path) -> None:
     )
 
     assert pieces(tmp_path) == before
-    assert "candidates" not in shown
-    assert "prices" not in shown
-    assert "fit" in shown  # it is swept again with its fits, which the pieces are
+    assert shown == []
+
+
+@pytest.mark.parametrize("case", [*CASES])
+def test_a_finished_run_returns_its_result(tmp_path: Path, case: str) -> None:
+    first = quantized(case, tmp_path)
+
+    again = quantized(case, tmp_path)
+
+    assert_same(result(again), result(first))
+    assert again.report.to_json() == first.report.to_json()  # the seconds, too
+    x = INPUTS[:5]
+    assert torch.equal(again(x), first(x))
+
+
+def test_each_budget_has_its_own_result(tmp_path: Path) -> None:
+    other = {**CASES["budget"], "budget": calque.Budget(bops=0.03)}
+    plans = []
+    for _ in range(2):
+        plans.append(quantized("budget", tmp_path).plan)
+        plans.append(calque.quantize(network(), INPUTS, run=tmp_path, **other).plan)
+
+    assert plans[0] == plans[2] != plans[1] == plans[3]
+
+
+def test_a_damaged_result_is_assembled_again_from_its_pieces(tmp_path: Path) -> None:
+    first = quantized("budget", tmp_path)
+    for path in tmp_path.glob("result*"):
+        path.write_bytes(b"half")
+
+    assert_same(result(quantized("budget", tmp_path)), result(first))
 
 
 def test_pieces_that_are_missing_or_damaged_are_made_again_and_no_others(tmp_path: Path) -> None:
@@ -265,6 +293,7 @@ def _other_weights() -> nn.Module:
         ({"first_last": None}, "first_last"),
         ({"placement": "inputs"}, "placement"),
         ({"loss": "mse"}, "loss"),
+        ({"dynamic": {"image": {2: torch.export.Dim.AUTO}}}, "dynamic"),
         ({"loss": _Loss()}, "loss"),
         ({"workers": 2}, "threads"),
         ({"seed": 1, "bits": "w4a8"}, "bits, seed"),

@@ -33,8 +33,9 @@ class Budget:
 
     Attributes:
         size: of the file's parameters.  bops: bit-operations for one input.  activation_memory: bytes of activations alive
-            at one time, the peak. Each is a float in (0, 1], a share of the float32 network; an int > 0, absolute; or text:
-            "13%", or a number with a unit ("1.2MB", "300kB", "500B" for bytes; "3.5G", "200M", "1e9" for bit-operations).
+            at one time, the peak. Each is a float in (0, 1], a share of the float32 network; an int > 0, absolute; or text,
+            as on the command line: a plain number up to 1 or a percentage, a share ("0.13", "13%"); or a number with a unit
+            ("1.2MB", "300kB", "500B" for bytes; "3.5G", "200M", "1e9" for bit-operations).
         latency: a table (a CSV file with the columns layer, bits, milliseconds, or a mapping from (layer, bits) to
             milliseconds) and the limit of the layers' sum in milliseconds.
         loss: the predicted increase of the loss that `minimize` may cost, in the loss's own unit.
@@ -229,8 +230,10 @@ def _parse_text(name: str, text: str) -> tuple[Fraction, bool]:
     match = _NUMBER_WITH_UNIT.fullmatch(text)
     if match and match[2] == "%" and 0 < Fraction(match[1]) <= 100:
         return Fraction(match[1]) / 100, True
+    if match and not match[2] and 0 < Fraction(match[1]) <= 1:
+        return Fraction(match[1]), True
     if match and match[2].upper() in units and Fraction(match[1]) > 0:
         return Fraction(match[1]) * units[match[2].upper()], False
     example = '"200M" or "3.5G"' if name == "bops" else '"300kB" or "1.2MB"'
-    raise SpecError(f'{name} as text is a percentage in (0, 100], such as "13%", or a number with a unit, such as {example}. '
+    raise SpecError(f'{name} as text is a share in (0, 1], such as "0.13" or "13%", or a number with a unit, such as {example}. '
                     f"Got {text!r}.")  # fmt: skip

@@ -21,6 +21,7 @@ from calque.graph.signature import (
     split,
     values,
 )
+from calque.samples import batches_of
 from calque.store import Store
 
 ROWS = 50  # rows that are executed at a time, at most
@@ -32,29 +33,31 @@ def prepare(
     signature: Signature,
     device: torch.device,
     find: Callable[[list[Batch]], Layout | None] | None = None,
+    on_note: Callable[[str], None] = lambda note: None,
 ) -> list[Batch]:
     """The calibration inputs as batches of at most ROWS rows, by argument name, checked.
 
     Rows that depend on each other stay together.
 
     Args:
-        calibration: a tensor, a tuple or dict of tensors with all rows, or an iterable (list, DataLoader) of batches,
-            each a tensor, a tuple of positional arguments or a dict of keyword arguments.
+        calibration: a tensor or array, a tuple or dict of them with all rows, a Dataset of single samples, or an iterable
+            (list, DataLoader) of batches, each a tensor, a tuple of positional arguments or a dict of keyword arguments.
         find: tells where the rows of such inputs are, if the signature does not know.
+        on_note: called with a sentence on each part of the batches that was left out.
 
     Raises:
         CalibrationError: nothing in it, a batch of another form or shape, or values that are not finite.
     """
-    if isinstance(calibration, (Tensor, tuple, Mapping)):
-        given: Iterable[object] = [calibration]
-    elif isinstance(calibration, Iterable):
-        given = calibration
-    else:
-        raise CalibrationError(
-            "calibration is a tensor, a tuple or dict of tensors, or an iterable of batches. "
-            f"Got {type(calibration).__name__}."
-        )
-    items = [_to_device(signature.batch(item), device) for item in given]
+    items: list[Batch] = []
+    notes: dict[str, bool] = {}
+    for item in batches_of(calibration):
+        items.append(_to_device(signature.batch(item), device))
+        for note in signature.left_out(item):
+            notes[note] = isinstance(item, Mapping) and len(items[-1]) < len(signature.names)
+    for note, misspelt in notes.items():
+        on_note(note)
+        if misspelt:  # it may be: something else kept its default
+            warnings.warn(f"calibration: {note} Check the spelling.", CalibrationWarning, stacklevel=2)
     layout = find(items) if find is not None and signature.layout is None else signature.layout
     whole = [batch for batch in (laid_out(item, layout) for item in items) if length(batch) > 0]
     batches = [piece for batch in whole for piece in split(batch, rows_at_a_time(batch))]

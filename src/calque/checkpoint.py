@@ -31,6 +31,7 @@ if sys.platform != "win32":
 
 FACTS = "facts"  # the key in the metadata
 IDENTITY, LOCK = "identity.json", ".lock"
+RUN = "run.json"  # of a run that the command line finished, whose pieces are deleted
 PROBLEMS = "problems"  # what workers read while they fit; of no use afterwards
 
 
@@ -127,6 +128,11 @@ def open_run(run: FilePath, identity: Mapping[str, str]) -> Checkpoint:
     path = folder / IDENTITY
     known = _identity(path)
     if known is None:
+        if (folder / RUN).is_file():
+            raise SpecError(
+                f"run {folder} is the folder of a finished calque quantize, which keeps no pieces. Load its q.safetensors with "
+                "calque.load, or choose another folder."
+            )
         if any(not entry.name.startswith(".") for entry in folder.iterdir()):  # drafts of a killed run are hidden
             raise SpecError(f"run {folder} is a folder with other files. Choose a new or an empty one.")
         write_whole(path, json.dumps(dict(identity), indent=1).encode())

@@ -13,17 +13,13 @@ from calque.calibration import token_masks
 from calque.checkpoint import Checkpoint
 from calque.graph import Batch, Network
 from calque.graph.signature import flatten, rows, select, values
+from calque.progress import Progress, silent
 from calque.recipe import Recipe
 from calque.spec import Placement
 from calque.store import Store
 
 EXAMPLE_ROWS = 3
 RESERVE = 700 * 10**6  # bytes: an operator's inputs and outputs, a sampled problem and the temporaries of its fit
-Progress = Callable[[str, int, int], None]  # phase, steps done, steps in all
-
-
-def silent(phase: str, done: int, total: int) -> None:
-    """A progress callback that shows nothing."""
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,12 @@ def _floats(leaves: Sequence[object]) -> list[Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
+def check_loss(loss: object) -> None:
+    """Raises SpecError where `loss` is neither a name nor a function."""
+    if loss not in (None, "kl", "mse") and not callable(loss):
+        raise SpecError(f'loss is "kl", "mse" or a function of the two networks\' outputs. Got {loss!r}.')
+
+
 def find_loss(
     loss: "LossName | OutputLoss | None", leaves: Sequence[object], spec: pytree.TreeSpec
 ) -> tuple[str, Loss]:
@@ -103,8 +109,8 @@ def find_loss(
         if not _floats(leaves) or any(leaf.dim() < 2 for leaf in _floats(leaves)):
             raise SpecError('the loss "kl" needs outputs with an axis of classes, the last one. Use "mse".')
         return "kl", kl
-    if not callable(loss):
-        raise SpecError(f'loss is "kl", "mse" or a function of the two networks\' outputs. Got {loss!r}.')
+    check_loss(loss)
+    assert callable(loss)
     return getattr(loss, "__name__", type(loss).__name__), _structured(loss, spec)
 
 

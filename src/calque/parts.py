@@ -90,6 +90,7 @@ def quantize_parts(
     *,
     override: Mapping[str, str | None],
     ends: str | None,
+    on_part: Callable[[int, int], None],
 ) -> PartlyQuantized:
     """The network with its largest capturable sub-modules quantized, each on inputs from the parts before it.
 
@@ -98,6 +99,7 @@ def quantize_parts(
         quantize: of one part.
         reason: why the whole network could not be captured.
         override: pattern of full names -> bits.  ends: bits of the first and the last layer of all parts; None: nothing special.
+        on_part: called before each part, with the parts done and the parts in all.
 
     Raises:
         CaptureError: `reason`, where no sub-module with layers can be captured either.
@@ -110,7 +112,8 @@ def quantize_parts(
         raise reason
     chosen = _overrides(found, override, ends)
     parts: dict[str, QuantizedModel] = {}
-    for part in found:
+    for number, part in enumerate(found):
+        on_part(number, len(found))
         inputs = _inputs_of(work, part.path, calibration)
         parts[part.path] = quantize(work.get_submodule(part.path), inputs, chosen[part.path])
         work.set_submodule(part.path, parts[part.path])

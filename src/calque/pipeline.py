@@ -5,7 +5,6 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -14,22 +13,24 @@ from torch import Tensor, nn
 from calque.admission import require_inputs, require_original
 from calque.budget import Budget
 from calque.calibration import prepare
-from calque.checkpoint import Checkpoint, FilePath, alone, fingerprint, open_run
+from calque.checkpoint import FilePath, alone
 from calque.decisions import DEFAULT_BITS, asked_layers, decide_bits, decide_choices
 from calque.errors import CaptureError, SpecError
-from calque.estimate import estimate
+from calque.estimate import forecast
+from calque.finished import keep_result, kept_result, open_pieces
 from calque.graph import Batch, DynamicAxes, Network, Signature, capture
 from calque.graph.batching import equal_axes, find_layout, varying_axes
-from calque.graph.copies import duplicate
+from calque.graph.copies import moved_to
 from calque.graph.regions import undisturbed
 from calque.graph.signature import flatten, rows, select
 from calque.guard import guard
-from calque.job import Job, Progress, silent
-from calque.losses import LossName, OutputLoss, find_loss
+from calque.job import Job
+from calque.losses import LossName, OutputLoss, check_loss, find_loss
 from calque.model import QuantizedModel
 from calque.outliers import healthy
 from calque.parallel import Choices
 from calque.parts import PartlyQuantized, quantize_parts
+from calque.progress import Progress, check_progress, watched
 from calque.recipe import Recipe, find_recipe
 from calque.search import check_budget, search
 from calque.smoothing import smooth
@@ -62,7 +63,7 @@ def quantize(
     device: str | torch.device | None = None,
     memory: str = "2GB",
     workers: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> QuantizedModel:
     """A quantized copy of `model`, fitted on `calibration`; the model itself is left untouched.
 
@@ -70,9 +71,11 @@ def quantize(
 
     Args:
         model: a float32 network; the README's Limits list the layers that are quantized.
-        calibration: unlabelled inputs: a tensor (N, ...), a list or DataLoader of batches; a batch is a tensor, a tuple of
-            positional arguments (cut to the parameters that forward requires) or a dict of keyword arguments. Rows that
-            alone would decide a range are left out; a CalibrationWarning and the report name them by their numbers.
+        calibration: unlabelled inputs: a tensor or NumPy array (N, ...) (float64 arrays become float32), a Dataset of single
+            samples without a batch axis, a list or DataLoader of batches; a batch is a tensor, a tuple of positional
+            arguments (cut to the parameters that forward requires) or a dict of keyword arguments (cut to those that
+            forward has; the report names the others). Rows that alone would decide a range are left out; a
+            CalibrationWarning and the report name them by their numbers.
         bits: "w<bits>a<bits>" with 2 to 8 bits, or "w<bits>" for weights alone. Several of them are the candidates that a
             budget chooses from. Default "w8a8", unless there is a plan.
         budget: what the network may cost; each layer then gets one of the candidates by an integer program over measured
@@ -88,14 +91,16 @@ def quantize(
             biases are judged by. Default: mse (docs/experiments.md), the squared error over the float output's power.
         dynamic: axes besides the batch that may change, as torch.export's dynamic_shapes: {"x": {2: Dim.AUTO}}. Axes
             whose sizes differ between calibration batches are found by themselves.
-        run: a folder for finished pieces; the same call with the same folder goes on after a kill.
+        run: a folder for finished pieces; the same call with the same folder goes on after a kill, and returns the same
+            result at once where the run is finished.
         seed: of the sampling; the same seed gives the same codes on a CPU with the same number of threads, unless the
             recipe is bounded in minutes (accurate): the report names the steps that reproduce it.
         device: where to compute; the default is where the model is.
         memory: for values between two operators, in RAM; what exceeds it goes to disk.
         workers: processes of one thread each that fit layers independently (parallel AdaQuant), by joblib's backend; the
             codes do not depend on their number. None fits in this process.
-        progress: called with (phase, steps done, steps in all).
+        progress: called with (phase, steps done, steps in all). None draws a bar on a terminal or in a notebook, True also
+            writes lines where neither is, False shows nothing.
 
     Returns:
         An nn.Module with the original's signature, in eval mode, with `report`, `plan` and, under a budget, `prices`. Where the
@@ -115,59 +120,85 @@ def quantize(
     """
     started = time.perf_counter()
     _check_options(bits, budget, plan, placement, workers, seed)
+    check_progress(progress)
+    check_loss(loss)
     require_original(model)
     target = _target(model, device)
+    notes: list[str] = []
     batches = prepare(
-        calibration, Signature.of(model), target, find=lambda items: find_layout(_moved(model, target), items)
-    )
-    axes = {**varying_axes(batches), **(dynamic or {})}
-    try:
-        network = _captured(model, batches, axes)
-    except CaptureError as error:
-        require_inputs(model, batches[0])
-        if budget is not None or plan is not None or run is not None:
-            raise
-        options = {"bits": bits, "recipe": recipe, "placement": placement, "loss": None, "seed": seed, "memory": memory}
-        return _in_parts(
-            model, batches, error, override or {}, first_last,
-            {**options, "device": device, "workers": workers, "progress": progress},
-        )  # fmt: skip
-    choices, entries = _decided(
-        network, bits, plan, override=override, first_last=first_last, search=budget is not None
-    )
-    job = Job(
-        network, batches, find_recipe(recipe), placement, seed, parse_bytes(memory),
-        workers=workers, progress=progress or silent,
+        calibration, Signature.of(model), target,
+        find=lambda items: find_layout(moved_to(model, target), items), on_note=notes.append,
     )  # fmt: skip
-    if budget is not None:
-        check_budget(job, choices, entries, budget)
-    captured = time.perf_counter()
-    job, references, extremes = healthy(job)
-    float_pass = time.perf_counter() - captured
-    if job.recipe.migration:
-        smoothed, moved = smooth(job, choices)
-        job, extremes = replace(job, network=smoothed), {} if moved else extremes
-    asked_tensors = {name: entry for name, entry in entries.items() if name not in network.layers}
-    kept = asked_layers(network, plan, override or {})
-    guarded = guard(job, choices, asked_tensors, extremes, kept=kept)
-    job = replace(job, network=guarded.network, notes=(*job.notes, *guarded.notes))
-    choices, entries = guarded.applied(choices, entries)
-    loss_name, function = find_loss(loss, references[0], network.out_spec)
-    # no budget among these: pieces do not depend on it, so that another one goes on from the same prices
-    asked = {"bits": bits, "plan": plan and plan.to_toml(), "override": override, "first_last": first_last}
-    job = replace(job, checkpoint=_open(run, job, {**asked, "loss": _named(loss)}))
-    log.info("%s", estimate(job, choices, float_pass, search=budget is not None))
-    found = None
-    with alone(job.checkpoint):
+    axes = {**varying_axes(batches), **(dynamic or {})}
+    with watched(progress) as watch:  # after the inputs: a bar has a thread, and loaders may fork
+        watch.begin("capture")
+        try:
+            network = _captured(model, batches, axes)
+        except CaptureError as error:
+            require_inputs(model, batches[0])
+            if budget is not None or plan is not None or run is not None:
+                raise
+            options: dict[str, Any] = {
+                "bits": bits,
+                "recipe": recipe,
+                "placement": placement,
+                "seed": seed,
+                "memory": memory,
+            }
+            options |= {"device": device, "workers": workers, "progress": watch}
+            return _in_parts(model, batches, error, override or {}, first_last, options, notes)
+        choices, entries = _decided(
+            network, bits, plan, override=override, first_last=first_last, search=budget is not None
+        )
+        job = Job(
+            network, batches, find_recipe(recipe), placement, seed, parse_bytes(memory),
+            workers=workers, progress=watch, notes=tuple(notes),
+        )  # fmt: skip
         if budget is not None:
-            found = search(job, choices, entries, budget, (loss_name, function), references)
-        built = build(job, entries, function, references) if found is None else found.built
-    result = built.model
-    example = select(job.batches[0], torch.arange(EXAMPLE_ROWS) % rows(job.batches[0]))
-    result.facts |= {"placement": placement, "example": example, "dynamic": axes, "equal_axes": equal_axes(batches)}
-    result.prices = None if found is None else found.prices
-    phases = {"capture": captured - started, "float pass": float_pass}
-    result.report = summarize(model, job, built, found, phases=phases, loss=loss_name)
+            check_budget(job, choices, entries, budget)
+        # no budget among these: pieces do not depend on it, so that another one goes on from the same prices
+        asked: dict[str, object] = {
+            "bits": bits,
+            "plan": plan and plan.to_toml(),
+            "override": override,
+            "first_last": first_last,
+        }
+        asked |= {"loss": loss, "dynamic": {name: [*where] for name, where in sorted(axes.items())}}
+        checkpoint = open_pieces(run, job, asked)
+        with alone(checkpoint):
+            ready = kept_result(checkpoint, budget, moved_to(model, target))
+            if ready is not None:
+                return ready
+            captured = time.perf_counter()
+            watch.begin("float pass")
+            job, references, extremes = healthy(replace(job, checkpoint=checkpoint))
+            float_pass = time.perf_counter() - captured
+            if job.recipe.migration:
+                smoothed, moved = smooth(job, choices)
+                job, extremes = replace(job, network=smoothed), {} if moved else extremes
+            asked_tensors = {name: entry for name, entry in entries.items() if name not in network.layers}
+            kept = asked_layers(network, plan, override or {})
+            guarded = guard(job, choices, asked_tensors, extremes, kept=kept)
+            job = replace(job, network=guarded.network, notes=(*job.notes, *guarded.notes))
+            choices, entries = guarded.applied(choices, entries)
+            loss_name, function = find_loss(loss, references[0], network.out_spec)
+            expected = forecast(
+                job, choices, float_pass, search=budget is not None, spent=time.perf_counter() - started
+            )
+            log.info("%s", expected)
+            watch.expect(expected.phases)
+            found = None
+            if budget is not None:
+                found = search(job, choices, entries, budget, (loss_name, function), references)
+            built = build(job, entries, function, references) if found is None else found.built
+            result = built.model
+            example = select(job.batches[0], torch.arange(EXAMPLE_ROWS) % rows(job.batches[0]))
+            result.facts |= {"placement": placement, "example": example}
+            result.facts |= {"dynamic": axes, "equal_axes": equal_axes(batches)}
+            result.prices = None if found is None else found.prices
+            phases = {"capture": captured - started, "float pass": float_pass}
+            result.report = summarize(model, job, built, found, phases=phases, loss=loss_name)
+            keep_result(checkpoint, budget, result)
     return result
 
 
@@ -180,7 +211,7 @@ def _target(model: nn.Module, device: str | torch.device | None) -> torch.device
 def _captured(model: nn.Module, batches: list[Batch], axes: DynamicAxes) -> Network:
     """The network, where its inputs are."""
     leaves = [leaf for leaf in flatten(batches[0])[0] if isinstance(leaf, Tensor)]
-    network = capture(_moved(model, leaves[0].device), batches[0], axes)
+    network = capture(moved_to(model, leaves[0].device), batches[0], axes)
     if not network.layers:
         raise SpecError(
             "the network has no convolution, linear layer or embedding with constant weights: there is nothing to quantize."
@@ -195,6 +226,7 @@ def _in_parts(
     override: Mapping[str, str | None],
     first_last: str | None,
     options: Mapping[str, Any],
+    notes: Sequence[str],
 ) -> PartlyQuantized:
     """The network quantized in its largest capturable sub-modules."""
     parsed = Bits.parse(options["bits"] or DEFAULT_BITS)
@@ -205,7 +237,12 @@ def _in_parts(
         exact = {glob.escape(name): text for name, text in chosen.items()}
         return quantize(part, inputs, override=exact, first_last=None, **options)
 
-    return quantize_parts(model, batches, whole, reason, override=override, ends=ends)
+    def on_part(done: int, total: int) -> None:
+        options["progress"].section(done / total, (done + 1) / total)
+
+    found = quantize_parts(model, batches, whole, reason, override=override, ends=ends, on_part=on_part)
+    found.report = replace(found.report, notes=(*notes, *found.report.notes))
+    return found
 
 
 def _decided(
@@ -251,37 +288,6 @@ def _check_options(
         raise SpecError(f'a budget chooses from several bits, such as ("w8a8", "w4a4", "w2a4"). Got {bits!r}.')
 
 
-def _open(run: FilePath | None, job: Job, settings: Mapping[str, object]) -> Checkpoint:
-    """Where the run's pieces are kept; its identity is everything that they depend on."""
-    if run is None:
-        return Checkpoint(None)
-    leaves = {
-        f"{index}/{position}": leaf
-        for index, batch in enumerate(job.batches)
-        for position, leaf in enumerate(flatten(batch)[0])
-    }
-    identity = {name: repr(value) for name, value in settings.items()}
-    geometries = [job.network.weighted(name).geometry for name in job.network.layers]
-    identity |= {
-        "network": f"{job.network.module.code} {geometries}",
-        "weights": fingerprint(dict(job.network.module.state_dict())),
-        "calibration": fingerprint({name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor)})
-        + "".join(f" {name} {leaf!r}" for name, leaf in leaves.items() if not isinstance(leaf, Tensor)),
-        "recipe": job.recipe.to_toml(),
-        "placement": job.placement,
-        "seed": str(job.seed),
-        "device": str(job.network.weighted(next(iter(job.network.layers))).weight.device),
-        "threads": str(torch.get_num_threads() if job.workers is None else f"{torch.get_num_threads()}, workers"),
-        "versions": f"calque {version('calque')}, torch {torch.__version__}",
-    }
-    return open_run(run, identity)
-
-
-def _named(loss: object) -> object:
-    """What stands for a loss in another process, where a function or an object has another address."""
-    return getattr(loss, "__qualname__", type(loss).__qualname__) if callable(loss) else loss
-
-
 def _device(device: str | torch.device) -> torch.device:
     try:
         found = torch.device(device)
@@ -289,10 +295,3 @@ def _device(device: str | torch.device) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise SpecError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
     return found
-
-
-def _moved(model: nn.Module, device: torch.device) -> nn.Module:
-    tensors = (*model.parameters(), *model.buffers())
-    if all(tensor.device == device for tensor in tensors):
-        return model
-    return duplicate(model).to(device)

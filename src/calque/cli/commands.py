@@ -1,5 +1,6 @@
 """The commands; each reads its arguments, calls the API and prints what it returns."""
 
+import json
 import shlex
 import shutil
 import sys
@@ -13,13 +14,16 @@ from typing import Annotated, cast
 
 import typer
 
+from calque.checkpoint import write_whole
 from calque.cli.export import export_command, verify_command
 from calque.cli.folder import (
     Run,
     claim,
     claim_pieces,
+    is_started,
     read_report,
     read_run,
+    require_free,
     versions,
     write_run,
     write_start,
@@ -38,16 +42,21 @@ from calque.cli.inputs import (
 )
 from calque.cli.latency import latency_command
 from calque.cli.plan import plan_command
-from calque.cli.terminal import advice, bars, complain, estimates, one_line, shielded_workers, visible_warnings
-from calque.demo import DemoRow, run_demo
+from calque.cli.terminal import advice, complain, estimates, one_line, shielded_workers, visible_warnings
+from calque.demo import BITS, DemoRow, run_demo
 from calque.errors import CalqueError
 from calque.pipeline import quantize
+from calque.progress import Phase, watched
 from calque.recipe import RECIPES, find_recipe
 from calque.report import table_lines
 from calque.spec import Placement, Plan
 
 INTERRUPTED = 130  # the exit code of a command that Ctrl-C ended
-DEMO_MARKS = ("float.safetensors",)
+DEMO = "demo.json"  # the file that tells a demonstration's folder from others
+DEMO_PHASES = (  # about the seconds of each, the capture's among them
+    Phase("train", (4.0,)),
+    *(Phase(f"{bits} fit", (seconds,)) for bits in BITS for seconds in (2.0, 5.0)),
+)
 ENTRY = "calque"
 
 app = typer.Typer(
@@ -89,9 +98,11 @@ def demo_command(
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="calque-demo-") as temporary:
         folder = Path(temporary) if output is None else output
-        claim(folder, DEMO_MARKS)
-        with bars(quiet) as show:
-            rows = run_demo(folder, seed=seed, progress=show)
+        claim(folder, (DEMO,))
+        write_whole(folder / DEMO, json.dumps({"seed": seed, "versions": versions()}, indent=1).encode())
+        with watched(False if quiet else None) as watch:
+            watch.expect(DEMO_PHASES)
+            rows = run_demo(folder, seed=seed, progress=watch)
     for line in _demo_table(rows):
         print(line)
     kept = "" if output is None else f"; the files are in {output}"
@@ -146,9 +157,11 @@ def quantize_command(
     device: Annotated[str | None, typer.Option(help="where to compute: cpu, cuda, ...")] = None,
     evaluate: Annotated[str | None, typer.Option(help="metric of a network: my_package.my_module:score")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with a run that was interrupted or killed")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a run that is in the folder")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Quantizes a network and writes the folder of the run; prints the report."""
+    require_free(output, resume=resume, overwrite=overwrite)
     network = build_model(model)
     inputs = load_calibration(calibration)
     if weights is None:
@@ -162,20 +175,19 @@ def quantize_command(
     candidates = None if bits is None else parse_bits(bits, several=budget is not None)
     judge = parse_loss(loss)
     check_device(device)
-    pieces = claim_pieces(output, resume=resume)
-    arguments = [argument for argument in context.obj if argument != "--resume"]
+    pieces = claim_pieces(output, overwrite=overwrite)
+    arguments = [argument for argument in context.obj if argument not in ("--resume", "--overwrite")]
     with (
-        advice(shlex.join([*_program(), *arguments, "--resume"])),
-        bars(quiet) as show,
+        advice(shlex.join([*_program(), *arguments, "--resume"]), lambda: is_started(output)),
         estimates(quiet),
         shielded_workers(workers),
     ):
-        scores = {} if evaluate is None else {"float": evaluate_model(evaluate, network.eval())}
+        scores = {} if evaluate is None else {"float": evaluate_model(evaluate, network)}
         q = quantize(
             network, inputs, bits=candidates, budget=budget, plan=known_plan, override=overrides, recipe=chosen,
             placement=cast(Placement, placement),  # quantize checks it
             first_last=None if first_last == "none" else first_last, loss=judge, dynamic=axes, run=pieces,
-            seed=seed, device=device, memory=memory, workers=workers, progress=show,
+            seed=seed, device=device, memory=memory, workers=workers, progress=False if quiet else None,
         )  # fmt: skip
         settings = Run(
             model, None if weights is None else str(weights.resolve()), str(calibration.resolve()), seed,
@@ -215,7 +227,7 @@ def report_command(run: Folder) -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """Runs one command; its exit code. Every error is one line on stderr."""
+    """Runs one command; its exit code: 2 for one that is misspelt. Every error is one line on stderr."""
     command = typer.main.get_command(app)
     try:
         with visible_warnings():
@@ -226,7 +238,7 @@ def run(arguments: list[str]) -> int:
     except Exception as error:
         expected = isinstance(error, (CalqueError, OSError)) or hasattr(error, "format_message")
         complain("error", one_line(error) if expected else f"unexpected {_trace(error)}")
-        return 1
+        return int(getattr(error, "exit_code", 1))  # typer's usage errors have one: 2
     return code if isinstance(code, int) else 0
 
 

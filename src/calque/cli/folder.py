@@ -9,16 +9,16 @@ from pathlib import Path
 
 import torch
 
-from calque.checkpoint import IDENTITY, write_whole
+from calque.checkpoint import IDENTITY, RUN, write_whole
 from calque.cli.inputs import InputError
 from calque.model import QuantizedModel
 from calque.recipe import Recipe
 from calque.report import Report
 from calque.storage import save
 
-NETWORK, RUN, PRICES, PIECES = "q.safetensors", "run.json", "prices.json", "pieces"
+NETWORK, PRICES, PIECES = "q.safetensors", "prices.json", "pieces"
 PLANS, CURVE, PICTURE = "plans", "pareto.csv", "pareto.png"  # of calque plan
-FILES = (NETWORK, "plan.toml", "report.txt", "report.json", "recipe.toml", RUN, PRICES, PIECES)
+MARKS = (RUN, PIECES)  # what tells the folder of a run from others
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,27 +44,43 @@ def versions() -> dict[str, str]:
     return {"calque": version("calque"), "torch": torch.__version__, "python": platform.python_version()}
 
 
-def claim(folder: Path, marks: tuple[str, ...] = FILES) -> None:
+def claim(folder: Path, marks: tuple[str, ...] = MARKS) -> None:
     """Makes the folder. Raises: InputError if it has files and none of `marks`; OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()) and not any((folder / name).exists() for name in marks):
         raise InputError(f"{folder} has files that are not calque's. Choose an empty or a new folder.")
 
 
-def claim_pieces(folder: Path, *, resume: bool) -> Path:
-    """The folder of the run's pieces, after `claim`. With `resume`, a run that has none yet starts from the beginning.
+def require_free(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Raises InputError where another run is in the folder: an unfinished one without either option, a finished one without
+    `overwrite`; or where both options are given.
+    """
+    if resume and overwrite:
+        raise InputError("--resume goes on with a run and --overwrite starts another one. Give one of them.")
+    if overwrite or (resume and is_started(folder)):
+        return
+    if is_started(folder):
+        raise InputError(f"{folder} has an unfinished run. Go on with --resume, or start again with --overwrite.")
+    if (folder / RUN).is_file():
+        raise InputError(
+            f"{folder} has a finished run (calque report {folder}). Replace it with --overwrite, or choose another folder."
+        )
 
-    Raises:
-        InputError: pieces of an unfinished run without `resume`, or a finished run with it.
+
+def is_started(folder: Path) -> bool:
+    """Whether the folder has an unfinished run, which can be gone on with."""
+    return (folder / PIECES / IDENTITY).is_file()
+
+
+def claim_pieces(folder: Path, *, overwrite: bool) -> Path:
+    """The folder of the run's pieces, after `require_free` and `claim`.
+
+    With `overwrite` the pieces of an unfinished run are deleted; a finished one stays whole until another takes its place.
     """
     claim(folder)
-    pieces = folder / PIECES
-    started = (pieces / IDENTITY).is_file()
-    if started and not resume:
-        raise InputError(f"{folder} has an unfinished run. Add --resume to go on with it, or delete {pieces}.")
-    if resume and not started and (folder / RUN).is_file():
-        raise InputError(f"the run in {folder} is finished. Start another one without --resume.")
-    return pieces
+    if overwrite:
+        _delete(folder / PIECES)
+    return folder / PIECES
 
 
 def write_run(folder: Path, q: QuantizedModel, recipe: Recipe, run: Run) -> None:

@@ -20,6 +20,13 @@ from calque.budget import Budget
 from calque.errors import CalqueError
 
 SHOWN = 3  # names of a list that an error gives
+STATE = (
+    "weight",
+    "bias",
+    "running_mean",
+    "running_var",
+    "num_batches_tracked",
+)  # the last parts of names in a state dict
 
 
 class InputError(CalqueError):
@@ -41,7 +48,9 @@ def find_function(reference: str) -> Callable[..., object]:
     try:
         found: object = importlib.import_module(module_name)
     except Exception as error:  # whatever the user's module raises while it is imported
-        raise InputError(f"{module_name} cannot be imported: {type(error).__name__}: {error}") from error
+        absent = isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}.")
+        hint = f". It is looked for in the current folder ({folder}) and in those of PYTHONPATH." if absent else ""
+        raise InputError(f"{module_name} cannot be imported: {type(error).__name__}: {error}{hint}") from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise InputError(f"{module_name} has no {attribute}. Check the name in {reference}.")
@@ -61,11 +70,11 @@ def call(reference: str, *arguments: object) -> object:
 
 
 def build_model(reference: str) -> nn.Module:
-    """The module that the function returns. Raises: InputError."""
+    """The module that the function returns, in eval mode. Raises: InputError."""
     model = call(reference)
     if not isinstance(model, nn.Module):
         raise InputError(f"{reference} must return an nn.Module. Got {type(model).__name__}.")
-    return model
+    return model.eval()
 
 
 def evaluate_model(reference: str, model: nn.Module) -> float:
@@ -117,7 +126,7 @@ def load_calibration(path: Path) -> object:
     float64 arrays, NumPy's default, become float32.
 
     Raises:
-        InputError: another kind of file, or one that does not hold arrays.
+        InputError: another kind of file, one that does not hold arrays, or one that holds weights.
     """
     readers = {
         ".npy": _numpy,
@@ -128,7 +137,26 @@ def load_calibration(path: Path) -> object:
     }
     if path.suffix not in readers:
         raise InputError(f"a calibration file ends with {', '.join(readers)}. Got {path}.")
-    return torch.utils._pytree.tree_map(_single, readers[path.suffix](path))
+    found = readers[path.suffix](path)
+    names = _weight_names(found)
+    if names:
+        raise InputError(
+            f"{path} holds weights, not inputs: {_shortened(names)}. Pass it with --weights, and inputs with --calibration."
+        )
+    return torch.utils._pytree.tree_map(_single, found)
+
+
+def _weight_names(found: object) -> list[str]:
+    """The names in a state dict, or in a checkpoint that has one; none where something else was found."""
+    if not isinstance(found, Mapping) or not found:
+        return []
+    names = [str(name) for name in found]
+    ends = [name.rpartition(".")[1:] for name in names]
+    if all(last in STATE for _, last in ends) or any(
+        dot and last in STATE for dot, last in ends
+    ):  # no argument has a dot
+        return names
+    return next((inside for value in found.values() if (inside := _weight_names(value))), [])
 
 
 def parse_overrides(texts: Iterable[str]) -> dict[str, str | None]:
@@ -173,7 +201,7 @@ def parse_budget(
     """The budget that the options name; None where none is given.
 
     >>> parse_budget("0.13", None, None, None, None, None).size
-    0.13
+    '0.13'
     """
     if all(value is None for value in (size, bops, activation_memory, latency, max_loss, minimize)):
         return None
@@ -184,8 +212,8 @@ def parse_budget(
             raise InputError(f"a latency budget is written table.csv=milliseconds. Got {latency!r}.")
         table = (path, _number(limit))
     return Budget(
-        size=_quantity(size), bops=_quantity(bops), activation_memory=_quantity(activation_memory), latency=table,
-        loss=max_loss, minimize=cast(Any, minimize),  # Budget checks it
+        size=size, bops=bops, activation_memory=activation_memory, latency=table, loss=max_loss,
+        minimize=cast(Any, minimize),  # Budget checks it
     )  # fmt: skip
 
 
@@ -213,14 +241,6 @@ def parse_loss(text: str | None) -> Any:
             raise InputError(f"{text} raised {type(error).__name__}: {error}") from error
 
     return loss
-
-
-def _quantity(text: str | None) -> float | str | None:
-    """A plain number is a fraction; everything else is for Budget to read."""
-    try:
-        return None if text is None else float(text) if float(text) <= 1 else text
-    except ValueError:
-        return text
 
 
 def _number(text: str) -> float:

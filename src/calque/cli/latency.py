@@ -8,7 +8,6 @@ import typer
 from calque.cli.folder import NETWORK, PRICES, read_run
 from calque.cli.inputs import InputError, build_model, load_calibration, parse_bits
 from calque.cli.plan import read_prices
-from calque.cli.terminal import bars
 from calque.export import latency_table
 from calque.storage import load
 
@@ -26,7 +25,7 @@ def latency_command(
         Path | None,
         typer.Option(help="inputs that give the sizes, as --calibration; the run's own by default", metavar="FILE"),
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="no progress bars")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress bar")] = False,
 ) -> None:
     """Times each layer of a run's network at each choice of bits in ONNX Runtime, for a budget: --latency TABLE.CSV=4.0."""
     settings = read_run(run)
@@ -37,8 +36,8 @@ def latency_command(
     if bits is None and (run / PRICES).is_file():
         choices = tuple(dict.fromkeys(text for row in read_prices(run).choices for text in row))
     given = load_calibration(Path(settings.calibration) if inputs is None else inputs)
-    with bars(quiet) as show:
-        table = latency_table(q, given, bits=choices, threads=threads, batch=batch, progress=show)
+    shown = False if quiet else None
+    table = latency_table(q, given, bits=choices, threads=threads, batch=batch, progress=shown)
     table.save(output)
     print(table)
     print(f"{output}: --latency {output}=MILLISECONDS limits the layers' sum")

@@ -5,7 +5,7 @@ import io
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -13,12 +13,12 @@ import numpy as np
 import typer
 
 from calque.budget import NANOSECONDS, Budget
-from calque.checkpoint import write_whole
-from calque.cli.folder import CURVE, PICTURE, PLANS, PRICES
+from calque.checkpoint import RUN, write_whole
+from calque.cli.folder import CURVE, PICTURE, PLANS, PRICES, read_report
 from calque.cli.inputs import InputError, parse_budget
 from calque.cli.terminal import complain
 from calque.errors import InfeasibleBudgetError, SpecError
-from calque.prices import Prices, Solution, pareto
+from calque.prices import Prices, Solution, pareto, priced
 from calque.report import table_lines
 from calque.spec import Bits, Plan
 
@@ -34,10 +34,17 @@ LABELS = {
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A budget by name, and the plan that it led to."""
+    """A budget by name, and the plan that it led to; or a finalist of the run.
+
+    Attributes:
+        measured: the increase of the loss, where a network was built with this plan and measured.
+        chosen: whether that network is the run's result.
+    """
 
     name: str
     solution: Solution
+    measured: float | None = None
+    chosen: bool = False
 
 
 def plan_command(
@@ -49,7 +56,10 @@ def plan_command(
     max_loss: Annotated[float | None, typer.Option(help="dual form: the most that the loss may rise")] = None,
     minimize: Annotated[str | None, typer.Option(help="dual form: size, bops or latency")] = None,
 ) -> None:
-    """Solves other budgets from the prices of a run; writes their plans and the Pareto curve beside them."""
+    """Solves other budgets from the prices of a run; writes their plans and the Pareto curve, on which finalists are marked.
+
+    A single budget leaves a curve of several as it is.
+    """
     prices = read_prices(run)
     lists = {"size": size, "bops": bops, "activation_memory": activation_memory}
     budgets = parse_budgets(lists, latency, max_loss, minimize) or default_sweep(prices)
@@ -60,12 +70,46 @@ def plan_command(
     }
     if not points:
         raise next(iter(failures.values()))
-    write_plans(run, prices, points, swept=swept_quantity(lists, latency, minimize))
-    for line in plan_table(prices, points):
+    finalists = read_finalists(run, prices)
+    points = [marked(point, finalists) for point in points]
+    write_plans(run, [*points, *finalists])
+    kept = len(points) == 1 and has_curve(run)
+    if not kept:
+        write_curve(run, prices, points, finalists, swept=swept_quantity(lists, latency, minimize))
+    for line in plan_table(prices, [*points, *finalists]):
         print(line)
     for name, error in failures.items():
         complain(f"infeasible, {name}", str(error))
-    print(f"the plans are in {run / PLANS}, the curve in {run / CURVE} and {run / PICTURE}")
+    print(
+        f"the plans are in {run / PLANS}, the curve{' of before' if kept else ''} in {run / CURVE} and {run / PICTURE}"
+    )
+
+
+def read_finalists(folder: Path, prices: Prices) -> list[Point]:
+    """The allocations that the run in `folder` built and measured. Raises: InputError."""
+    if not (folder / RUN).is_file():
+        return []
+    found = read_report(folder).finalists
+    names = ["chosen" if each.chosen else f"finalist {number}" for number, each in enumerate(found, 1)]
+    return [
+        Point(name, priced(prices, each.plan), each.measured, each.chosen)
+        for name, each in zip(names, found, strict=True)
+    ]
+
+
+def marked(point: Point, finalists: list[Point]) -> Point:
+    """The point with what was measured for its plan, if that is a finalist's."""
+    same = next((each for each in finalists if dict(each.solution.plan) == dict(point.solution.plan)), None)
+    return point if same is None else replace(point, measured=same.measured, chosen=same.chosen)
+
+
+def has_curve(folder: Path) -> bool:
+    """Whether there is a curve through several budgets."""
+    path = folder / CURVE
+    if not path.is_file():
+        return False
+    with path.open(newline="", encoding="utf-8") as file:
+        return sum(bool(row["budget"]) for row in csv.DictReader(file)) > 1
 
 
 def read_prices(folder: Path) -> Prices:
@@ -133,6 +177,8 @@ def swept_quantity(lists: dict[str, str | None], latency: str | None, minimize: 
 def plan_table(prices: Prices, points: list[Point]) -> list[str]:
     """The lines of the table: one row per plan, with its bits counted."""
     rows: list[tuple[str, ...]] = []
+    any_measured = any(point.measured is not None for point in points)
+    headings = (*HEADINGS[:-1], *(["measured"] if any_measured else []), HEADINGS[-1])
     for point in points:
         costs = point.solution.costs
         size, whole, operations = costs.get("size"), prices.floats.get("size"), costs.get("bops")
@@ -142,9 +188,14 @@ def plan_table(prices: Prices, points: list[Point]) -> list[str]:
             "" if size is None or not whole else f"{size / whole:.1%}",
             "" if operations is None else f"{operations / 1e6:,.1f}",
             f"{point.solution.increase:.3g}",
+            *([_measured(point)] if any_measured else []),
             histogram(point.solution),
         ))  # fmt: skip
-    return table_lines(HEADINGS, rows)
+    return table_lines(headings, rows)
+
+
+def _measured(point: Point) -> str:
+    return "" if point.measured is None else f"{point.measured:+.3g}"
 
 
 def histogram(solution: Solution) -> str:
@@ -156,14 +207,18 @@ def histogram(solution: Solution) -> str:
     return ", ".join(f"{bits} x{count}" for bits, count in Counter(solution.plan.values()).most_common())
 
 
-def write_plans(folder: Path, prices: Prices, points: list[Point], *, swept: str) -> None:
-    """Writes a TOML file per plan, the curve as a table and as a picture; each file whole."""
+def write_plans(folder: Path, points: list[Point]) -> None:
+    """Writes a TOML file per plan, each whole."""
     (folder / PLANS).mkdir(exist_ok=True)
     for point in points:
         plan = Plan({layer: Bits.parse(bits) for layer, bits in point.solution.plan.items()})
         write_whole(folder / PLANS / file_name(point.name), plan.to_toml().encode())
-    write_whole(folder / CURVE, curve_csv(prices, points).encode())
-    write_whole(folder / PICTURE, draw_curve(prices, points, swept))
+
+
+def write_curve(folder: Path, prices: Prices, points: list[Point], finalists: list[Point], *, swept: str) -> None:
+    """Writes the curve as a table and as a picture, each file whole."""
+    write_whole(folder / CURVE, curve_csv(prices, points, finalists).encode())
+    write_whole(folder / PICTURE, draw_curve(prices, points, finalists, swept))
 
 
 def file_name(name: str) -> str:
@@ -176,19 +231,29 @@ def file_name(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", plain) + ".toml"
 
 
-def curve_csv(prices: Prices, points: list[Point]) -> str:
-    """The plans' costs (bytes, bit-operations, milliseconds) and predicted increases as CSV, one line per budget."""
+def curve_csv(prices: Prices, points: list[Point], finalists: list[Point]) -> str:
+    """The plans' costs (bytes, bit-operations, milliseconds) and predicted increases as CSV, one line per budget.
+
+    The finalists follow, each with its name in the column `finalist`, which is empty for a budget.
+    """
     quantities = [name for name in LABELS if name in points[0].solution.costs]
     headings = [f"{name}_milliseconds" if name == "latency" else name for name in quantities]
+    losses = [f"{prices.loss}_increase", f"{prices.loss}_measured"]
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(["budget", *headings, "share_of_float_size", f"{prices.loss}_increase", "bits", "plan"])
-    for point in points:
+    table.writerow(["budget", *headings, "share_of_float_size", *losses, "bits", "plan", "finalist"])
+    for point, names in [
+        *((each, [each.name, ""]) for each in points),
+        *((each, ["", each.name]) for each in finalists),
+    ]:
         costs, whole = point.solution.costs, prices.floats.get("size")
         share = costs["size"] / whole if "size" in costs and whole else ""
-        amounts = [in_unit(name, costs[name]) for name in quantities]
+        amounts = [in_unit(name, costs[name]) if name in costs else "" for name in quantities]
+        measured = "" if point.measured is None else point.measured
         plan = f"{PLANS}/{file_name(point.name)}"
-        table.writerow([point.name, *amounts, share, point.solution.increase, histogram(point.solution), plan])
+        table.writerow([
+            names[0], *amounts, share, point.solution.increase, measured, histogram(point.solution), plan, names[1]
+        ])  # fmt: skip
     return text.getvalue()
 
 
@@ -197,8 +262,8 @@ def in_unit(name: str, cost: int) -> float:
     return cost / NANOSECONDS if name == "latency" else cost
 
 
-def draw_curve(prices: Prices, points: list[Point], swept: str) -> bytes:
-    """A PNG of the predicted increase of the loss over the swept cost."""
+def draw_curve(prices: Prices, points: list[Point], finalists: list[Point], swept: str) -> bytes:
+    """A PNG of the predicted increase of the loss over the swept cost, and of the measured one of finalists."""
     pairs = sorted((in_unit(swept, point.solution.costs[swept]), point.solution.increase) for point in points)
     costs, increases = [cost for cost, _ in pairs], [increase for _, increase in pairs]
     # imported here: it takes a second, which commands that draw nothing need not wait for
@@ -208,14 +273,20 @@ def draw_curve(prices: Prices, points: list[Point], swept: str) -> bytes:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.plot(costs, increases, marker="o", markersize=4, linewidth=1.2)
+    axes.plot(costs, increases, marker="o", markersize=4, linewidth=1.2, label="predicted")
+    for point in finalists:
+        if swept in point.solution.costs and point.measured is not None:
+            at, label = in_unit(swept, point.solution.costs[swept]), f"{point.name}, measured"
+            axes.plot([at], [point.measured], marker="*" if point.chosen else "x", linestyle="", label=label)
+            increases.append(point.measured)
+    axes.legend()
     positive = [increase for increase in increases if increase > 0]
     if positive == increases:
         axes.set_yscale("log")
     elif positive:
         axes.set_yscale("symlog", linthresh=min(positive))  # linear down to the zero, which has no logarithm
     axes.set_xlabel(LABELS[swept])
-    axes.set_ylabel(f"predicted increase of the loss ({prices.loss})")
+    axes.set_ylabel(f"increase of the loss ({prices.loss})")
     axes.grid(visible=True, alpha=0.3)
     whole = prices.floats.get(swept)
     if whole:

@@ -1,4 +1,4 @@
-"""What the terminal shows: progress bars, warnings and errors on stderr."""
+"""What the terminal shows: notes, warnings and errors on stderr."""
 
 import _thread
 import logging
@@ -10,13 +10,9 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-
 from calque.errors import CalibrationWarning
 
 PAUSE = 0.1  # seconds between two looks
-Counter = Callable[[str, int, int], None]  # phase, steps done, steps in all
 
 
 def one_line(error: BaseException) -> str:
@@ -44,25 +40,6 @@ def visible_warnings() -> Iterator[None]:
         warnings.simplefilter("always", CalibrationWarning)
         warnings.showwarning = lambda message, *_, **__: complain("warning", " ".join(str(message).split()))
         yield
-
-
-@contextmanager
-def bars(quiet: bool) -> Iterator[Counter]:
-    """A callback that draws a bar with the time left for each phase, on stderr; or one that draws nothing."""
-    if quiet:
-        yield lambda phase, done, total: None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        tasks: dict[str, TaskID] = {}
-
-        def count(phase: str, done: int, total: int) -> None:
-            if phase not in tasks:
-                tasks[phase] = progress.add_task(phase, total=total)
-            progress.update(tasks[phase], completed=done)
-
-        yield count
 
 
 class _Notes(logging.Handler):
@@ -114,10 +91,11 @@ def shielded_workers(workers: int | None) -> Iterator[None]:
 
 
 @contextmanager
-def advice(command: str) -> Iterator[None]:
-    """Says how to go on where Ctrl-C interrupts."""
+def advice(command: str, kept: Callable[[], bool]) -> Iterator[None]:
+    """Says how to go on where Ctrl-C interrupts a run of which pieces are kept."""
     try:
         yield
     except KeyboardInterrupt:
-        complain("note", f"finished pieces are kept. Go on with: {command}")
+        if kept():
+            complain("note", f"finished pieces are kept. Go on with: {command}")
         raise

@@ -6,7 +6,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from calque.export.surroundings import Standing, alone, standings
 from calque.graph.signature import flatten, rows, select
 from calque.model import QuantizedModel
 from calque.parts import PartlyQuantized, whole_only
+from calque.progress import Phase, Progress, check_progress, watched
 from calque.spec import Bits
 
 CANDIDATES = ("w8a8", "w4a8", "w4a4", "w2a4")
@@ -116,7 +117,7 @@ def latency_table(
     bits: Sequence[str] | None = None,
     threads: int = 1,
     batch: int = 1,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | bool | None = None,
 ) -> LatencyTable:
     """The time of each layer of `model` at each choice of bits, in default sessions of ONNX Runtime on this processor.
 
@@ -132,7 +133,7 @@ def latency_table(
         bits: the choices, as of `calque.quantize`; CANDIDATES by default.
         threads: of a session.
         batch: rows of an input.
-        progress: called with ("latency", measured, in all).
+        progress: as of `calque.quantize`; a function is called with ("latency", measured, in all).
 
     Raises:
         SpecError: no bits, bits that are none, threads or batch below 1, or more rows than the first batch has; a network
@@ -140,6 +141,7 @@ def latency_table(
         CalibrationError: inputs that are empty, not finite or of the wrong form.
         VerificationError, ExportError: ONNX Runtime cannot run the network.
     """
+    check_progress(progress)
     if isinstance(model, PartlyQuantized):
         raise whole_only(model, "latency_table", "latency_table(q.parts[path], inputs)")
     for name, value in {"threads": threads, "batch": batch}.items():
@@ -160,10 +162,11 @@ def latency_table(
     }
     times: dict[Alone, tuple[float, float]] = {}
     distinct = dict.fromkeys(cases.values())
-    for done, case in enumerate(distinct, 1):
-        times[case] = _measured(case, threads)
-        if progress is not None:
-            progress("latency", done, len(distinct))
+    with watched(progress) as watch:
+        watch.expect([Phase("latency", (1.0,) * len(distinct))])
+        for done, case in enumerate(distinct, 1):
+            times[case] = _measured(case, threads)
+            watch("latency", done, len(distinct))
     return LatencyTable(
         {key: times[case][0] for key, case in cases.items()}, {key: times[case][1] for key, case in cases.items()},
         {standing.name: str(standing.bits) for standing in found}, _whole(model, leaves, threads),

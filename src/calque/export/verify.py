@@ -89,7 +89,7 @@ def verify(
     check_target(target)
     proto = load_proto(path)
     origin = _origin(proto, model, bound)
-    batches = prepare(inputs, model.signature, next(iter(model.buffers())).device)
+    batches = prepare(inputs, model.signature, next(iter(model.buffers())).device, on_note=origin.append)
     for batch in batches:
         feeds_of(proto.graph.input, [leaf for leaf in flatten(batch)[0] if isinstance(leaf, Tensor)])
     runtimes, edges = _opened(proto, model, target)

@@ -3,6 +3,7 @@
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune, remove_spectral_norm, remove_weight_norm
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -81,3 +82,11 @@ def _culprit(model: nn.Module) -> str | None:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].strip().rstrip(".") + "."
+
+
+def moved_to(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model itself where all of it is on the device already, else a copy there."""
+    tensors = (*model.parameters(), *model.buffers())
+    if all(tensor.device == device for tensor in tensors):
+        return model
+    return duplicate(model).to(device)

@@ -77,6 +77,11 @@ class Signature:
                     required.append(parameter.name)
         return cls(tuple(positional), tuple(required), tuple(keyword_only))
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All parameters."""
+        return (*self.positional, *self.keyword_only)
+
     def bind(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Batch:
         """The arguments of a call by name, in the order of the parameters.
 
@@ -90,20 +95,24 @@ class Signature:
             )
         given = dict(zip(self.positional, args, strict=False))
         for name, value in kwargs.items():
-            if name in given or name not in (*self.positional, *self.keyword_only):
+            if name in given or name not in self.names:
                 problem = "is given twice" if name in given else "is not a parameter of forward"
-                known = ", ".join((*self.positional, *self.keyword_only))
-                raise CalibrationError(f"argument {name!r} {problem}. forward takes: {known}.")
+                raise CalibrationError(f"argument {name!r} {problem}. forward takes: {', '.join(self.names)}.")
             given[name] = value
         missing = [name for name in self.required if name not in given]
         if missing:
             raise CalibrationError(f"forward needs the argument(s) {', '.join(missing)}. Got: {', '.join(given)}.")
-        return {name: given[name] for name in (*self.positional, *self.keyword_only) if name in given}
+        return {name: given[name] for name in self.names if name in given}
 
     def batch(self, item: object) -> Batch:
-        """A calibration batch by name: a tensor, a tuple (cut to the required parameters) or a dict of keywords."""
+        """A calibration batch by name: a tensor, a tuple (cut to the required parameters) or a dict (cut to the parameters)."""
         if isinstance(item, Mapping):
-            return self.bind((), item)
+            missing = [name for name in self.required if name not in item]
+            if missing:
+                raise CalibrationError(
+                    f"forward needs the argument(s) {', '.join(missing)}. Got: {', '.join(map(str, item)) or 'nothing'}."
+                )
+            return self.bind((), {name: value for name, value in item.items() if name in self.names})
         if isinstance(item, (tuple, list)):
             needed = [name for name in self.required if name in self.positional]
             return self.bind(tuple(item)[: max(len(needed), 1)], {})
@@ -112,6 +121,22 @@ class Signature:
         raise CalibrationError(
             f"a calibration batch is a tensor, a tuple of positional arguments or a dict. Got {type(item).__name__}."
         )
+
+    def left_out(self, item: object) -> list[str]:
+        """A sentence on what `batch` cuts off an item, where a parameter of forward might have been meant."""
+        if isinstance(item, Mapping):
+            extra = ", ".join(str(name) for name in item if name not in self.names)
+            return [f"left out of the batches: {extra}. forward takes: {', '.join(self.names)}."] if extra else []
+        if not isinstance(item, (tuple, list)):
+            return []
+        kept = max(sum(name in self.required for name in self.positional), 1)
+        optional = self.positional[kept : len(item)]
+        if not optional:
+            return []
+        return [
+            f"batches of {len(item)} items were cut to the required {kept}; {', '.join(optional)} kept the default. A dict of "
+            "keyword arguments gives optional ones, too."
+        ]
 
 
 def flatten(batch: Mapping[str, object]) -> tuple[list[Any], pytree.TreeSpec]:

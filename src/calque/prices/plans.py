@@ -1,7 +1,7 @@
 """From prices and a budget to plans: the integer program, and its answers in the units of the user."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, Context, Decimal
 from fractions import Fraction
@@ -86,6 +86,29 @@ def pareto(prices: Prices, budgets: Sequence[Budget]) -> list[Solution | Infeasi
         except InfeasibleBudgetError as error:
             results.append(error)
     return results
+
+
+def priced(prices: Prices, plan: Mapping[str, str]) -> Solution:
+    """What a plan costs, and the increase of the loss that is predicted for it; no latency.
+
+    Raises:
+        SpecError: a layer that the plan lacks, or bits that are none of its choices.
+    """
+    chosen = []
+    for group, choices in zip(prices.groups, prices.choices, strict=True):
+        bits = plan.get(group[0])
+        if bits not in choices:
+            raise SpecError(f"layer {group[0]}: the prices have {', '.join(choices)}. Got {bits}.")
+        chosen.append(choices.index(bits))
+    costs = {
+        name: prices.fixed[name] + sum(row[index] for row, index in zip(table, chosen, strict=True))
+        for name, table in prices.costs.items()
+    }
+    peaks = [fixed + sum(row[chosen[group]] for group, row in tables.items()) for fixed, tables in prices.steps]
+    if peaks:
+        costs["activation_memory"] = max(peaks)
+    increase = math.fsum(max(0.0, row[index]) for row, index in zip(prices.increases, chosen, strict=True))
+    return Solution({layer: plan[layer] for group in prices.groups for layer in group}, increase, costs)
 
 
 def _program(prices: Prices, budget: Budget) -> _Program:
