@@ -18,6 +18,7 @@ ROOMS = (
     "tensors",
     "placement",
     "decisions",
+    "filesize",
     "costs",
     "quantizers",
     "kernels",

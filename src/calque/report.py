@@ -80,6 +80,7 @@ class Report:
         finalists: under a budget, what was measured as whole networks.
         distilled: the loss on held-out inputs and their mixtures before and after distillation, and the steps that reproduce it.
         tuned: the loss on held-out inputs before and after bias tuning.
+        file_size: bytes that the file for ONNX Runtime and OpenVINO takes at most, predicted; None where there is not one file.
         notes: what stays float, what was changed or deserves attention, one sentence each.
     """
 
@@ -98,6 +99,7 @@ class Report:
     finalists: tuple[Finalist, ...] = ()
     tuned: tuple[float, float] | None = None
     distilled: Distilled | None = None
+    file_size: int | None = None
 
     @property
     def size(self) -> int:
@@ -150,7 +152,10 @@ class Report:
         if self.tuned is not None:
             lines.append(f"bias tuning: {self.loss} {self.tuned[0]:.4g} -> {self.tuned[1]:.4g} on held-out inputs")
         share = self.size / self.float_size
-        lines.append(f"{self.size:,} bytes, {share:.1%} of the float network's {self.float_size:,}")
+        on_disk = (
+            "" if self.file_size is None else f"; about {self.file_size:,} bytes on disk, with scales, nodes and names"
+        )
+        lines.append(f"{self.size:,} bytes, {share:.1%} of the float network's {self.float_size:,}{on_disk}")
         lines.append(", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.phases.items()))
         lines.extend(f"note: {note}" for note in self.notes)
         return "\n".join(lines)

@@ -10,11 +10,12 @@ from torch import nn
 
 from calque.costs import float_size, values_outside_layers
 from calque.errors import CalibrationWarning
+from calque.filesize import file_size
 from calque.floats import float_operators
 from calque.graph import Network
 from calque.graph.batching import layout_notes
 from calque.job import Job
-from calque.model import QuantizedModel
+from calque.model import QuantizedModel, grid_of
 from calque.report import LayerReport, Report
 from calque.search import Found
 from calque.stages import Built
@@ -46,7 +47,23 @@ def summarize(
         {"calque": version("calque"), "torch": torch.__version__}, loss=loss,
         finalists=() if found is None else found.finalists, distilled=built.distilled,
         tuned=None if tuned is None else (tuned.before, tuned.after),
+        file_size=file_size(network, dict(result.plan.items()), job.placement, _computed_scales(result)),
     )  # fmt: skip
+
+
+def _computed_scales(model: QuantizedModel) -> list[str]:
+    """Layers whose bias scales are exactly the products of their input's scale and their own."""
+    found = []
+    for name, layer in model.layers.items():
+        (node,) = model.graph_module.graph.find_nodes(op="call_module", target=name)
+        grid = grid_of(model.graph_module, node.all_input_nodes[0])
+        if (
+            grid is not None
+            and layer.bias_scale is not None
+            and torch.equal(grid.scale * layer.scale, layer.bias_scale)
+        ):
+            found.append(name)
+    return found
 
 
 def _layers(built: Built, found: Found | None) -> tuple[LayerReport, ...]:

@@ -13,13 +13,15 @@ from calque.storage.architecture import left_float
 
 PREFIX = "calque."  # of calque's keys in a file's metadata
 PLAN, FINGERPRINT = "plan", "fingerprint"
+COMPACT = (",", ":")  # of JSON without spaces
 NAMED = 3  # layers that a sentence lists
 
 
 def identity(model: QuantizedModel) -> dict[str, str]:
     """The plan and the fingerprints of a network, as JSON by key; the same for a network that was saved and loaded."""
     plan = {name: str(bits) for name, bits in model.plan.items()}
-    return {PLAN: json.dumps(plan), FINGERPRINT: json.dumps(_fingerprints(model))}
+    fingerprints = _fingerprints(model)
+    return {PLAN: json.dumps(plan, separators=COMPACT), FINGERPRINT: json.dumps(fingerprints, separators=COMPACT)}
 
 
 def _fingerprints(model: QuantizedModel) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """What the inputs, the outputs and the constants of a file are called: as in the network, whatever torch.onnx called them."""
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import onnx
@@ -93,11 +93,8 @@ def _checked(kind: str, given: Sequence[str], present: Sequence[str]) -> tuple[s
     return tuple(given)
 
 
-def name_values(graph: onnx.GraphProto, names: Interface, own: Container[str] = ()) -> None:
-    """Names the inputs and outputs, and the constants that torch.onnx numbered, in place; nothing else inside has their names.
-
-    Args:
-        own: names of constants that stay as they are, those of quantizers and layers.
+def name_values(graph: onnx.GraphProto, names: Interface) -> None:
+    """Names the inputs and outputs, and the tensors that stay float, in place; nothing else inside has their names.
 
     Raises:
         ExportError: a graph with another number of inputs or outputs.
@@ -115,15 +112,10 @@ def name_values(graph: onnx.GraphProto, names: Interface, own: Container[str] = 
     fronts = (value.name for value in (*graph.input, *graph.output))
     renamed = dict(zip(fronts, names.inputs + names.outputs, strict=True))
     used = set(renamed.values())
-    constants = {tensor.name for each in graphs(graph) for tensor in each.initializer if tensor.name not in own}
     for name in inner:
-        if name not in renamed and name not in constants:
-            renamed[name] = free_name(name, used)
-    read = (name for each in graphs(graph) for node in each.node for name in node.input)
-    for number, name in enumerate(name for name in dict.fromkeys(read) if name in constants):
-        stored = name.startswith(WEIGHTS)
-        renamed[name] = free_name(name.removeprefix(WEIGHTS) if stored else f"constant_{number}", used)
-    _rename(graph, renamed)
+        if name not in renamed:
+            renamed[name] = free_name(name.removeprefix(WEIGHTS), used)
+    rename(graph, renamed)
 
 
 def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
@@ -156,7 +148,8 @@ def _inner_names(graph: onnx.GraphProto) -> Iterator[str]:
             yield from (value.name for value in each.input)
 
 
-def _rename(graph: onnx.GraphProto, renamed: dict[str, str]) -> None:
+def rename(graph: onnx.GraphProto, renamed: Mapping[str, str]) -> None:
+    """Gives values other names, in place, in branches and loops, too."""
     for each in graphs(graph):
         for node in each.node:
             for values in (node.input, node.output):

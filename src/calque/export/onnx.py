@@ -20,14 +20,15 @@ from calque.admission import file_to_write, require_quantized
 from calque.checkpoint import FilePath, write_whole
 from calque.errors import ExportError, SpecError
 from calque.export.axes import name_axes
-from calque.export.identity import PREFIX, identity
+from calque.export.compaction import drop_unread, fold_constants, share_constants, shorten
+from calque.export.identity import COMPACT, PREFIX, identity
 from calque.export.lowering import DOMAIN, TRANSLATIONS, behind, lower
-from calque.export.names import graphs, interface, name_values
-from calque.export.nodes import MICROSOFT, Expander
+from calque.export.names import interface, name_values
+from calque.export.nodes import MICROSOFT, Expander, Shape
 from calque.export.qonnx import QONNX_DOMAIN, QuantExpander
 from calque.export.rehearsal import origins, rehearse
 from calque.export.runtimes import Target
-from calque.graph.network import FlatInput, value_of
+from calque.graph.network import FlatInput, is_symbolic, value_of
 from calque.graph.outputs import flatten_outputs
 from calque.graph.rewrite import silent_tracing
 from calque.model import QuantizedModel
@@ -76,18 +77,24 @@ def export_onnx(
     names = interface(model, input_names, output_names)
     proto = _exported(_Flat(lower(model, fused=target != "qonnx")).eval(), model)
     behind_nodes = origins(proto)
-    expander = (QuantExpander if target == "qonnx" else Expander)(model, _ranks(model))
+    if target != "qonnx":
+        fold_constants(proto)
+    expander = (QuantExpander if target == "qonnx" else Expander)(model, _shapes(model))
     expander.expand(proto.graph)
     if target == "qonnx":
         proto.opset_import.append(helper.make_opsetid(QONNX_DOMAIN, 1))
     elif any(node.domain == MICROSOFT for node in proto.graph.node):
         proto.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
     _clean(proto, model)
-    name_values(proto.graph, names, own=expander.initializers)
+    name_values(proto.graph, names)
     name_axes(proto.graph, model)
+    shorten(proto.graph, _known_names(model).__contains__)
     _check(proto)
     if target == "onnxruntime":
         rehearse(proto, model, behind_nodes)
+    for node in proto.graph.node:
+        if node.name not in model.layers:  # what failed in the rehearsal was found by its name
+            node.name = ""
     write_whole(path, proto.SerializeToString())
     return path
 
@@ -99,14 +106,14 @@ def _check(proto: onnx.ModelProto) -> None:
         raise ExportError(f"torch.onnx wrote a file that is not valid ONNX: {str(error).splitlines()[0]}") from error
 
 
-def _ranks(model: QuantizedModel) -> dict[str, int]:
-    """The rank of each layer's output."""
-    ranks = {}
+def _shapes(model: QuantizedModel) -> dict[str, Shape]:
+    """The shape of each layer's output."""
+    shapes: dict[str, Shape] = {}
     for node in model.graph_module.graph.nodes:
         value = value_of(node)
         if node.op == "call_module" and value is not None:
-            ranks[str(node.target)] = value.dim()
-    return ranks
+            shapes[str(node.target)] = tuple(str(size) if is_symbolic(size) else int(size) for size in value.shape)
+    return shapes
 
 
 def float_onnx(original: nn.Module, model: QuantizedModel) -> onnx.ModelProto:
@@ -218,18 +225,16 @@ def _root_cause(error: BaseException) -> str:
 
 
 def _clean(proto: onnx.ModelProto, model: QuantizedModel) -> None:
-    """Strips what the exporter writes beside names, drops calque's domain and unused constants, adds the metadata."""
+    """Strips what nobody reads, names of values too, drops calque's domain and adds the metadata."""
     graph = proto.graph
     for node in graph.node:
         del node.metadata_props[:]
         node.doc_string = ""
     del graph.value_info[:]
     del graph.metadata_props[:]
-    read = {name for each in graphs(graph) for node in each.node for name in node.input}
-    read |= {output.name for each in graphs(graph) for output in each.output}
-    kept = [tensor for tensor in graph.initializer if tensor.name in read]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
+    drop_unread(graph)
+    scales = {f"{edge}/scale" for edge in model.quantizers}
+    share_constants(graph, scales.__contains__)
     for tensor in (*graph.input, *graph.output, *graph.initializer):
         del tensor.metadata_props[:]
     domains = [entry for entry in proto.opset_import if entry.domain != DOMAIN]
@@ -239,9 +244,19 @@ def _clean(proto: onnx.ModelProto, model: QuantizedModel) -> None:
     facts = identity(model)
     if model.report is not None:
         keys = ("recipe", "placement", "seed", "calibration_rows")
-        facts["run"] = json.dumps({key: getattr(model.report, key) for key in keys})
-    facts["versions"] = json.dumps({"calque": version("calque"), "torch": torch.__version__, "onnx": onnx.__version__})
+        facts["run"] = json.dumps({key: getattr(model.report, key) for key in keys}, separators=COMPACT)
+    versions = {"calque": version("calque"), "torch": torch.__version__, "onnx": onnx.__version__}
+    facts["versions"] = json.dumps(versions, separators=COMPACT)
     for key, value in facts.items():
         proto.metadata_props.add(key=PREFIX + key, value=value)
     proto.producer_name, proto.producer_version = "calque", version("calque")
     graph.name = "calque"
+
+
+def _known_names(model: QuantizedModel) -> set[str]:
+    """Names that users and `verify` look for: codes, scales and biases of layers and edges, and parameters that stay float."""
+    parts = ("codes", *(f"packed{rest}" for rest in range(8)), "scale", "bias", "bias/codes", "bias/scale")
+    layers = {f"{layer}/{part}" for layer in model.layers for part in parts}
+    edges = {f"{edge}/{part}" for edge in model.quantizers for part in ("codes", "scale")}
+    floats = set(model.graph_module.state_dict())
+    return layers | edges | floats

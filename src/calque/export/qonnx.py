@@ -9,7 +9,8 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from calque.export.nodes import Array, Expander, convolution
+from calque.export.decoding import Array
+from calque.export.nodes import Expander, convolution
 from calque.quantizers import QuantizedLayer
 
 QONNX_DOMAIN = "qonnx.custom_op.general"
