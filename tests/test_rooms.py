@@ -32,6 +32,7 @@ ROOMS = (
     "statistics",
     "biases",
     "distillation",
+    "fidelity",
     "recipe",
     "job",
     "migration",

@@ -167,7 +167,7 @@ def quantize(
     result.facts |= {"placement": placement, "example": example, "dynamic": axes}
     result.prices = None if found is None else found.prices
     phases = {"capture": captured - started, "float pass": float_pass}
-    result.report = summarize(model, job, built, found, phases=phases, loss=loss_name)
+    result.report = summarize(model, job, built, found, references=references, phases=phases, loss=loss_name)
     return result
 
 

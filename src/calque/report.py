@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from calque.distillation import Distilled
+from calque.fidelity import Fidelity
 
 HEADINGS = (
     "layer",
@@ -80,6 +81,7 @@ class Report:
         finalists: under a budget, what was measured as whole networks.
         distilled: the loss on held-out inputs and their mixtures before and after distillation, and the steps that reproduce it.
         tuned: the loss on held-out inputs before and after bias tuning.
+        fidelity: how close the outputs are to the float network's, on held-out calibration inputs; None in reports of older runs.
         notes: what stays float, what was changed or deserves attention, one sentence each.
     """
 
@@ -98,6 +100,7 @@ class Report:
     finalists: tuple[Finalist, ...] = ()
     tuned: tuple[float, float] | None = None
     distilled: Distilled | None = None
+    fidelity: Fidelity | None = None
 
     @property
     def size(self) -> int:
@@ -127,6 +130,7 @@ class Report:
         table["finalists"] = tuple(Finalist(**finalist) for finalist in table.get("finalists", ()))
         table["tuned"] = None if table.get("tuned") is None else tuple(table["tuned"])
         table["distilled"] = None if table.get("distilled") is None else Distilled(**table["distilled"])
+        table["fidelity"] = None if table.get("fidelity") is None else Fidelity.from_dict(table["fidelity"])
         return cls(**table)
 
     def __str__(self) -> str:
@@ -149,6 +153,8 @@ class Report:
             lines.append(str(self.distilled))
         if self.tuned is not None:
             lines.append(f"bias tuning: {self.loss} {self.tuned[0]:.4g} -> {self.tuned[1]:.4g} on held-out inputs")
+        if self.fidelity is not None:
+            lines.append(str(self.fidelity))
         share = self.size / self.float_size
         lines.append(f"{self.size:,} bytes, {share:.1%} of the float network's {self.float_size:,}")
         lines.append(", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.phases.items()))

@@ -75,6 +75,33 @@ def flat_outputs(model: nn.Module) -> Iterator[list[pytree.TreeSpec]]:
             model.__dict__["forward"] = own
 
 
+def leaf_paths(spec: pytree.TreeSpec) -> list[str]:
+    """The keys, fields and places that lead to each leaf of a tree of outputs; "output" for a tensor alone.
+
+    >>> leaf_paths(flatten_outputs({"boxes": [torch.ones(1), torch.ones(1)], "version": 3})[1])
+    ['boxes.0', 'boxes.1']
+    >>> leaf_paths(flatten_outputs((torch.ones(1), torch.ones(1)))[1])
+    ['output_0', 'output_1']
+    """
+    return [".".join(path) if path else "output" for path in _paths(spec, root=True)]
+
+
+def _paths(spec: pytree.TreeSpec, *, root: bool = False) -> Iterator[tuple[str, ...]]:
+    if spec.is_leaf():
+        yield ()
+        return
+    count, context = spec.num_children, spec.context
+    keys: list[str] = [f"output_{index}" if root else str(index) for index in range(count)]
+    if spec.type is _Record:
+        keys = list(context[1])
+    elif isinstance(context, list) and len(context) == count:  # a dict's keys
+        keys = [str(key) for key in context]
+    elif hasattr(context, "_fields"):  # a named tuple
+        keys = list(context._fields)
+    for index, key in enumerate(keys):
+        yield from ((key, *rest) for rest in _paths(spec.child(index)))
+
+
 def _opened(value: object) -> Any:
     return pytree.tree_map(_opened_leaf, value)
 
