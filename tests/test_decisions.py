@@ -95,7 +95,7 @@ def test_float_may_be_a_candidate(network: Network) -> None:
         (("w9a8",), None, "auto", r"bits must be an int in \[2, 8\]"),
         (CANDIDATES, {"tail": "w4a4"}, "auto", "'tail' matches no layer or tensor"),
         (CANDIDATES, {"down.output": "w4a4"}, "auto", "tensor down.output: bits must be"),
-        (CANDIDATES, None, "a8", "first_last: bits must be"),
+        (CANDIDATES, None, "a8", "first_last must be"),
     ],
 )
 def test_choices_that_break_a_rule_are_refused(

@@ -143,7 +143,10 @@ def test_batches_are_summed_up_far_from_zero_too() -> None:
     exact = 1e4 + torch.randn(40, 3, 2, generator=torch.Generator().manual_seed(0))
     found = exact + 0.01 * torch.randn(40, 3, 2, generator=torch.Generator().manual_seed(1))
 
-    whole, split = measured([(exact, found)]), measured(list(zip(networks.pieces(exact, 7), networks.pieces(found, 7), strict=True)))
+    whole, split = (
+        measured([(exact, found)]),
+        measured(list(zip(networks.pieces(exact, 7), networks.pieces(found, 7), strict=True))),
+    )
 
     assert whole.decibels == pytest.approx(decibels(exact, found), abs=1e-6)
     assert split.decibels == pytest.approx(whole.decibels, abs=1e-6)

@@ -26,7 +26,7 @@ from calque.model import QuantizedModel
 from calque.quantizers import QuantizedLayer, Quantizer
 from calque.report import Report
 from calque.solvers.problem import HELD_OUT
-from calque.spec import Plan
+from calque.spec import Bits, Plan
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +120,14 @@ def quantize_parts(
         parts[part.path] = quantize(work.get_submodule(part.path), inputs, chosen[part.path])
         work.set_submodule(part.path, parts[part.path])
         log.info("part %s quantized: %d layers", part.path, len(parts[part.path].layers))
-    notes = [f"the network cannot be captured whole, so that its parts were: {', '.join(parts)}. {reason}", *skipped]
+    log.warning(
+        "the network cannot be captured whole: its parts %s are quantized in place, and the report says why.",
+        ", ".join(parts),
+    )
+    notes = [
+        f"the network cannot be captured whole; its parts are quantized in place: {', '.join(parts)}. {reason}",
+        *skipped,
+    ]
     unseen = sum(map(rows, calibration)) >= HELD_OUT and all(_unseen(part) for part in parts.values())
     lost = _fidelity(judged, exact, _outputs(work, judged), held_out=unseen)
     return PartlyQuantized(work, parts, replace(_joined(work, parts, notes), fidelity=lost))
@@ -252,7 +259,7 @@ def _overrides(
         for full in matched:
             path, name = names[full]
             is_layer = name in next(part for part in found if part.path == path).network.layers
-            if text is None or text.startswith("w") == is_layer:
+            if text is None or (Bits.parse(text).weight is not None) == is_layer:
                 result[path][name] = text
     return result
 

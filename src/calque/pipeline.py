@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calque.admission import require_inputs, require_original
+from calque.admission import require_call, require_inputs, require_original
 from calque.budget import Budget
 from calque.calibration import prepare
 from calque.checkpoint import Checkpoint, FilePath, alone, fingerprint, open_run
@@ -27,6 +27,7 @@ from calque.guard import guard
 from calque.job import Job, Progress, silent
 from calque.losses import LossName, OutputLoss, find_loss
 from calque.model import QuantizedModel
+from calque.options import check_axes, check_options
 from calque.outliers import healthy
 from calque.parallel import Choices
 from calque.parts import PartlyQuantized, quantize_parts
@@ -114,23 +115,30 @@ def quantize(
     torch.Size([5, 2])
     """
     started = time.perf_counter()
-    _check_options(bits, budget, plan, placement, workers, seed)
+    options = {"bits": bits, "recipe": recipe, "placement": placement, "seed": seed, "workers": workers}
+    check_options(
+        {**options, "budget": budget, "plan": plan, "override": override, "first_last": first_last, "dynamic": dynamic}
+    )
+    require_inputs(model, calibration)
     require_original(model)
     target = _target(model, device)
     batches = prepare(
         calibration, Signature.of(model), target, find=lambda items: find_layout(_moved(model, target), items)
     )
+    check_axes(dynamic, batches[0])
     axes = {**varying_axes(batches), **(dynamic or {})}
     try:
         network = _captured(model, batches, axes)
     except CaptureError as error:
-        require_inputs(model, batches[0])
+        require_call(model, batches[0])
         if budget is not None or plan is not None or run is not None:
-            raise
-        options = {"bits": bits, "recipe": recipe, "placement": placement, "loss": None, "seed": seed, "memory": memory}
+            raise CaptureError(
+                f"{error} Without a budget, a plan and a run folder, calque.quantize quantizes the largest sub-modules that "
+                "can be captured."
+            ) from error
         return _in_parts(
             model, batches, error, override or {}, first_last,
-            {**options, "device": device, "workers": workers, "progress": progress},
+            {**options, "loss": None, "memory": memory, "device": device, "progress": progress},
         )  # fmt: skip
     choices, entries = _decided(
         network, bits, plan, override=override, first_last=first_last, search=budget is not None
@@ -224,31 +232,6 @@ def _decided(
     assert bits is None or isinstance(bits, str)
     entries = decide_bits(network, bits=bits, plan=plan, override=override, first_last=first_last)
     return {name: (entries[name],) for name in network.layers}, entries
-
-
-def _check_options(
-    bits: str | Sequence[str] | None,
-    budget: Budget | None,
-    plan: Plan | None,
-    placement: Placement,
-    workers: int | None,
-    seed: int,
-) -> None:
-    if placement not in ("integer", "inputs"):
-        raise SpecError(f'placement is "integer" or "inputs". Got {placement!r}.')
-    if type(seed) is not int:
-        raise SpecError(f"seed must be an int. Got {seed!r}.")
-    if budget is not None and not isinstance(budget, Budget):
-        raise SpecError(f"budget is a calque.Budget, such as Budget(size=0.13). Got {budget!r}.")
-    if workers is not None and (type(workers) is not int or workers < 1):
-        raise SpecError(f"workers must be an int >= 1, or None for this process. Got {workers!r}.")
-    several = bits is not None and not isinstance(bits, str)
-    if budget is not None and plan is not None:
-        raise SpecError("budget and plan exclude each other: a plan has the bits of every layer. Drop one of them.")
-    if several and budget is None:
-        raise SpecError(f"several bits are candidates that a budget chooses from. Got {bits!r} without a budget.")
-    if budget is not None and not several:
-        raise SpecError(f'a budget chooses from several bits, such as ("w8a8", "w4a4", "w2a4"). Got {bits!r}.')
 
 
 def _open(run: FilePath | None, job: Job, settings: Mapping[str, object]) -> Checkpoint:

@@ -29,7 +29,6 @@ from calque.cli.inputs import (
     check_device,
     evaluate_model,
     load_calibration,
-    load_weights,
     parse_axes,
     parse_bits,
     parse_budget,
@@ -38,6 +37,7 @@ from calque.cli.inputs import (
 )
 from calque.cli.plan import plan_command
 from calque.cli.terminal import advice, bars, complain, estimates, one_line, shielded_workers, visible_warnings
+from calque.cli.weights import load_weights
 from calque.demo import DemoRow, run_demo
 from calque.errors import CalqueError
 from calque.pipeline import quantize
@@ -153,7 +153,8 @@ def quantize_command(
     if weights is None:
         complain("note", f"no --weights: {model} is trusted to return trained weights.")
     else:
-        load_weights(network, weights)
+        for note in load_weights(network, weights):
+            complain("note", note)
     chosen = None if recipe is None else find_recipe(recipe)
     known_plan = None if plan is None else Plan.load(plan)
     overrides, axes = parse_overrides(override or []), parse_axes(dynamic or [])

@@ -7,7 +7,8 @@ import typer
 from torch import nn
 
 from calque.cli.folder import NETWORK, read_run
-from calque.cli.inputs import build_model, load_calibration, load_weights
+from calque.cli.inputs import build_model, load_calibration
+from calque.cli.weights import load_weights
 from calque.errors import VerificationError
 from calque.export import Target, Verification, export_onnx, verify
 from calque.export.verify import BOUND

@@ -96,7 +96,9 @@ class Signature:
             given[name] = value
         missing = [name for name in self.required if name not in given]
         if missing:
-            raise CalibrationError(f"forward needs the argument(s) {', '.join(missing)}. Got: {', '.join(given)}.")
+            raise CalibrationError(
+                f"forward needs the argument(s) {', '.join(missing)}. Got: {', '.join(given) or 'none'}."
+            )
         return {name: given[name] for name in (*self.positional, *self.keyword_only) if name in given}
 
     def batch(self, item: object) -> Batch:
