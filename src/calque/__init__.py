@@ -4,7 +4,7 @@ from importlib.metadata import version
 
 from calque import errors
 from calque.budget import Budget
-from calque.export import Latency, Verification, export_onnx, verify
+from calque.export import Latency, OnnxModel, Verification, export_onnx, verify
 from calque.parts import PartlyQuantized
 from calque.pipeline import quantize
 from calque.prices import Prices
@@ -18,6 +18,7 @@ __version__ = version("calque")
 __all__ = [
     "Budget",
     "Latency",
+    "OnnxModel",
     "PartlyQuantized",
     "Plan",
     "Prices",

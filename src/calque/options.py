@@ -52,7 +52,7 @@ def _check_bits(bits: object, budget: Budget | None, plan: Plan | None) -> None:
     several = isinstance(bits, (list, tuple))
     for text in bits if isinstance(bits, (list, tuple)) else (bits,):
         if text is not None and not isinstance(text, str):
-            Bits.parse(text)  # type: ignore[arg-type]  # which says how bits are written
+            Bits.parse(text)  # which says how bits are written
     if budget is not None and plan is not None:
         raise SpecError("budget and plan exclude each other: a plan has the bits of every layer. Drop one of them.")
     if several and budget is None:

@@ -83,8 +83,8 @@ def quantize(
         recipe: "nearest", "light", "fast" (the default), "accurate", "sequential", "advanced", "paper-2021", a TOML
             file or a Recipe.
         placement: "integer" (all operands of integer kernels) or "inputs" (inputs of weighted layers, as in the paper).
-        first_last: bits of the first and last layer; "auto" is "w8a8" ("w8" without activations) at fixed bits and nothing
-            special under a budget or a plan, None is nothing special.
+        first_last: bits of the first and last layer, and of the last one in front of each of several outputs; "auto" is "w8a8"
+            ("w8" without activations) at fixed bits and nothing special under a budget or a plan, None is nothing special.
         loss: "kl", "mse" or a differentiable function of the float and the quantized outputs; what prices and the tuning of
             biases are judged by. Default: mse (docs/experiments.md), the squared error over the float output's power.
         dynamic: axes besides the batch that may change, as torch.export's dynamic_shapes: {"x": {2: Dim.AUTO}}. Axes

@@ -57,7 +57,7 @@ class Bits:
             raise SpecError(f'groups are of {sizes} weights of a layer on float activations: "w4g32". Got "{self}".')
 
     @classmethod
-    def parse(cls, text: str) -> "Bits":
+    def parse(cls, text: object) -> "Bits":
         """The bits that `text` names: "w4a8", "w4" or "w4g32" (float activations), "a8" (a tensor) or "float".
 
         Capitals and spaces around it do not matter.

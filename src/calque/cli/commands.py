@@ -99,13 +99,13 @@ def demo_command(
 
 def _demo_table(rows: list[DemoRow]) -> list[str]:
     headings = (
-        "bits", "bytes", "of float", "ONNX bytes", "accuracy: float", "nearest", "sequential", "file",
+        "bits", "bytes", "of float", "ONNX bytes", "accuracy: float", "nearest", "fast", "file",
         "file = simulated", "file = exact", "seconds",
     )  # fmt: skip
     cells = [
         (
             row.bits, f"{row.size:,}", f"{row.size / row.float_size:.1%}", f"{row.file_bytes:,}",
-            *map("{:.2%}".format, (row.float_accuracy, row.nearest, row.sequential, row.exported)),
+            *map("{:.2%}".format, (row.float_accuracy, row.nearest, row.fast, row.exported)),
             *map("{:.2%}".format, (row.agreement, row.agreement_exact)),
             f"{row.seconds:.1f}",
         )
@@ -179,7 +179,7 @@ def quantize_command(
         )  # fmt: skip
         settings = Run(
             model, None if weights is None else str(weights.resolve()), str(calibration.resolve()), seed,
-            shlex.join([ENTRY, *arguments]), scores, versions(),
+            shlex.join([ENTRY, *arguments]), scores, versions(), evaluate,
         )  # fmt: skip
         write_run(output, q, find_recipe(chosen), settings)
     if evaluate is not None:

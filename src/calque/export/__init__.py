@@ -1,6 +1,7 @@
 """Exported files, and what runtimes do with them."""
 
 from calque.export.latency import Latency
+from calque.export.module import OnnxModel
 from calque.export.onnx import export_onnx
 from calque.export.runtimes import Target
 from calque.export.verification import Agreement, OutputAgreement, Verification
@@ -9,6 +10,7 @@ from calque.export.verify import count_kernels, run_onnx, verify
 __all__ = [
     "Agreement",
     "Latency",
+    "OnnxModel",
     "OutputAgreement",
     "Target",
     "Verification",
