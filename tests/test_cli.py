@@ -22,7 +22,8 @@ from onnx import numpy_helper
 import calque
 import networks
 from calque.cli import run
-from calque.cli.inputs import InputError, load_calibration, load_weights, parse_axes, parse_overrides
+from calque.cli.inputs import InputError, load_calibration, parse_axes, parse_overrides
+from calque.cli.weights import load_weights
 from calque.errors import SpecError
 from calque.recipe import ADVANCED, Recipe, find_recipe
 from calque.report import Report
@@ -462,7 +463,9 @@ def test_calibration_is_read_from_every_kind_of_file(name: str, tmp_path: Path) 
 def test_a_file_that_is_not_arrays_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("nothing of the kind")
 
-    with pytest.raises(InputError, match=r"does not hold|not a safetensors file|not a \.pt file|ends with \.npy"):
+    with pytest.raises(
+        InputError, match=r"does not hold|not a safetensors file|not a file of torch\.save|ends with \.npy"
+    ):
         load_calibration(tmp_path / name)
 
 

@@ -1,6 +1,7 @@
 """Which bits layers may have under a budget, and which they have without one."""
 
 import pytest
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -8,6 +9,7 @@ import networks
 from calque.decisions import decide_bits, decide_choices
 from calque.errors import SpecError
 from calque.graph import Network, capture
+from calque.graph.heads import heads
 from calque.spec import FLOAT, Bits, Plan
 
 CANDIDATES = ("w8a8", "w4a4", "w2a4")
@@ -95,7 +97,7 @@ def test_float_may_be_a_candidate(network: Network) -> None:
         (("w9a8",), None, "auto", r"bits must be an int in \[2, 8\]"),
         (CANDIDATES, {"tail": "w4a4"}, "auto", "'tail' matches no layer or tensor"),
         (CANDIDATES, {"down.output": "w4a4"}, "auto", "tensor down.output: bits must be"),
-        (CANDIDATES, None, "a8", "first_last: bits must be"),
+        (CANDIDATES, None, "a8", "first_last must be"),
     ],
 )
 def test_choices_that_break_a_rule_are_refused(
@@ -141,3 +143,45 @@ def test_the_order_of_execution_decides_which_layer_is_first() -> None:
     network = capture(net, {"x": networks.images(2, 0)}, {})
 
     assert decided(network, bits="w4a4") == {"b": "w8a8", "m": "w4a4", "a": "w8a8"}
+
+
+def detector(net: networks.Net, x: Tensor) -> dict[str, object]:
+    """Two scales of scores and boxes, and a stage of the backbone."""
+    stage = torch.relu(net.stem(x))
+    y = torch.relu(net.body(stage))
+    boxes = torch.cat([net.box1(stage).flatten(2), net.box2(y).flatten(2)], 2).exp()
+    return {"scores": net.score(y).sigmoid(), "boxes": boxes, "stage": stage, "sum": net.left(y) + net.right(y)}
+
+
+def several() -> networks.Net:
+    names = {
+        "stem": (1, 4),
+        "body": (4, 4),
+        "score": (4, 3),
+        "box1": (4, 4),
+        "box2": (4, 4),
+        "left": (4, 2),
+        "right": (4, 2),
+    }
+    return networks.Net(detector, **{name: nn.Conv2d(*sides, 3, padding=1) for name, sides in names.items()})
+
+
+def test_every_head_of_several_outputs_is_a_last_layer() -> None:
+    network = capture(several(), {"x": networks.images(4, seed=0)})
+
+    entries = decide_bits(network, bits="w4a4", plan=None, override=None, first_last="auto")
+    changed = decide_bits(network, bits="w4a4", plan=None, override={"box*": "w3a4"}, first_last="auto")
+
+    kept = {name for name, bits in entries.items() if bits == Bits(8, 8)}
+    assert heads(network) == ("box1", "box2", "score")
+    assert kept == {"stem", "box1", "box2", "score", "right"}  # right is the last in the graph's order
+    assert changed["box1"] == Bits(3, 4)
+
+
+def test_a_single_output_has_its_last_layer_alone() -> None:
+    def forward(net: networks.Net, x: Tensor) -> Tensor:
+        return torch.cat([net.left(x), net.right(x)], 1)
+
+    two = networks.Net(forward, left=nn.Conv2d(1, 2, 3), right=nn.Conv2d(1, 2, 3))
+
+    assert heads(capture(two, {"x": networks.images(4, seed=0)})) == ()

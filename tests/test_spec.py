@@ -30,7 +30,7 @@ def test_bits_are_read_from_their_text(text: str, bits: Bits) -> None:
     assert Bits.parse(text) == bits
 
 
-@pytest.mark.parametrize("text", ["", "8", "w", "a4w4", "W4A4", "w4a4 ", "w4a4x", "w-4", "int8", "w4.5"])
+@pytest.mark.parametrize("text", ["", "8", "w", "a4w4", "w4 a4", "w4a4x", "w-4", "int8", "w4.5"])
 def test_text_that_is_no_bits_is_refused_with_the_form(text: str) -> None:
     with pytest.raises(SpecError, match=r'bits are written "w<bits>a<bits>", .* Got ' + repr(text)):
         Bits.parse(text)
@@ -151,3 +151,8 @@ def test_weight_bits_suit_no_tensor() -> None:
 @pytest.mark.parametrize("bits", [Bits(4, 4), Bits(4, None), FLOAT])
 def test_bits_that_a_layer_can_have_pass(bits: Bits) -> None:
     assert check_entry("head", bits, is_layer=True) == bits
+
+
+def test_capitals_and_spaces_around_bits_do_not_matter() -> None:
+    assert Bits.parse(" W4A8 ") == Bits(4, 8)
+    assert Bits.parse("Float") == Bits(None, None)

@@ -4,7 +4,7 @@ from importlib.metadata import version
 
 from calque import errors
 from calque.budget import Budget
-from calque.export import Latency, LatencyTable, Verification, export_onnx, latency_table, verify
+from calque.export import Latency, LatencyTable, OnnxModel, Verification, export_onnx, latency_table, verify
 from calque.parts import PartlyQuantized
 from calque.pipeline import quantize
 from calque.prices import Prices
@@ -19,6 +19,7 @@ __all__ = [
     "Budget",
     "Latency",
     "LatencyTable",
+    "OnnxModel",
     "PartlyQuantized",
     "Plan",
     "Prices",

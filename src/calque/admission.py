@@ -93,17 +93,55 @@ def require_path(path: object, call: str) -> Path:
     raise SpecError(f"{call} takes as path a str or Path. Got {type(path).__name__}{swapped}")
 
 
-def require_inputs(model: nn.Module, batch: Batch) -> None:
+def require_inputs(model: object, calibration: object) -> None:
+    """Raises SpecError where the two are swapped; CalibrationError where `calibration` is a network, or a file's name."""
+    if isinstance(calibration, nn.Module):
+        if not isinstance(model, nn.Module):
+            raise SpecError(
+                f"model and calibration are swapped: the network comes first. Got {type(model).__name__} and "
+                f"{type(calibration).__name__}; call quantize(model, calibration)."
+            )
+        raise CalibrationError(f"calibration is inputs of the network. Got the module {type(calibration).__name__}.")
+    if isinstance(calibration, (str, os.PathLike)):
+        raise CalibrationError(
+            f"calibration is the inputs themselves, not a file's name. Got {os.fspath(calibration)!r}; load it first: "
+            "torch.load(path), or torch.from_numpy(numpy.load(path))."
+        )
+
+
+def require_call(model: nn.Module, batch: Batch) -> None:
     """Raises CalibrationError where the model itself fails on the inputs; CaptureError where its own types are to blame."""
-    copied = private_copy(model)
     try:
-        with torch.no_grad(), silent_tracing():
-            copied(**batch)
+        _call(model, batch)
     except Exception as error:  # whatever its forward raises
         require_float32(model)
         raise CalibrationError(
             f"the model itself fails on the calibration inputs: {type(error).__name__}: {str(error).strip()}"
+            f"{_converted(model, batch)}"
         ) from error
+
+
+def _call(model: nn.Module, batch: Batch) -> None:
+    with torch.no_grad(), silent_tracing():
+        private_copy(model)(**batch)
+
+
+def _converted(model: nn.Module, batch: Batch) -> str:
+    """How to convert the inputs, where the model runs on them then."""
+    for dtype, how in ((torch.float32, ".float()"), (torch.int64, ".long()")):
+        other = [name for name, value in batch.items() if isinstance(value, Tensor) and value.dtype != dtype]
+        for names in ([name] for name in other) if len(other) == 1 else (*([name] for name in other), other):
+            changed = {name: value.to(dtype) if name in names else value for name, value in _tensors(batch).items()}
+            try:
+                _call(model, {**batch, **changed})
+            except Exception:
+                continue
+            return f". It runs on {', '.join(f'{name}{how}' for name in names)}: convert the inputs."
+    return ""
+
+
+def _tensors(batch: Batch) -> dict[str, Tensor]:
+    return {name: value for name, value in batch.items() if isinstance(value, Tensor)}
 
 
 def _instead(value: object) -> str:
@@ -115,6 +153,15 @@ def _instead(value: object) -> str:
         return f"{received}; pass the module that was exported, or .module() of the program."
     if isinstance(value, Mapping) and value and all(isinstance(each, Tensor) for each in value.values()):
         return f"{received} of tensors; build the network, load them (model.load_state_dict) and pass the network."
+    if isinstance(value, Mapping):
+        states = [key for key, entry in value.items() if isinstance(entry, Mapping)]
+        known = next((key for key in states if "state" in str(key) or "model" in str(key)), None)
+        if known is not None:
+            return f"{received} with an entry {known!r}; build the network, load it (model.load_state_dict) and pass the network."
+    if isinstance(value, (str, os.PathLike)):
+        return f"{received}, a file's name; build the network, load its weights (model.load_state_dict) and pass the network."
+    if isinstance(value, Tensor):
+        return f"{received}; the network comes first and its inputs second: quantize(model, calibration)."
     if isinstance(value, (list, tuple)) and value and all(isinstance(each, nn.Module) for each in value):
         return f"{received} of modules; pass one module, such as torch.nn.Sequential(*modules)."
     if isinstance(value, torch.jit.ScriptFunction):

@@ -5,6 +5,7 @@ from fnmatch import fnmatchcase
 
 from calque.errors import SpecError
 from calque.graph import Network
+from calque.graph.heads import heads
 from calque.spec import FLOAT, Bits, Plan, apply_overrides, check_entry
 from calque.tensors import named_tensors
 
@@ -97,9 +98,9 @@ def asked_layers(network: Network, plan: Plan | None, override: Mapping[str, str
 
 
 def _ends(network: Network) -> tuple[str, ...]:
-    """The first and the last layer that multiply; tables are no ends."""
+    """The first and the last layer that multiply, and every head of a network with several outputs; tables are no ends."""
     names = [name for name in network.layers if not network.is_table(name)]
-    return (names[0], names[-1]) if names else ()
+    return (names[0], names[-1], *heads(network)) if names else ()
 
 
 def _suited(network: Network, name: str, bits: Bits) -> Bits:

@@ -15,8 +15,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from calque.arithmetic import EXACT_FLOAT32, quantize
+from calque.calls import CallForm
 from calque.graph.network import clamp_bounds, is_movement
-from calque.graph.signature import Signature, flatten
 from calque.kernels import UNBOUNDED, Bounds, fuse, settle
 from calque.quantizers import QuantizedLayer, Quantizer, Settled
 
@@ -64,20 +64,20 @@ class IntegerModel(nn.Module):
     def __init__(
         self,
         graph_module: fx.GraphModule,
-        signature: Signature,
+        form: CallForm,
         out_spec: pytree.TreeSpec,
         edges: Mapping[str, str],
     ):
         super().__init__()
         self.graph_module = graph_module
         self.kernels = fuse(graph_module)
-        self.signature = signature
+        self.form = form
         self.out_spec = out_spec
         self.edges = dict(edges)
 
     @torch.no_grad()
     def forward(self, *args: object, **kwargs: object) -> Any:
-        leaves, _ = flatten(self.signature.bind(args, kwargs))
+        leaves = self.form.leaves(args, kwargs)
         outputs = _Interpreter(self.graph_module, self.kernels, self.edges).run(*leaves)
         return pytree.tree_unflatten(outputs, self.out_spec)
 

@@ -1,17 +1,19 @@
 """The quantized network: an ordinary nn.Module with the original's signature."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, fx, nn
+import torch
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from calque.calls import CallForm
 from calque.graph import Network
 from calque.graph.products import operands_of
 from calque.graph.rewrite import free_name
-from calque.graph.signature import Batch, Signature, flatten
+from calque.graph.signature import Signature
 from calque.integer import IntegerModel
 from calque.kernels import fuse, grid_node, maker_of
 from calque.placement import Edge
@@ -65,17 +67,7 @@ class QuantizedModel(nn.Module):
         self.eval()
 
     def forward(self, *args: object, **kwargs: object) -> Any:
-        batch = self.signature.bind(args, kwargs)
-        leaves, spec = flatten(batch)
-        expected = self.in_spec.child(1)
-        if spec != expected:
-            raise TypeError(f"the network was captured with inputs of the form {expected}. Got {spec}.")
-        self._check_sizes(batch)
-        for leaf, constant in zip(leaves, self.facts["constants"], strict=True):
-            if not isinstance(leaf, Tensor) and leaf != constant:
-                raise TypeError(
-                    f"the network was captured with the argument {constant!r}. Got {leaf!r}; capture it anew."
-                )
+        leaves = self.call_form.leaves(args, kwargs)
         return pytree.tree_unflatten(self.evaluate(*leaves), self.out_spec)
 
     def evaluate(self, *leaves: object) -> tuple[Any, ...]:
@@ -89,32 +81,21 @@ class QuantizedModel(nn.Module):
         outputs: tuple[Any, ...] = self._kernels(self.graph_module, *leaves)
         return outputs
 
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """An empty one, where all that was trained is codes now: scoring functions ask the first for its device."""
+        found = tuple(super().parameters(recurse))
+        device = next((buffer.device for buffer in self.buffers()), torch.device("cpu"))
+        yield from found or (nn.Parameter(torch.empty(0, device=device), requires_grad=False),)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kernels": None}  # code made from the graph, which can be made again
 
-    def _check_sizes(self, batch: Batch) -> None:
-        """Raises ValueError where an axis has another size than at capture and is neither the batch's nor free.
-
-        TypeError for real numbers in place of whole ones, or the other way round: images of bytes, say.
-        """
-        example, free = self.facts.get("example", {}), self.facts.get("dynamic", {})
-        whole = self.signature.layout.whole if self.signature.layout is not None else ()
-        for name, value in batch.items():
-            known, axes = example.get(name), free.get(name, {})
-            if not isinstance(value, Tensor) or not isinstance(known, Tensor) or not isinstance(axes, Mapping):
-                continue
-            if value.is_floating_point() != known.is_floating_point():
-                raise TypeError(
-                    f"{name} was captured as {known.dtype}. Got {value.dtype}; prepare it as in calibration."
-                )
-            if value.dim() != known.dim():
-                raise ValueError(f"{name} was captured with {known.dim()} axes. Got {value.dim()}.")
-            for axis in range(0 if name in whole else 1, value.dim()):
-                if axis not in axes and value.shape[axis] != known.shape[axis]:
-                    raise ValueError(
-                        f"axis {axis} of {name} was captured as {known.shape[axis]}. Got {value.shape[axis]}. Calibrate with "
-                        f'several sizes, or quantize with dynamic={{"{name}": {{{axis}: Dim.AUTO}}}}.'
-                    )
+    @property
+    def call_form(self) -> CallForm:
+        """How the network may be called."""
+        tensors = [form is not None for form in self.facts["inputs"]]
+        example, dynamic = self.facts.get("example", {}), self.facts.get("dynamic", {})
+        return CallForm(self.signature, self.in_spec.child(1), tensors, self.facts["constants"], example, dynamic)
 
     @property
     def in_spec(self) -> pytree.TreeSpec:
@@ -152,7 +133,7 @@ class QuantizedModel(nn.Module):
 
     def integer(self) -> IntegerModel:
         """The exact integer evaluation of this network (slow): integer codes, int32 accumulators, requantization."""
-        return IntegerModel(self.graph_module, self.signature, self.out_spec, self.facts["edges"])
+        return IntegerModel(self.graph_module, self.call_form, self.out_spec, self.facts["edges"])
 
 
 def assemble(
@@ -241,8 +222,3 @@ def grid_of(graph_module: fx.GraphModule, node: fx.Node) -> Quantizer | None:
     found = grid_node(graph_module, node)
     module = None if found is None else graph_module.get_submodule(str(found.target))
     return module if isinstance(module, Quantizer) else None
-
-
-def input_signature(values: list[Tensor]) -> list[dict[str, Any]]:
-    """Shape and dtype of example inputs, as JSON."""
-    return [{"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")} for value in values]

@@ -14,16 +14,20 @@ import torch
 from torch import nn
 
 from calque.errors import CalibrationError, CaptureError, SpecError
+from calque.fidelity import Fidelity, Pair, fidelity
 from calque.graph import Batch, Network, Signature, capture
 from calque.graph.batching import find_layout
 from calque.graph.copies import private_copy
+from calque.graph.outputs import flatten_outputs
+from calque.graph.paths import leaf_paths, output_names
 from calque.graph.rewrite import silent_tracing
-from calque.graph.signature import laid_out
+from calque.graph.signature import laid_out, rows, select
 from calque.integer import IntegerModel
 from calque.model import QuantizedModel
 from calque.quantizers import QuantizedLayer, Quantizer
 from calque.report import Report
-from calque.spec import Plan
+from calque.solvers.problem import HELD_OUT
+from calque.spec import Bits, Plan
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +110,8 @@ def quantize_parts(
         SpecError: a pattern that matches nothing.
     """
     work = private_copy(model)
+    judged = _last(calibration)
+    exact = _outputs(work, judged)
     skipped: list[str] = []
     found = list(_capturable(work, "", calibration, skipped))
     if not found:
@@ -118,8 +124,17 @@ def quantize_parts(
         parts[part.path] = quantize(work.get_submodule(part.path), inputs, chosen[part.path])
         work.set_submodule(part.path, parts[part.path])
         log.info("part %s quantized: %d layers", part.path, len(parts[part.path].layers))
-    notes = [f"the network cannot be captured whole, so that its parts were: {', '.join(parts)}. {reason}", *skipped]
-    return PartlyQuantized(work, parts, _joined(work, parts, notes))
+    log.warning(
+        "the network cannot be captured whole: its parts %s are quantized in place, and the report says why.",
+        ", ".join(parts),
+    )
+    notes = [
+        f"the network cannot be captured whole; its parts are quantized in place: {', '.join(parts)}. {reason}",
+        *skipped,
+    ]
+    unseen = sum(map(rows, calibration)) >= HELD_OUT and all(_unseen(part) for part in parts.values())
+    lost = _fidelity(judged, exact, _outputs(work, judged), held_out=unseen)
+    return PartlyQuantized(work, parts, replace(_joined(work, parts, notes), fidelity=lost))
 
 
 def _capturable(model: nn.Module, path: str, calibration: list[Batch], skipped: list[str]) -> Iterator[_Part]:
@@ -179,6 +194,50 @@ def _inputs_of(model: nn.Module, path: str, calibration: list[Batch]) -> list[Ba
     return found
 
 
+def _last(calibration: list[Batch]) -> list[Batch]:
+    """The last fifth of the inputs, which no part's fits are fitted to; all of them where there are fewer than five."""
+    total = sum(map(rows, calibration))
+    room = total // HELD_OUT or total
+    found: list[Batch] = []
+    for batch in reversed(calibration):
+        count = min(rows(batch), room)
+        if count:
+            found.insert(0, select(batch, torch.arange(rows(batch) - count, rows(batch))))
+        room -= count
+    return found
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, batches: list[Batch]) -> list[tuple[list[Any], Any]] | None:
+    """The output leaves and their tree on each batch; None where forward returns what has no leaves."""
+    with silent_tracing():
+        results = [model(**batch) for batch in batches]
+    try:
+        return [flatten_outputs(result) for result in results]
+    except TypeError:
+        return None
+
+
+def _unseen(part: QuantizedModel) -> bool:
+    """Whether a part's fits were not fitted to the last fifth of its inputs."""
+    found: Fidelity | None = part.report.fidelity
+    return found is None or found.held_out
+
+
+def _fidelity(
+    judged: list[Batch],
+    exact: list[tuple[list[Any], Any]] | None,
+    found: list[tuple[list[Any], Any]] | None,
+    *,
+    held_out: bool,
+) -> Fidelity | None:
+    """What quantization cost the whole network; None where the forms of its outputs depend on values."""
+    if exact is None or found is None or any(a[1] != b[1] for a, b in zip(exact, found, strict=True)):
+        return None
+    pairs: list[Pair] = [(rows(batch), a[0], b[0]) for batch, a, b in zip(judged, exact, found, strict=True)]
+    return fidelity(pairs, output_names(leaf_paths(exact[0][1])), held_out=held_out)
+
+
 def _overrides(
     found: Sequence[_Part], override: Mapping[str, str | None], ends: str | None
 ) -> dict[str, dict[str, str | None]]:
@@ -204,7 +263,7 @@ def _overrides(
         for full in matched:
             path, name = names[full]
             is_layer = name in next(part for part in found if part.path == path).network.layers
-            if text is None or text.startswith("w") == is_layer:
+            if text is None or (Bits.parse(text).weight is not None) == is_layer:
                 result[path][name] = text
     return result
 

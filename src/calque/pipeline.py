@@ -3,14 +3,14 @@
 import glob
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from calque.admission import require_inputs, require_original
+from calque.admission import require_call, require_inputs, require_original
 from calque.budget import Budget
 from calque.calibration import prepare
 from calque.checkpoint import FilePath, alone
@@ -27,10 +27,11 @@ from calque.guard import guard
 from calque.job import Job
 from calque.losses import LossName, OutputLoss, check_loss, find_loss
 from calque.model import QuantizedModel
+from calque.options import check_axes, check_options
 from calque.outliers import healthy
 from calque.parallel import Choices
 from calque.parts import PartlyQuantized, quantize_parts
-from calque.progress import Progress, check_progress, watched
+from calque.progress import Progress, Watch, check_progress, watched
 from calque.recipe import Recipe, find_recipe
 from calque.search import check_budget, search
 from calque.smoothing import smooth
@@ -85,8 +86,8 @@ def quantize(
         recipe: "nearest", "light", "fast" (the default), "accurate", "sequential", "advanced", "paper-2021", a TOML
             file or a Recipe.
         placement: "integer" (all operands of integer kernels) or "inputs" (inputs of weighted layers, as in the paper).
-        first_last: bits of the first and last layer; "auto" is "w8a8" ("w8" without activations) at fixed bits and nothing
-            special under a budget or a plan, None is nothing special.
+        first_last: bits of the first and last layer, and of the last one in front of each of several outputs; "auto" is "w8a8"
+            ("w8" without activations) at fixed bits and nothing special under a budget or a plan, None is nothing special.
         loss: "kl", "mse" or a differentiable function of the float and the quantized outputs; what prices and the tuning of
             biases are judged by. Default: mse (docs/experiments.md), the squared error over the float output's power.
         dynamic: axes besides the batch that may change, as torch.export's dynamic_shapes: {"x": {2: Dim.AUTO}}. Axes
@@ -119,7 +120,11 @@ def quantize(
     torch.Size([5, 2])
     """
     started = time.perf_counter()
-    _check_options(bits, budget, plan, placement, workers, seed)
+    options: dict[str, Any] = {"bits": bits, "recipe": recipe, "placement": placement, "seed": seed, "workers": workers}
+    check_options(
+        {**options, "budget": budget, "plan": plan, "override": override, "first_last": first_last, "dynamic": dynamic}
+    )
+    require_inputs(model, calibration)
     check_progress(progress)
     check_loss(loss)
     require_original(model)
@@ -129,23 +134,20 @@ def quantize(
         calibration, Signature.of(model), target,
         find=lambda items: find_layout(moved_to(model, target), items), on_note=notes.append,
     )  # fmt: skip
+    check_axes(dynamic, batches[0])
     axes = {**varying_axes(batches), **(dynamic or {})}
     with watched(progress) as watch:  # after the inputs: a bar has a thread, and loaders may fork
         watch.begin("capture")
         try:
             network = _captured(model, batches, axes)
         except CaptureError as error:
-            require_inputs(model, batches[0])
+            require_call(model, batches[0])
             if budget is not None or plan is not None or run is not None:
-                raise
-            options: dict[str, Any] = {
-                "bits": bits,
-                "recipe": recipe,
-                "placement": placement,
-                "seed": seed,
-                "memory": memory,
-            }
-            options |= {"device": device, "workers": workers, "progress": watch}
+                raise CaptureError(
+                    f"{error} Without a budget, a plan and a run folder, calque.quantize quantizes the largest sub-modules "
+                    "that can be captured."
+                ) from error
+            options |= {"memory": memory, "device": device, "progress": watch}
             return _in_parts(model, batches, error, override or {}, first_last, options, notes)
         choices, entries = _decided(
             network, bits, plan, override=override, first_last=first_last, search=budget is not None
@@ -169,36 +171,58 @@ def quantize(
             ready = kept_result(checkpoint, budget, moved_to(model, target))
             if ready is not None:
                 return ready
-            captured = time.perf_counter()
-            watch.begin("float pass")
-            job, references, extremes = healthy(replace(job, checkpoint=checkpoint))
-            float_pass = time.perf_counter() - captured
-            if job.recipe.migration:
-                smoothed, moved = smooth(job, choices)
-                job, extremes = replace(job, network=smoothed), {} if moved else extremes
-            asked_tensors = {name: entry for name, entry in entries.items() if name not in network.layers}
+            job = replace(job, checkpoint=checkpoint)
             kept = asked_layers(network, plan, override or {})
-            guarded = guard(job, choices, asked_tensors, extremes, kept=kept)
-            job = replace(job, network=guarded.network, notes=(*job.notes, *guarded.notes))
-            choices, entries = guarded.applied(choices, entries)
-            loss_name, function = find_loss(loss, references[0], network.out_spec)
-            expected = forecast(
-                job, choices, float_pass, search=budget is not None, spent=time.perf_counter() - started
+            result = _quantized(
+                model, job, choices, entries, kept=kept, budget=budget, loss=loss, started=started, watch=watch
             )
-            log.info("%s", expected)
-            watch.expect(expected.phases)
-            found = None
-            if budget is not None:
-                found = search(job, choices, entries, budget, (loss_name, function), references)
-            built = build(job, entries, function, references) if found is None else found.built
-            result = built.model
-            example = select(job.batches[0], torch.arange(EXAMPLE_ROWS) % rows(job.batches[0]))
-            result.facts |= {"placement": placement, "example": example}
             result.facts |= {"dynamic": axes, "equal_axes": equal_axes(batches)}
-            result.prices = None if found is None else found.prices
-            phases = {"capture": captured - started, "float pass": float_pass}
-            result.report = summarize(model, job, built, found, phases=phases, loss=loss_name)
             keep_result(checkpoint, budget, result)
+    return result
+
+
+def _quantized(
+    model: nn.Module,
+    job: Job,
+    choices: Choices,
+    entries: Mapping[str, Bits],
+    *,
+    kept: Collection[str],
+    budget: Budget | None,
+    loss: LossName | OutputLoss | None,
+    started: float,
+    watch: Watch,
+) -> QuantizedModel:
+    """The method, on a captured network: inputs, ranges, bits, fits, report.
+
+    Args:
+        model: the user's.
+        kept: layers whose bits the user asked for.
+        started: when the call began.
+    """
+    captured = time.perf_counter()
+    watch.begin("float pass")
+    tensors = {name: entry for name, entry in entries.items() if name not in job.network.layers}
+    job, references, extremes = healthy(job)
+    float_pass = time.perf_counter() - captured
+    if job.recipe.migration:
+        smoothed, moved = smooth(job, choices)
+        job, extremes = replace(job, network=smoothed), {} if moved else extremes
+    guarded = guard(job, choices, tensors, extremes, kept=kept)
+    job = replace(job, network=guarded.network, notes=(*job.notes, *guarded.notes))
+    choices, entries = guarded.applied(choices, entries)
+    loss_name, function = find_loss(loss, references[0], job.network.out_spec)
+    expected = forecast(job, choices, float_pass, search=budget is not None, spent=time.perf_counter() - started)
+    log.info("%s", expected)
+    watch.expect(expected.phases)
+    found = None if budget is None else search(job, choices, entries, budget, (loss_name, function), references)
+    built = build(job, entries, function, references) if found is None else found.built
+    result = built.model
+    example = select(job.batches[0], torch.arange(EXAMPLE_ROWS) % rows(job.batches[0]))
+    result.facts |= {"placement": job.placement, "example": example}
+    result.prices = None if found is None else found.prices
+    phases = {"capture": captured - started, "float pass": float_pass}
+    result.report = summarize(model, job, built, found, references=references, phases=phases, loss=loss_name)
     return result
 
 
@@ -261,31 +285,6 @@ def _decided(
     assert bits is None or isinstance(bits, str)
     entries = decide_bits(network, bits=bits, plan=plan, override=override, first_last=first_last)
     return {name: (entries[name],) for name in network.layers}, entries
-
-
-def _check_options(
-    bits: str | Sequence[str] | None,
-    budget: Budget | None,
-    plan: Plan | None,
-    placement: Placement,
-    workers: int | None,
-    seed: int,
-) -> None:
-    if placement not in ("integer", "inputs"):
-        raise SpecError(f'placement is "integer" or "inputs". Got {placement!r}.')
-    if type(seed) is not int:
-        raise SpecError(f"seed must be an int. Got {seed!r}.")
-    if budget is not None and not isinstance(budget, Budget):
-        raise SpecError(f"budget is a calque.Budget, such as Budget(size=0.13). Got {budget!r}.")
-    if workers is not None and (type(workers) is not int or workers < 1):
-        raise SpecError(f"workers must be an int >= 1, or None for this process. Got {workers!r}.")
-    several = bits is not None and not isinstance(bits, str)
-    if budget is not None and plan is not None:
-        raise SpecError("budget and plan exclude each other: a plan has the bits of every layer. Drop one of them.")
-    if several and budget is None:
-        raise SpecError(f"several bits are candidates that a budget chooses from. Got {bits!r} without a budget.")
-    if budget is not None and not several:
-        raise SpecError(f'a budget chooses from several bits, such as ("w8a8", "w4a4", "w2a4"). Got {bits!r}.')
 
 
 def _device(device: str | torch.device) -> torch.device:

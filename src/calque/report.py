@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from calque.distillation import Distilled
+from calque.fidelity import Fidelity
 
 HEADINGS = (
     "layer",
@@ -81,6 +82,7 @@ class Report:
         distilled: the loss on held-out inputs and their mixtures before and after distillation, and the steps that reproduce it.
         tuned: the loss on held-out inputs before and after bias tuning.
         file_size: bytes that the file for ONNX Runtime and OpenVINO takes at most, predicted; None where there is not one file.
+        fidelity: how close the outputs are to the float network's, on held-out calibration inputs; None in reports of older runs.
         notes: what stays float, what was changed or deserves attention, one sentence each.
     """
 
@@ -100,6 +102,7 @@ class Report:
     tuned: tuple[float, float] | None = None
     distilled: Distilled | None = None
     file_size: int | None = None
+    fidelity: Fidelity | None = None
 
     @property
     def size(self) -> int:
@@ -129,6 +132,7 @@ class Report:
         table["finalists"] = tuple(Finalist(**finalist) for finalist in table.get("finalists", ()))
         table["tuned"] = None if table.get("tuned") is None else tuple(table["tuned"])
         table["distilled"] = None if table.get("distilled") is None else Distilled(**table["distilled"])
+        table["fidelity"] = None if table.get("fidelity") is None else Fidelity.from_dict(table["fidelity"])
         return cls(**table)
 
     def __str__(self) -> str:
@@ -151,6 +155,8 @@ class Report:
             lines.append(str(self.distilled))
         if self.tuned is not None:
             lines.append(f"bias tuning: {self.loss} {self.tuned[0]:.4g} -> {self.tuned[1]:.4g} on held-out inputs")
+        if self.fidelity is not None:
+            lines.append(str(self.fidelity))
         share = self.size / self.float_size
         on_disk = (
             "" if self.file_size is None else f"; about {self.file_size:,} bytes on disk, with scales, nodes and names"

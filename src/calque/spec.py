@@ -21,6 +21,8 @@ Placement = Literal["inputs", "integer"]
 
 GROUPS = (16, 32, 64, 128, 256)  # inputs that may share a weight scale: what MatMulNBits reads
 
+OPTIONS = ("bits", "first_last")  # of quantize, which name bits as layers do
+
 _PATTERN = re.compile(r"(?:w(?P<w>\d+))?(?:a(?P<a>\d+)|g(?P<g>\d+))?")
 
 
@@ -55,14 +57,19 @@ class Bits:
             raise SpecError(f'groups are of {sizes} weights of a layer on float activations: "w4g32". Got "{self}".')
 
     @classmethod
-    def parse(cls, text: str) -> "Bits":
-        """The bits that `text` names: "w4a8", "w4" or "w4g32" (float activations), "a8" (a tensor) or "float"."""
-        if text == "float":
+    def parse(cls, text: object) -> "Bits":
+        """The bits that `text` names: "w4a8", "w4" or "w4g32" (float activations), "a8" (a tensor) or "float".
+
+        Capitals and spaces around it do not matter.
+        """
+        written = text.strip().lower() if isinstance(text, str) else ""
+        if written == "float":
             return FLOAT
-        match = _PATTERN.fullmatch(str(text))
+        match = _PATTERN.fullmatch(written)
         if not match or not match[0]:
             raise SpecError(
-                f'bits are written "w<bits>a<bits>", "w<bits>", "w<bits>g<group>", "a<bits>" or "float". Got {text!r}.'
+                'bits are written "w<bits>a<bits>", "w<bits>", "w<bits>g<group>", "a<bits>" or "float". '
+                f"Got {text!r}{_instead(text)}."
             )
         weight, activation, group = (None if match[key] is None else int(match[key]) for key in "wag")
         return cls(weight, activation, group)
@@ -75,6 +82,22 @@ class Bits:
 
 
 FLOAT = Bits(None, None)
+
+
+def _instead(text: object) -> str:
+    """What whoever wrote this may have meant."""
+    written = str(text).lower()
+    numbers = re.findall(r"\d+", written)
+    if "," in written:
+        return "; candidates for a budget are a tuple of strings"
+    if re.search(r"fp|float|half", written):
+        return "; layers stay in float by an override of None"
+    if "w" in written and "a" in written and len(numbers) == 2:
+        weight, activation = numbers if written.index("w") < written.index("a") else reversed(numbers)
+        return f'; write "w{weight}a{activation}"'
+    if len(numbers) == 1 and LOWEST_BITS <= int(numbers[0]) <= HIGHEST_BITS:
+        return f'; write "w{numbers[0]}a{numbers[0]}", or "w{numbers[0]}" for weights alone'
+    return ""
 
 
 @dataclass(frozen=True)
@@ -199,7 +222,8 @@ def apply_overrides(
 def check_entry(name: str, bits: Bits, *, is_layer: bool) -> Bits:
     """`bits` if a layer (or tensor) can have them; "a8" suits tensors only, "w8..." layers only."""
     if is_layer and bits.weight is None and bits.activation is not None:
-        raise SpecError(f'layer {name}: bits must be "w<bits>a<bits>", "w<bits>" or "float". Got "{bits}".')
+        what = name if name in OPTIONS else f"layer {name}: bits"
+        raise SpecError(f'{what} must be "w<bits>a<bits>", "w<bits>" or "float". Got "{bits}".')
     if not is_layer and bits.weight is not None:
         raise SpecError(f'tensor {name}: bits must be "a<bits>" or "float". Got "{bits}".')
     return bits

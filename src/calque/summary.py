@@ -1,15 +1,17 @@
 """A finished run as a report: what was decided and gained, and what deserves attention."""
 
+import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from calque.costs import float_size, values_outside_layers
 from calque.errors import CalibrationWarning
+from calque.fidelity import Fidelity, held_out_fidelity
 from calque.filesize import file_size
 from calque.floats import float_operators
 from calque.graph import Network
@@ -24,13 +26,21 @@ STACK = 5  # warnings point at the caller of quantize
 
 
 def summarize(
-    model: nn.Module, job: Job, built: Built, found: Found | None, *, phases: Mapping[str, float], loss: str
+    model: nn.Module,
+    job: Job,
+    built: Built,
+    found: Found | None,
+    *,
+    references: list[list[Tensor]],
+    phases: Mapping[str, float],
+    loss: str,
 ) -> Report:
     """The report of a run.
 
     Args:
         model: the user's, which may be in train mode.
         found: what the search for bits left, under a budget.
+        references: the float network's output leaves on each batch.
         phases: seconds of what came before.
     """
     result, network, recipe, tuned = built.model, job.network, job.recipe, built.tuned
@@ -41,13 +51,25 @@ def summarize(
     }
     other = 4 * values_outside_layers(network)
     searched = {} if found is None else found.phases
+    started = time.perf_counter()
+    fidelity = _fidelity(job, result, references)
+    measured = {"fidelity": time.perf_counter() - started}
     return Report(
         recipe.name, job.placement, job.seed, job.inputs, _layers(built, found), tensors, float_size(network) + other, other,
-        {**phases, **searched, **built.phases}, tuple(_notes(model, job, built, found)),
+        {**phases, **searched, **built.phases, **measured}, tuple(_notes(model, job, built, found)),
         {"calque": version("calque"), "torch": torch.__version__}, loss=loss,
         finalists=() if found is None else found.finalists, distilled=built.distilled,
-        tuned=None if tuned is None else (tuned.before, tuned.after),
+        tuned=None if tuned is None else (tuned.before, tuned.after), fidelity=fidelity,
         file_size=file_size(network, dict(result.plan.items()), job.placement, _computed_scales(result)),
+    )  # fmt: skip
+
+
+def _fidelity(job: Job, result: QuantizedModel, references: list[list[Tensor]]) -> Fidelity | None:
+    """What quantization cost the outputs. Closed forms are fitted to all inputs in the end: what they chose between is gone."""
+    fitted = job.recipe.solver == "closed_form" and job.recipe.steps > 0
+    return held_out_fidelity(
+        lambda inputs: list(job.network.module(*inputs)), lambda inputs: result.evaluate(*inputs),
+        job.batches, references, result.out_spec, fitted=fitted,
     )  # fmt: skip
 
 

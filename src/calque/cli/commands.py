@@ -33,7 +33,6 @@ from calque.cli.inputs import (
     check_device,
     evaluate_model,
     load_calibration,
-    load_weights,
     parse_axes,
     parse_bits,
     parse_budget,
@@ -43,6 +42,7 @@ from calque.cli.inputs import (
 from calque.cli.latency import latency_command
 from calque.cli.plan import plan_command
 from calque.cli.terminal import advice, complain, estimates, one_line, shielded_workers, visible_warnings
+from calque.cli.weights import load_weights
 from calque.demo import BITS, DemoRow, run_demo
 from calque.errors import CalqueError
 from calque.pipeline import quantize
@@ -111,13 +111,13 @@ def demo_command(
 
 def _demo_table(rows: list[DemoRow]) -> list[str]:
     headings = (
-        "bits", "bytes", "of float", "ONNX bytes", "accuracy: float", "nearest", "sequential", "file",
+        "bits", "bytes", "of float", "ONNX bytes", "accuracy: float", "nearest", "fast", "file",
         "file = simulated", "file = exact", "seconds",
     )  # fmt: skip
     cells = [
         (
             row.bits, f"{row.size:,}", f"{row.size / row.float_size:.1%}", f"{row.file_bytes:,}",
-            *map("{:.2%}".format, (row.float_accuracy, row.nearest, row.sequential, row.exported)),
+            *map("{:.2%}".format, (row.float_accuracy, row.nearest, row.fast, row.exported)),
             *map("{:.2%}".format, (row.agreement, row.agreement_exact)),
             f"{row.seconds:.1f}",
         )
@@ -167,7 +167,8 @@ def quantize_command(
     if weights is None:
         complain("note", f"no --weights: {model} is trusted to return trained weights.")
     else:
-        load_weights(network, weights)
+        for note in load_weights(network, weights):
+            complain("note", note)
     chosen = None if recipe is None else find_recipe(recipe)
     known_plan = None if plan is None else Plan.load(plan)
     overrides, axes = parse_overrides(override or []), parse_axes(dynamic or [])
@@ -191,7 +192,7 @@ def quantize_command(
         )  # fmt: skip
         settings = Run(
             model, None if weights is None else str(weights.resolve()), str(calibration.resolve()), seed,
-            shlex.join([ENTRY, *arguments]), scores, versions(),
+            shlex.join([ENTRY, *arguments]), scores, versions(), evaluate,
         )  # fmt: skip
         write_run(output, q, find_recipe(chosen), settings)
     if evaluate is not None:

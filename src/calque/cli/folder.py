@@ -27,7 +27,8 @@ class Run:
 
     Attributes:
         model: reference of the function that builds the network.  weights, calibration: paths.
-        scores: metric of the float and of the quantized network, where one was given.
+        scores: metric of the float and the quantized network, and of its file once it was exported, where one was given.
+        evaluate: reference of the function that measures it; None in runs of older versions as well.
     """
 
     model: str
@@ -37,6 +38,7 @@ class Run:
     command: str
     scores: dict[str, float]
     versions: dict[str, str]
+    evaluate: str | None = None
 
 
 def versions() -> dict[str, str]:

@@ -3,7 +3,7 @@
 import functools
 import importlib
 import os
-import pickle
+import re
 import sys
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
@@ -94,32 +94,6 @@ def check_device(device: str | None) -> None:
         raise InputError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from error
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Puts the state dict in a safetensors or .pt file into `model`, in place.
-
-    Raises:
-        InputError: not a state dict, or one of another network.
-    """
-    state = _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"{path} must hold a state dict: names and tensors. Save model.state_dict().")
-    expected = model.state_dict()
-    shapes = [f"{key} {list(state[key].shape)} for {list(expected[key].shape)}"
-              for key in expected if key in state and state[key].shape != expected[key].shape]  # fmt: skip
-    problems = [
-        f"{what}: {_shortened(names)}"
-        for what, names in (
-            ("missing", [key for key in expected if key not in state]),
-            ("unknown", [key for key in state if key not in expected]),
-            ("of another shape", shapes),
-        )
-        if names
-    ]
-    if problems:
-        raise InputError(f"the weights in {path} do not fit the network. {'; '.join(problems)}.")
-    model.load_state_dict(state)
-
-
 def load_calibration(path: Path) -> object:
     """The inputs in an .npy, .npz, .safetensors or .pt file: a tensor, or tensors by argument name.
 
@@ -131,9 +105,9 @@ def load_calibration(path: Path) -> object:
     readers = {
         ".npy": _numpy,
         ".npz": _numpy,
-        ".safetensors": _safetensors,
-        ".pt": _pickled,
-        ".pth": _pickled,
+        ".safetensors": read_safetensors,
+        ".pt": read_pickled,
+        ".pth": read_pickled,
     }
     if path.suffix not in readers:
         raise InputError(f"a calibration file ends with {', '.join(readers)}. Got {path}.")
@@ -141,7 +115,7 @@ def load_calibration(path: Path) -> object:
     names = _weight_names(found)
     if names:
         raise InputError(
-            f"{path} holds weights, not inputs: {_shortened(names)}. Pass it with --weights, and inputs with --calibration."
+            f"{path} holds weights, not inputs: {shortened(names)}. Pass it with --weights, and inputs with --calibration."
         )
     return torch.utils._pytree.tree_map(_single, found)
 
@@ -265,7 +239,7 @@ def _numpy(path: Path) -> object:
         raise InputError(f"{path} does not hold plain NumPy arrays: {error}") from error
 
 
-def _safetensors(path: Path) -> dict[str, Tensor]:
+def read_safetensors(path: Path) -> dict[str, Tensor]:
     with open(path, "rb"):  # a path that cannot be read is an OSError, not a damaged file
         pass
     try:
@@ -274,15 +248,27 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path} is not a safetensors file, or is damaged: {error}.") from error
 
 
-def _pickled(path: Path) -> object:
+def read_pickled(path: Path) -> object:
+    """What torch.save wrote, tensors alone; loading runs no code. Raises: InputError."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # whatever a file that is none of torch's makes torch.load raise
+        kind = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+        if kind:
+            held = f"a Python object ({kind[1]}), as torch.save(model) writes it"
+        elif "TorchScript" in str(error):
+            held = "a TorchScript program"
+        else:
+            raise InputError(f"{path} is not a file of torch.save, or is damaged.") from error
         raise InputError(
-            f"{path} is not a .pt file of tensors alone, which torch.load reads with weights_only."
+            f"{path} holds {held}; calque loads tensors alone, which run no code. Save model.state_dict(), or a tensor for "
+            "--calibration."
         ) from error
 
 
-def _shortened(names: list[str]) -> str:
+def shortened(names: list[str]) -> str:
+    """The first SHOWN of the names, and how many more there are."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more

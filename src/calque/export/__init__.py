@@ -1,6 +1,7 @@
 """Exported files, and what runtimes do with them."""
 
 from calque.export.latency import Latency
+from calque.export.module import OnnxModel
 from calque.export.onnx import export_onnx
 from calque.export.runtimes import Target
 from calque.export.table import LatencyTable, latency_table
@@ -11,6 +12,7 @@ __all__ = [
     "Agreement",
     "Latency",
     "LatencyTable",
+    "OnnxModel",
     "OutputAgreement",
     "Target",
     "Verification",

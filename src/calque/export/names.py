@@ -7,11 +7,10 @@ import onnx
 from onnx import helper
 
 from calque.errors import ExportError, SpecError
+from calque.graph import paths as tree_paths
 from calque.graph.network import value_of
-from calque.graph.paths import leaf_paths
 from calque.model import QuantizedModel
 
-OUTPUT = "output"  # an output without a key or field
 WEIGHTS = "module."  # in front of the network's own tensors, where torch.onnx has them
 
 
@@ -64,21 +63,15 @@ def interface(
 
 def _argument_names(model: QuantizedModel) -> list[str]:
     """The flat inputs by forward's arguments, their keys and positions: image, boxes_0, features_p3."""
-    return [_joined(path) for path in leaf_paths(model.in_spec.child(1))]
+    return [tree_paths.joined(path) for path in tree_paths.leaf_paths(model.in_spec.child(1))]
 
 
 def _result_names(model: QuantizedModel) -> list[str]:
     """The outputs that are tensors by their keys, fields and positions; those without a key or field begin with "output"."""
     (output,) = model.graph_module.graph.find_nodes(op="output")
-    leaves = zip(leaf_paths(model.out_spec), output.args[0], strict=True)
+    leaves = zip(tree_paths.leaf_paths(model.out_spec), output.args[0], strict=True)
     paths = [path for path, leaf in leaves if value_of(leaf) is not None]
-    while all(paths) and len({path[0] for path in paths}) == 1 and isinstance(paths[0][0], int):
-        paths = [path[1:] for path in paths]  # a tuple of one
-    return [_joined(path) if path and isinstance(path[0], str) else _joined((OUTPUT, *path)) for path in paths]
-
-
-def _joined(path: Sequence[str | int]) -> str:
-    return "_".join(map(str, path)) or OUTPUT
+    return tree_paths.output_names(paths)
 
 
 def _checked(kind: str, given: Sequence[str], present: Sequence[str]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Where each leaf of a tree of arguments or outputs is: the keys, fields and positions on the way to it."""
+"""Where each leaf of a tree of arguments or outputs is, and its name: the keys, fields and positions on the way to it."""
 
 from collections.abc import Sequence
 
@@ -7,6 +7,8 @@ from torch.utils import _pytree as pytree
 from calque.graph.outputs import Record
 
 Path = tuple[str | int, ...]  # keys and fields are strings, positions numbers
+
+OUTPUT = "output"  # an output without a key or field
 
 
 def leaf_paths(tree: pytree.TreeSpec) -> list[Path]:
@@ -19,6 +21,24 @@ def leaf_paths(tree: pytree.TreeSpec) -> list[Path]:
         return [()]
     steps = zip(_steps(tree), map(tree.child, range(tree.num_children)), strict=True)
     return [(step, *path) for step, child in steps for path in leaf_paths(child)]
+
+
+def joined(path: Path) -> str:
+    """The path as a name: features_p3, boxes_0."""
+    return "_".join(map(str, path))
+
+
+def output_names(paths: Sequence[Path]) -> list[str]:
+    """The names of outputs by their keys, fields and positions; those without a key or field begin with "output".
+
+    >>> output_names([("boxes", 0), ("boxes", 1), ("score",)])
+    ['boxes_0', 'boxes_1', 'score']
+    >>> output_names([(0,), (1,)]), output_names([()])
+    (['output_0', 'output_1'], ['output'])
+    """
+    while all(paths) and len({path[0] for path in paths}) == 1 and isinstance(paths[0][0], int):
+        paths = [path[1:] for path in paths]  # a tuple of one
+    return [joined(path) if path and isinstance(path[0], str) else joined((OUTPUT, *path)) for path in paths]
 
 
 def _steps(tree: pytree.TreeSpec) -> Sequence[str | int]:

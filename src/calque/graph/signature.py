@@ -101,7 +101,9 @@ class Signature:
             given[name] = value
         missing = [name for name in self.required if name not in given]
         if missing:
-            raise CalibrationError(f"forward needs the argument(s) {', '.join(missing)}. Got: {', '.join(given)}.")
+            raise CalibrationError(
+                f"forward needs the argument(s) {', '.join(missing)}. Got: {', '.join(given) or 'none'}."
+            )
         return {name: given[name] for name in self.names if name in given}
 
     def batch(self, item: object) -> Batch:

@@ -18,6 +18,9 @@ from calque.graph.rewrite import silent_tracing
 from calque.graph.shortcuts import without_shortcuts
 from calque.graph.signature import Batch, flatten, have_rows, laid_out, layout_of, leaf_names
 
+# How torch begins to say that it cannot go on without a value.
+_ON_DATA = ("Could not guard on data-dependent expression", "Could not extract specialized integer from data-dependent")
+
 DynamicAxes = Mapping[str, Any]  # as torch.export's dynamic_shapes, without the batch axis
 
 
@@ -102,6 +105,8 @@ def _explain(error: Exception) -> str:
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(inside)]
         last = frames[-1] if frames else None
         where = f'File "{last.filename}", line {last.lineno}, in {last.name}: {last.line}' if last else "unknown line"
+    if reason.startswith(_ON_DATA):
+        reason = "what is done there depends on the values of a tensor."
     return (
         f"the network cannot be captured. {where} -- {reason} Control flow and shapes must not depend on the values of "
         "tensors; rewrite that line, or quantize the sub-module without it."

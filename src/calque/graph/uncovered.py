@@ -89,16 +89,28 @@ def list_operators(nodes: Iterable[fx.Node]) -> list[str]:
     """A sentence for each kind of these operators, which stay float; SHOWN of a kind are named."""
     places: dict[str, list[str]] = {}
     for node in nodes:
-        table = _table(node) if node.target in _LOOKUPS else None
-        what = f" of the table {table}" if table else ""
-        where = f" in {path_of(node)}" if path_of(node) else ""
-        places.setdefault(str(node.target), []).append(f"{node.name}{what}{where}")
+        places.setdefault(plain_name(node), []).append(_place(node))
     sentences = []
-    for operator, names in places.items():
-        if len(names) == 1:
-            name, _, where = names[0].partition(" ")
-            sentences.append(f"operator {name} ({operator}){' ' if where else ''}{where} stays float.")
+    for operator, found in places.items():
+        if len(found) == 1:
+            own = "" if found[0].startswith(operator) else f"{operator} "
+            sentences.append(f"operator {own}{found[0]} stays float.")
         else:
-            more = ", ..." if len(names) > SHOWN else ""
-            sentences.append(f"{len(names)} operators {operator} stay float: {', '.join(names[:SHOWN])}{more}.")
+            more = ", ..." if len(found) > SHOWN else ""
+            sentences.append(f"{len(found)} operators {operator} stay float: {', '.join(found[:SHOWN])}{more}.")
     return sentences
+
+
+def plain_name(node: fx.Node) -> str:
+    """The operator's name as in torch: relu, softmax, matmul."""
+    schema = getattr(node.target, "_schema", None)
+    name = schema.name.split("::")[-1] if schema is not None else getattr(node.target, "__name__", str(node.target))
+    return str(name).strip("_")
+
+
+def _place(node: fx.Node) -> str:
+    """Where an operator stands: in the module that calls it; else its own name in the graph, as tensors have it in a plan."""
+    table = _table(node) if node.target in _LOOKUPS else None
+    what = f" of the table {table}" if table else ""
+    path = path_of(node)
+    return f"{what.strip()}{' ' if table else ''}in {path}" if path else f"{node.name}{what}"

@@ -1,0 +1,68 @@
+"""The options of `quantize` by themselves, before any work: their types, and which of them go together."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from calque.budget import Budget
+from calque.errors import SpecError
+from calque.graph import Batch
+from calque.recipe import Recipe
+from calque.spec import Bits, Plan
+
+# What an option is, in types and in words; each may be None as well.
+_FORMS: dict[str, tuple[tuple[type, ...], str]] = {
+    "budget": ((Budget,), "budget is a calque.Budget, such as Budget(size=0.13)"),
+    "plan": ((Plan,), 'plan is a calque.Plan, such as Plan.load("plan.toml")'),
+    "override": ((Mapping,), 'override is a dict of patterns and bits, such as {"head.*": "w8a8", "*.gate": None}'),
+    "recipe": ((str, os.PathLike, Recipe), "recipe is the name of a shipped one, a TOML file or a calque.Recipe"),
+    "first_last": ((str,), 'first_last is "auto", bits such as "w8a8", or None'),
+    "dynamic": ((Mapping,), 'dynamic is a dict of inputs and their axes, such as {"x": {2: torch.export.Dim.AUTO}}'),
+}
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raises SpecError for an option of another type or value than it may have, or two that exclude each other.
+
+    Args:
+        options: of `quantize`, by name.
+    """
+    placement, seed, workers = options["placement"], options["seed"], options["workers"]
+    if placement not in ("integer", "inputs"):
+        raise SpecError(f'placement is "integer" or "inputs". Got {placement!r}.')
+    if type(seed) is not int:
+        raise SpecError(f"seed must be an int. Got {seed!r}.")
+    if workers is not None and (type(workers) is not int or workers < 1):
+        raise SpecError(f"workers must be an int >= 1, or None for this process. Got {workers!r}.")
+    for name, (types, what) in _FORMS.items():
+        value = options[name]
+        if value is not None and not isinstance(value, types):
+            raise SpecError(f"{what}. Got {value!r}.")
+    for text in (options["override"] or {}).values():
+        if text is not None and not isinstance(text, str):
+            Bits.parse(text)  # which says how bits are written
+    _check_bits(options["bits"], options["budget"], options["plan"])
+
+
+def _check_bits(bits: object, budget: Budget | None, plan: Plan | None) -> None:
+    if isinstance(bits, Mapping):
+        raise SpecError(
+            f'bits are those of all layers, such as "w4a4"; those of single layers go into override. Got {bits!r}.'
+        )
+    several = isinstance(bits, (list, tuple))
+    for text in bits if isinstance(bits, (list, tuple)) else (bits,):
+        if text is not None and not isinstance(text, str):
+            Bits.parse(text)  # which says how bits are written
+    if budget is not None and plan is not None:
+        raise SpecError("budget and plan exclude each other: a plan has the bits of every layer. Drop one of them.")
+    if several and budget is None:
+        raise SpecError(f"several bits are candidates that a budget chooses from. Got {bits!r} without a budget.")
+    if budget is not None and not several:
+        raise SpecError(f'a budget chooses from several bits, such as ("w8a8", "w4a4", "w2a4"). Got {bits!r}.')
+
+
+def check_axes(dynamic: Mapping[str, object] | None, batch: Batch) -> None:
+    """Raises SpecError where `dynamic` names what is no input of the calibration batches."""
+    unknown = [name for name in dynamic or {} if name not in batch]
+    if unknown:
+        raise SpecError(f"dynamic names inputs of forward: {', '.join(batch)}. Got {', '.join(map(str, unknown))}.")
