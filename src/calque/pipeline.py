@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from calque.admission import require_inputs, require_original
 from calque.budget import Budget
 from calque.calibration import prepare
-from calque.checkpoint import Checkpoint, FilePath, alone, fingerprint, open_run
+from calque.checkpoint import Checkpoint, alone, fingerprint, open_run
 from calque.decisions import DEFAULT_BITS, asked_layers, decide_bits, decide_choices
 from calque.errors import CaptureError, SpecError
 from calque.estimate import estimate
+from calque.files import FilePath
 from calque.graph import Batch, DynamicAxes, Network, Signature, capture
 from calque.graph.batching import find_layout, varying_axes
 from calque.graph.copies import duplicate

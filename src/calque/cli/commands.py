@@ -3,7 +3,6 @@
 import shlex
 import shutil
 import sys
-import tempfile
 import time
 import traceback
 from dataclasses import replace
@@ -37,9 +36,11 @@ from calque.cli.inputs import (
     parse_overrides,
 )
 from calque.cli.plan import plan_command
-from calque.cli.terminal import advice, bars, complain, estimates, one_line, shielded_workers, visible_warnings
+from calque.cli.signals import EndedError, ending_signals, shielded_workers
+from calque.cli.terminal import advice, bars, complain, estimates, one_line, visible_warnings
 from calque.demo import DemoRow, run_demo
 from calque.errors import CalqueError
+from calque.files import temporary_folder
 from calque.pipeline import quantize
 from calque.recipe import RECIPES, find_recipe
 from calque.report import table_lines
@@ -86,8 +87,8 @@ def demo_command(
 ) -> None:
     """Trains, quantizes, exports and verifies a small network on handwritten digits; prints one table."""
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="calque-demo-") as temporary:
-        folder = Path(temporary) if output is None else output
+    with temporary_folder() as temporary:
+        folder = temporary if output is None else output
         claim(folder, DEMO_MARKS)
         with bars(quiet) as show:
             rows = run_demo(folder, seed=seed, progress=show)
@@ -221,6 +222,9 @@ def run(arguments: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         complain("error", "interrupted")
         return INTERRUPTED
+    except EndedError as error:
+        complain("error", str(error))
+        return error.code
     except Exception as error:
         expected = isinstance(error, (CalqueError, OSError)) or hasattr(error, "format_message")
         complain("error", one_line(error) if expected else f"unexpected {_trace(error)}")
@@ -244,4 +248,6 @@ def _trace(error: Exception) -> str:
 
 def main() -> None:
     """The command `calque`."""
-    sys.exit(run(sys.argv[1:]))
+    with ending_signals():
+        code = run(sys.argv[1:])
+    sys.exit(code)

@@ -13,11 +13,11 @@ import numpy as np
 import typer
 
 from calque.budget import NANOSECONDS, Budget
-from calque.checkpoint import write_whole
 from calque.cli.folder import CURVE, PICTURE, PLANS, PRICES
 from calque.cli.inputs import InputError, parse_budget
 from calque.cli.terminal import complain
 from calque.errors import InfeasibleBudgetError, SpecError
+from calque.files import write_whole
 from calque.prices import Prices, Solution, pareto
 from calque.report import table_lines
 from calque.spec import Bits, Plan

@@ -6,7 +6,6 @@ import io
 import json
 import operator
 import os
-import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +24,7 @@ from calque.export.nodes import MICROSOFT, Expander
 from calque.export.qonnx import QONNX_DOMAIN, QuantExpander
 from calque.export.rehearsal import origins, rehearse
 from calque.export.runtimes import Target
+from calque.files import require_regular, write_whole
 from calque.graph.network import FlatInput, value_of
 from calque.graph.outputs import flatten_outputs
 from calque.graph.rewrite import silent_tracing
@@ -51,7 +51,7 @@ def export_onnx(model: QuantizedModel, path: str | os.PathLike[str], *, target: 
         ExportError: an operator without a translation, which is named, or with one that is no valid ONNX; a file that ONNX
             Runtime cannot run, or in which it computes something else than the network.
         SpecError: an unknown target; a network quantized in parts, which are exported one by one.
-        OSError: the path cannot be written.
+        OSError: the path cannot be written, or is no regular file that another one can replace.
     """
     path = Path(path)
     if isinstance(model, PartlyQuantized):
@@ -60,6 +60,7 @@ def export_onnx(model: QuantizedModel, path: str | os.PathLike[str], *, target: 
         raise SpecError(f"target is one of {', '.join(get_args(Target))}. Got {target!r}.")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"the folder {path.parent} does not exist.")
+    require_regular(path)  # before the long work
     proto = _exported(_Flat(lower(model, fused=target != "qonnx")).eval(), model)
     behind_nodes = origins(proto)
     expander = (QuantExpander if target == "qonnx" else Expander)(model, _ranks(model))
@@ -75,15 +76,7 @@ def export_onnx(model: QuantizedModel, path: str | os.PathLike[str], *, target: 
         raise ExportError(f"torch.onnx wrote a file that is not valid ONNX: {str(error).splitlines()[0]}") from error
     if target == "onnxruntime":
         rehearse(proto, model, behind_nodes)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(proto.SerializeToString())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_whole(path, proto.SerializeToString())
     return path
 
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from calque.admission import require_original
 from calque.arithmetic import pack, unpack
-from calque.checkpoint import FilePath
 from calque.errors import CalibrationError, CaptureError, LoadError
 from calque.factors import insert_factor
+from calque.files import FilePath
 from calque.graph import Batch, Network, Signature, capture
 from calque.graph.copies import duplicate
 from calque.graph.signature import Layout, laid_out
