@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from calque.errors import SpecError
-from calque.files import FilePath, replace_file, sweep_drafts, write_whole
+from calque.files import FilePath, replace_file, sweep_drafts, sweep_folders, write_whole
 
 if sys.platform != "win32":
     import fcntl
@@ -170,6 +170,7 @@ def alone(checkpoint: Checkpoint) -> Iterator[None]:
     Raises:
         SpecError: another process is at work in the folder.
     """
+    sweep_folders()
     if checkpoint.folder is None:
         yield
         return
