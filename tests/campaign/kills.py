@@ -140,7 +140,11 @@ def command(arguments: list[str], folder: Path, place: Path, token: str) -> None
     sys.path.insert(0, str(folder))
     sys.argv = ["calque", *arguments]
     torch.set_num_threads(1)
-    calque.cli.main()
+    try:
+        calque.cli.main()
+    except SystemExit as end:
+        sys.stdout.flush()
+        os._exit(int(end.code or 0))  # multiprocessing would wait for idle workers, which the command's own exit ends
 
 
 def outcome(run: Path) -> dict[str, Any]:
@@ -168,13 +172,11 @@ def campaign(kills: int, seed: int, limit: float, number: int = signal.SIGKILL) 
         ground = Ground.of(Path(name), pieces.inputs())
         whole, durations = {}, {}
         for case in CASES:
-            for lap in ("first", "second"):  # the first loads what the second finds loaded
-                begun = time.monotonic()
-                process = ground.start(case, ground.folder / f"{case} {lap}" / "run", resume=False)
-                process.join()
-                assert process.exitcode == 0, (ground.folder / f"{case} {lap}" / "log").read_text()
-                durations[case] = time.monotonic() - begun
-            whole[case] = outcome(ground.folder / f"{case} second" / "run")
+            begun, place = time.monotonic(), ground.folder / case
+            process = ground.start(case, place / "run", resume=False)
+            process.join()
+            assert process.exitcode == 0, (place / "log").read_text()
+            durations[case], whole[case] = time.monotonic() - begun, outcome(place / "run")
         cases, started = _endless(list(CASES)), time.monotonic()
         while figures.kills < kills and time.monotonic() - started < limit:
             case = next(cases)
