@@ -131,21 +131,18 @@ def test_a_store_gives_back_what_it_was_given_from_disk(dtype: torch.dtype) -> N
         assert store.get(kept).dtype == dtype
 
 
-def test_a_store_keeps_to_its_memory_and_removes_its_files() -> None:
+def test_a_store_keeps_to_its_memory() -> None:
     value = torch.zeros(300_000)
     with Store(int(2.5 * value.nbytes)) as store:
         kept = [store.put(value.clone()) for _ in range(4)]
         assert [isinstance(each, Tensor) for each in kept] == [True, True, False, False]
         assert store.resident == 2 * value.nbytes
-        folder = kept[2].path.parent  # type: ignore[attr-defined]
 
         store.drop(kept[0])
         store.drop(kept[2])
 
         assert store.resident == value.nbytes
-        assert len(list(folder.iterdir())) == 1
         assert isinstance(store.put(value), Tensor)
-    assert not folder.exists()
 
 
 def test_a_store_keeps_what_is_no_tensor() -> None:

@@ -1,7 +1,6 @@
 """Pieces of a run on disk: round trips, damage, and folders that are not this run's."""
 
 import math
-import os
 from pathlib import Path
 
 import pytest
@@ -9,8 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calque.checkpoint import IDENTITY, Checkpoint, Piece, fingerprint, open_run, read_piece, write_whole
+from calque.checkpoint import IDENTITY, Checkpoint, Piece, alone, fingerprint, open_run
 from calque.errors import SpecError
+from calque.processes import host
+from test_processes import dead_process
 
 IDENTITY_OF_A_RUN = {"weights": "00ff", "seed": "0", "recipe": "name = 'light'"}
 DTYPES = (torch.float32, torch.float64, torch.int8, torch.int32, torch.int64, torch.bool, torch.bfloat16)
@@ -122,14 +123,67 @@ def test_a_folder_within_has_pieces_of_its_own(tmp_path: Path) -> None:
     assert again.facts == {"where": "inside"}
 
 
-def test_a_file_is_whole_or_not_there_where_writing_fails(tmp_path: Path) -> None:
-    target = tmp_path / "piece"
-    target.mkdir()  # a file cannot take its place
+PIECE = Piece({"x": torch.arange(100.0), "y": torch.arange(3)}, {"error": 0.5, "names": ["a"]}, {"before": "00ff"})
 
-    with pytest.raises(OSError, match="piece"):
-        write_whole(target, b"content")
 
-    assert [entry.name for entry in tmp_path.iterdir()] == ["piece"]  # and no draft
+def test_one_flipped_bit_anywhere_in_a_file_is_seen(tmp_path: Path) -> None:
+    kept = Checkpoint(tmp_path)
+    kept.put("layer", PIECE)
+    path = kept.path("layer")
+    content = path.read_bytes()
+    unseen = []
+    for position in range(len(content)):
+        for bit in (0, 3, 7):
+            flipped = bytearray(content)
+            flipped[position] ^= 1 << bit
+            path.write_bytes(flipped)
+            piece = kept.get("layer", PIECE.needs)
+            if piece is not None and piece.checksum != PIECE.checksum:
+                unseen.append((position, bit))
+
+    assert not unseen
+    path.write_bytes(content)
+    assert kept.get("layer", PIECE.needs) is not None
+
+
+def test_a_checksum_sees_all_that_is_in_a_piece() -> None:
+    others = [
+        Piece({**PIECE.tensors, "x": torch.arange(100.0) + torch.eye(1, 100)[0] * 1e-6}, PIECE.facts, PIECE.needs),
+        Piece({**PIECE.tensors, "x": torch.arange(100.0).reshape(10, 10)}, PIECE.facts, PIECE.needs),
+        Piece({**PIECE.tensors, "z": torch.zeros(0)}, PIECE.facts, PIECE.needs),
+        Piece(PIECE.tensors, {**PIECE.facts, "error": 0.25}, PIECE.needs),
+        Piece(PIECE.tensors, PIECE.facts, {"before": "00fe"}),
+        Piece(PIECE.tensors, PIECE.facts),
+    ]
+
+    assert len({PIECE.checksum, *(other.checksum for other in others)}) == len(others) + 1
+
+
+@pytest.mark.parametrize("needs", [None, {}, {"before": "00fe"}, {"after": "00ff"}, {"before": "00ff", "fit": "1"}])
+def test_a_piece_that_was_computed_from_others_is_missing(tmp_path: Path, needs: dict[str, str] | None) -> None:
+    kept = Checkpoint(tmp_path)
+    kept.put("layer", PIECE)
+
+    assert kept.get("layer", needs) is None
+    assert kept.get("layer", {"before": "00ff"}) is not None
+
+
+def test_a_piece_under_another_key_or_of_another_run_is_missing(tmp_path: Path) -> None:
+    first = open_run(tmp_path / "first", IDENTITY_OF_A_RUN)
+    other = open_run(tmp_path / "other", {**IDENTITY_OF_A_RUN, "seed": "1"})
+    first.put("layer", Piece({}, {"error": 1.0}))
+    first.path("layer").rename(first.path("layer2"))
+
+    assert first.get("layer2") is None
+    first.put("layer", Piece({}, {"error": 1.0}))
+    other.path("layer").write_bytes(first.path("layer").read_bytes())
+    assert other.get("layer") is None
+    assert first.get("layer") is not None
+
+
+def test_what_a_piece_needs_is_not_computed_where_nothing_is_kept(tmp_path: Path) -> None:
+    assert Checkpoint(None).needs(before=PIECE) == {}
+    assert Checkpoint(tmp_path).needs(before=PIECE) == {"before": PIECE.checksum}
 
 
 # ---- runs
@@ -188,16 +242,21 @@ def test_a_file_in_the_place_of_the_folder_is_an_os_error(tmp_path: Path) -> Non
         open_run(tmp_path / "run", IDENTITY_OF_A_RUN)
 
 
-def test_drafts_that_a_killed_run_left_do_not_matter(tmp_path: Path) -> None:
-    (tmp_path / f".{IDENTITY}.4711").write_bytes(b"{")
+def test_drafts_that_a_killed_run_left_do_not_matter_and_are_removed(tmp_path: Path) -> None:
+    dead = tmp_path / f".calque-{IDENTITY}.{host()}-{dead_process()}-0.draft"
+    dead.write_bytes(b"{")
 
-    kept = open_run(tmp_path, IDENTITY_OF_A_RUN)
-    path = kept.path("layer")
-    path.with_name(f".{path.name}.{os.getpid()}").write_bytes(b"half of a piece")
+    kept = open_run(tmp_path, IDENTITY_OF_A_RUN).within("fits")
+    assert not dead.exists()
+    draft = kept.path("layer").with_name(f".calque-layer.{host()}-{dead_process()}-7.draft")
+    draft.write_bytes(b"half of a piece")
 
-    assert open_run(tmp_path, IDENTITY_OF_A_RUN).get("layer") is None
-    kept.put("layer", Piece({}, {"error": 2.0}))
-    piece = read_piece(path)
+    again = open_run(tmp_path, IDENTITY_OF_A_RUN)
+    assert again.within("fits").get("layer") is None
+    with alone(again):
+        assert not draft.exists()
+        kept.put("layer", Piece({}, {"error": 2.0}))
+    piece = kept.get("layer")
     assert piece is not None
     assert piece.facts == {"error": 2.0}
 

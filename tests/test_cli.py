@@ -762,7 +762,18 @@ def test_another_run_in_a_finished_folder_leaves_no_plans_of_the_old_one(work: P
     assert not Path("run/plans").exists()
 
 
-def test_ctrl_c_says_how_to_go_on_and_leaves_nothing_half_written(work: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "code", "said_last"),
+    [
+        (signal.SIGINT, 130, []),
+        (signal.SIGTERM, 143, ["error: ended by SIGTERM"]),
+        (signal.SIGHUP, 129, ["error: ended by SIGHUP"]),
+    ],
+)
+def test_a_signal_says_how_to_go_on_and_leaves_nothing_half_written(
+    work: Path, number: int, code: int, said_last: list[str]
+) -> None:
+    Path("temporary").mkdir()
     Path("quick.toml").write_text(replace(QUICK, search_steps=500).to_toml())
     Path("run it's").mkdir()
     os.rename("images.npy", "my images.npy")
@@ -773,16 +784,19 @@ def test_ctrl_c_says_how_to_go_on_and_leaves_nothing_half_written(work: Path) ->
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell ignores in the background
+        env={**os.environ, "TMPDIR": str(Path("temporary").absolute())},
     )  # fmt: skip
     while not list(Path("run it's/pieces").rglob("*.safetensors")):
         assert process.poll() is None
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes
+    time.sleep(0.3)
+    send = os.kill if number == signal.SIGTERM else os.killpg  # a terminal sends to all processes
+    send(process.pid, number)
     _, printed = process.communicate(timeout=60)
 
     lines = [line for line in printed.splitlines() if "about" not in line and "trusted" not in line]
-    assert process.returncode == 130, printed
-    assert len(lines) == 1
+    assert process.returncode == code, printed
+    assert lines[1:] == said_last
     said = re.fullmatch(r"note: finished pieces are kept. Go on with: (.+ --resume)", lines[0])
     assert said is not None
     files = [path for path in Path("run it's").rglob("*") if path.is_file() and path.name != ".lock"]
@@ -793,6 +807,10 @@ def test_ctrl_c_says_how_to_go_on_and_leaves_nothing_half_written(work: Path) ->
             break
         time.sleep(0.1)
     assert alive == []
+    assert not [
+        *Path("temporary").glob("calque*"),
+        *Path("temporary").glob("joblib*"),
+    ]  # torch leaves folders of its own
     done = subprocess.run(said[1], shell=True, capture_output=True, text=True, check=False)
     assert (done.returncode, "total" in done.stdout) == (0, True), done.stderr
     assert not Path("run it's/pieces").exists()

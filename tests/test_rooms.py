@@ -7,6 +7,8 @@ import pytest
 
 ROOMS = (
     "errors",
+    "processes",
+    "files",
     "spec",
     "budget",
     "allocation",

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import networks
-from calque.checkpoint import write_whole
 from calque.errors import LoadError
+from calque.files import write_whole
 from calque.model import QuantizedModel
 from calque.pipeline import quantize
 from calque.recipe import NEAREST, SEQUENTIAL

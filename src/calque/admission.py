@@ -10,6 +10,7 @@ from torch.export import ExportedProgram
 from torch.nn.parameter import UninitializedParameter
 
 from calque.errors import CalibrationError, CaptureError, SpecError
+from calque.files import require_regular
 from calque.graph import Batch
 from calque.graph.copies import private_copy
 from calque.graph.rewrite import silent_tracing
@@ -60,13 +61,14 @@ def file_to_write(path: object, call: str) -> Path:
 
     Raises:
         SpecError: no path.
-        OSError: a folder, or one in a folder that does not exist.
+        OSError: a folder, a pipe or a device; or one in a folder that does not exist.
     """
     found = require_path(path, call)
     if found.is_dir():
         raise IsADirectoryError(f"{found} is a folder. Add the name of the file to write.")
     if not found.parent.is_dir():
         raise FileNotFoundError(f"the folder {found.parent} does not exist. Make it first.")
+    require_regular(found)
     return found
 
 

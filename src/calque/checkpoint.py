@@ -1,19 +1,20 @@
 """Finished pieces of a run, kept in a folder so that a run that was killed goes on where it was.
 
-Every piece is a safetensors file with JSON beside its tensors, written whole: under another name first, then renamed. A run is
-deterministic, so a piece that is there stands for the work that made it.
+Every piece is a safetensors file with JSON beside its tensors, written whole. It has a checksum, and names the run that it
+belongs to and the pieces that it was computed from with theirs: one that is damaged, another run's, or made from pieces that are
+others by now is taken for missing. A run is deterministic, so a piece that is there stands for the work that made it.
 """
 
 import errno
+import hashlib
 import json
-import os
 import re
 import shutil
 import sys
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from calque.errors import SpecError
-
-FilePath = str | os.PathLike[str]
+from calque.files import FilePath, replace_file, sweep_drafts, sweep_folders, write_whole
 
 if sys.platform != "win32":
     import fcntl
@@ -34,29 +34,35 @@ IDENTITY, LOCK = "identity.json", ".lock"
 RUN = "run.json"  # of a run that the command line finished, whose pieces are deleted
 PROBLEMS = "problems"  # what workers read while they fit; of no use afterwards
 
-
-def write_whole(path: FilePath, content: bytes) -> None:
-    """Writes a file that is never seen half-written: under another name first, then renamed."""
-    target = Path(path)
-    draft = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        draft.write_bytes(content)
-        os.replace(draft, target)
-    finally:
-        draft.unlink(missing_ok=True)
+Needs = Mapping[str, str]
+"""By key, the checksums of the pieces that another one is computed from."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one step of a run left: tensors by name, and facts that JSON can carry."""
+    """What one step of a run left: tensors by name, facts that JSON can carry, and the pieces that they were computed from."""
 
     tensors: Mapping[str, Tensor]
     facts: Mapping[str, Any]
+    needs: Needs = field(default_factory=dict)
+
+    @property
+    def checksum(self) -> str:
+        """Of everything in it; a piece that needs this one has with it the checksums of all that came before."""
+        found = hashlib.blake2b(json.dumps([dict(self.facts), dict(self.needs)]).encode(), digest_size=16)
+        for name in sorted(self.tensors):
+            value = self.tensors[name].detach().cpu().contiguous()
+            found.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
+            found.update(value.reshape(-1).view(torch.uint8).numpy().data if value.numel() else b"")
+        return found.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A folder of pieces by key; None keeps nothing. Workers on other machines see the same folder.
+
+    Attributes:
+        run: what the pieces belong to; those of another run are never taken.
 
     >>> import tempfile
     >>> kept = Checkpoint(tempfile.mkdtemp())
@@ -66,6 +72,7 @@ class Checkpoint:
     """
 
     folder: FilePath | None
+    run: str = ""
 
     def path(self, key: str) -> Path:
         """Where the piece of that key is, or would be."""
@@ -73,15 +80,20 @@ class Checkpoint:
         readable = re.sub(r"[^A-Za-z0-9_.-]+", "_", key)[:80]
         return Path(self.folder) / f"{readable}-{zlib.crc32(key.encode()):08x}.safetensors"
 
-    def get(self, key: str) -> Piece | None:
-        """The piece, or None if it was not finished."""
-        if self.folder is None or not self.path(key).is_file():
+    def get(self, key: str, needs: Needs | None = None) -> Piece | None:
+        """The piece; None if it was not finished, is damaged, or was not computed from `needs`."""
+        if self.folder is None:
             return None
-        return read_piece(self.path(key))
+        piece = read_piece(self.path(key), f"{self.run} {key}")
+        return piece if piece is not None and piece.needs == (needs or {}) else None
 
     def put(self, key: str, piece: Piece) -> None:
         if self.folder is not None:
-            write_piece(self.path(key), piece)
+            write_piece(self.path(key), piece, f"{self.run} {key}")
+
+    def needs(self, **sources: Piece) -> Needs:
+        """What a piece that is computed from these says of them; nothing where nothing is kept."""
+        return {} if self.folder is None else {key: piece.checksum for key, piece in sources.items()}
 
     def has_pieces(self) -> bool:
         """Whether anything is finished, here or in a folder inside."""
@@ -93,23 +105,30 @@ class Checkpoint:
             return self
         folder = Path(self.folder) / name
         folder.mkdir(parents=True, exist_ok=True)
-        return Checkpoint(folder)
+        return Checkpoint(folder, f"{self.run}/{name}")
 
 
-def write_piece(path: Path, piece: Piece) -> None:
+def write_piece(path: Path, piece: Piece, owner: str) -> None:
+    """Writes a piece. Args: owner: whose it is; to be given again when it is read."""
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in piece.tensors.items()}
-    write_whole(path, safetensors.torch.save(tensors, {FACTS: json.dumps(dict(piece.facts))}))
+    table = {"facts": dict(piece.facts), "needs": dict(piece.needs), "owner": owner, "checksum": piece.checksum}
+    replace_file(path, safetensors.torch.save(tensors, {FACTS: json.dumps(table)}), durable=False)
 
 
-def read_piece(path: Path) -> Piece | None:
-    """The piece in a file; None where the file is damaged, so that it is made again."""
+def read_piece(path: Path, owner: str) -> Piece | None:
+    """The piece in a file; None where it is missing, damaged or another owner's, so that it is made again."""
+    if not path.is_file():
+        return None
     try:
         with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {})[FACTS])
+            table = json.loads((file.metadata() or {})[FACTS])
             # a copy: what is mapped from a file may be aligned otherwise, and kernels may then sum in another order
-            return Piece({key: file.get_tensor(key).clone() for key in file.keys()}, facts)  # noqa: SIM118 - no mapping
-    except (SafetensorError, KeyError, ValueError):
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 - no mapping
+        piece = Piece(tensors, table["facts"], table["needs"])
+        whole = table["owner"] == owner and table["checksum"] == piece.checksum
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError):  # the last two: JSON of other types
         return None
+    return piece if whole else None
 
 
 def open_run(run: FilePath, identity: Mapping[str, str]) -> Checkpoint:
@@ -124,7 +143,9 @@ def open_run(run: FilePath, identity: Mapping[str, str]) -> Checkpoint:
     """
     folder = Path(run)
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint = Checkpoint(folder.absolute())  # workers may have been started in another working directory
+    sweep_drafts(folder)
+    owner = hashlib.blake2b(json.dumps(dict(identity), sort_keys=True).encode(), digest_size=16).hexdigest()
+    checkpoint = Checkpoint(folder.absolute(), owner)  # workers may have been started in another working directory
     path = folder / IDENTITY
     known = _identity(path)
     if known is None:
@@ -155,6 +176,7 @@ def alone(checkpoint: Checkpoint) -> Iterator[None]:
     Raises:
         SpecError: another process is at work in the folder.
     """
+    sweep_folders()
     if checkpoint.folder is None:
         yield
         return
@@ -180,9 +202,9 @@ def alone(checkpoint: Checkpoint) -> Iterator[None]:
 
 
 def _tidy(folder: Path) -> None:
-    """Removes drafts and problems."""
-    for draft in folder.rglob(".*.[0-9]*"):
-        draft.unlink(missing_ok=True)
+    """Removes drafts of dead processes, and problems."""
+    for part in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
+        sweep_drafts(part)
     for problems in [*folder.rglob(PROBLEMS)]:
         shutil.rmtree(problems, ignore_errors=True)
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from calque.checkpoint import write_whole
 from calque.export import export_onnx, run_onnx, verify
+from calque.files import write_whole
 from calque.pipeline import quantize
 from calque.storage import save
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from calque.budget import Budget
-from calque.checkpoint import Checkpoint, FilePath, Piece, fingerprint, open_run
+from calque.checkpoint import Checkpoint, Piece, fingerprint, open_run
 from calque.errors import LoadError, SpecError
+from calque.files import FilePath
 from calque.graph.signature import flatten
 from calque.job import Job
 from calque.model import QuantizedModel

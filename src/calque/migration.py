@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, fx
 
-from calque.checkpoint import Checkpoint, Piece
+from calque.checkpoint import Piece
 from calque.graph import Geometry, Layer, Network, WeightedLayer
 from calque.graph.network import clamp_bounds
 from calque.placement import Edge
@@ -23,6 +23,7 @@ from calque.spec import Bits
 
 QUANTILE = 0.9995  # of a channel's values: what its size is
 LARGEST = 64.0  # scale: a channel that is nearly always zero stays small
+SCALES = "channel_scales"  # their name in a piece
 ROWS = 2**13  # sampled values of a channel that its size is taken from
 
 
@@ -107,16 +108,14 @@ class Migration:
         high = math.inf if bounds is None else bounds[1]
         return (value.clamp(max=high) for value in self._scaled(producer, values))
 
-    def keep(self, name: str, checkpoint: Checkpoint) -> None:
-        """Keeps the layer's scales, if it has any, beside its fit."""
-        if name in self.scales:
-            checkpoint.put(f"scales {name}", Piece({"scales": self.scales[name]}, {}))
+    def kept(self, name: str, fit: Piece) -> Piece:
+        """The layer's fit with the layer's scales, if it has any."""
+        return replace(fit, tensors={**fit.tensors, SCALES: self.scales[name]}) if name in self.scales else fit
 
-    def restore(self, name: str, checkpoint: Checkpoint) -> None:
-        """Brings back what `keep` kept."""
-        kept = checkpoint.get(f"scales {name}")
-        if kept is not None:
-            self.scales[name] = kept.tensors["scales"].to(self.network.weighted(name).weight.device)
+    def restore(self, name: str, kept: Piece) -> None:
+        """Brings back the scales that `kept` added."""
+        if SCALES in kept.tensors:
+            self.scales[name] = kept.tensors[SCALES].to(self.network.weighted(name).weight.device)
 
     def _scaled(self, name: str, values: Iterator[Tensor]) -> Iterator[Tensor]:
         geometry = self.network.weighted(name).geometry

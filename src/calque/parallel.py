@@ -4,7 +4,6 @@ Source: Hubara et al. 2021, section 3 (equation 2): the layers are independent o
 that a worker may be another process, or another machine that sees the same folder.
 """
 
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,14 +11,17 @@ from pathlib import Path
 
 import joblib
 import torch
+from joblib.parallel import LokyBackend
 from torch import Tensor, fx
 
 from calque.arithmetic import activation_limits, affine_grid
 from calque.calibration import Execution, real_tokens
-from calque.checkpoint import PROBLEMS, Checkpoint, Piece, read_piece, write_piece
+from calque.checkpoint import PROBLEMS, Checkpoint, Piece
+from calque.files import temporary_folder
 from calque.graph import Geometry, Layer
 from calque.graph.layers import Activation
 from calque.job import Job
+from calque.processes import Owner, end_with
 from calque.ranges import TensorSample, activation_range, off_ties, search_range
 from calque.solvers.adaquant import Draw, Linear
 from calque.solvers.layer import Settings, fit_from_piece, fit_to_piece, solve_each
@@ -38,14 +40,19 @@ Fits = dict[tuple[str, Bits], Fit]
 class Task:
     """One layer on one grid of its input: everything that a worker needs, its tensors by path."""
 
-    problem: Path
-    choices: tuple[tuple[int, Path, int], ...]  # weight bits, where the result goes, seed
+    results: Checkpoint  # the layer's problem is in the folder PROBLEMS inside
+    layer: str
+    choices: tuple[tuple[int, str, int], ...]  # weight bits, the result's key, seed
     grid: tuple[float, int, int] | None  # scale, zero point, largest code
     settings: Settings
     activation: Activation
     geometry: Geometry
     shape: torch.Size  # of the layer's weight
     group: int | None  # of inputs that share a weight scale
+
+    @property
+    def problems(self) -> Checkpoint:
+        return self.results.within(PROBLEMS)
 
 
 def fit_choices(job: Job, choices: Choices, steps: int) -> Fits:
@@ -92,7 +99,7 @@ def _folder(job: Job, steps: int) -> Iterator[Checkpoint]:
     if job.checkpoint.folder is not None:
         yield job.checkpoint.within(f"fits-{steps}")
         return
-    with tempfile.TemporaryDirectory(prefix="calque-") as folder:
+    with temporary_folder() as folder:
         yield Checkpoint(folder)
 
 
@@ -111,7 +118,7 @@ def _collect(job: Job, missing: Mapping[str, list[Bits]], steps: int, results: C
             layer = by_node.get(node)
             if layer is not None and missing.get(layer.name):
                 waiting.append(_tasks(job, layer, missing[layer.name], steps, execution, results))
-                size += waiting[-1][0].problem.stat().st_size
+                size += _problem_file(waiting[-1]).stat().st_size
                 if size > job.memory // 2 or job.workers is None:
                     _run(job, waiting)
                     waiting, size = [], 0
@@ -128,9 +135,16 @@ def _run(job: Job, waiting: list[list[Task]]) -> None:
         for task in tasks:
             fit_task(task)
     elif tasks:
-        joblib.Parallel(n_jobs=job.workers)(joblib.delayed(fit_task_alone)(task) for task in tasks)
+        owner, (backend, _) = Owner.current(), joblib.parallel.get_active_backend()
+        ready = {"initializer": end_with, "initargs": (owner,)} if isinstance(backend, LokyBackend) else {}
+        joblib.Parallel(n_jobs=job.workers, **ready)(joblib.delayed(fit_task_alone)(task, owner) for task in tasks)
     for group in waiting:
-        group[0].problem.unlink(missing_ok=True)
+        _problem_file(group).unlink(missing_ok=True)
+
+
+def _problem_file(tasks: list[Task]) -> Path:
+    """The file that all tasks of a layer read."""
+    return tasks[0].problems.path(tasks[0].layer)
 
 
 def _tasks(
@@ -146,8 +160,8 @@ def _tasks(
         inputs=job.inputs, generator=job.generator(layer.name), masks=job.masks, sizes=job.sizes,
     )  # fmt: skip
     whole = steps > 0 and job.recipe.patches == "all"
-    path = results.within(PROBLEMS).path(layer.name)
-    write_piece(path, _problem_to_piece(problem, list(_whole(job, execution, layer)) if whole else []))
+    piece = _problem_to_piece(problem, list(_whole(job, execution, layer)) if whole else [])
+    results.within(PROBLEMS).put(layer.name, piece)
     sample = TensorSample.of(
         real_tokens(execution.values(source), job.masks),
         count=SAMPLED_VALUES,
@@ -160,13 +174,21 @@ def _tasks(
         alike = [bits for bits in options if (bits.activation, bits.group) == (width, group)]
         keys = {bits.weight: _key(layer.name, bits) for bits in alike}
         choices = tuple(
-            (bits, results.path(key), job.generator(key).initial_seed())
-            for bits, key in keys.items()
-            if bits is not None
+            (bits, key, job.generator(key).initial_seed()) for bits, key in keys.items() if bits is not None
         )
         grid = _grid(job, problem, sample, width, network_input=root(source).op == "placeholder")
         tasks.append(
-            Task(path, choices, grid, settings, layer.activate, weighted.geometry, weighted.weight.shape, group)
+            Task(
+                results,
+                layer.name,
+                choices,
+                grid,
+                settings,
+                layer.activate,
+                weighted.geometry,
+                weighted.weight.shape,
+                group,
+            )
         )
     return tasks
 
@@ -208,7 +230,7 @@ def _problem_to_piece(problem: LayerProblem, whole: list[tuple[Tensor, Tensor]])
 
 def fit_task(task: Task) -> None:
     """Fits one task and writes its results."""
-    piece = read_piece(task.problem)
+    piece = task.problems.get(task.layer)
     assert piece is not None
     device = torch.device(piece.facts["device"])
     tensors = {name: value.to(device) for name, value in piece.tensors.items()}
@@ -223,8 +245,8 @@ def fit_task(task: Task) -> None:
     generators = {bits: torch.Generator().manual_seed(seed) for bits, _, seed in task.choices}
     rows = _rows(task, tensors, piece.facts["batches"])
     fits = solve_each(problem, grid, generators, task.settings, rows=rows)
-    for bits, result, _ in task.choices:
-        write_piece(result, fit_to_piece(fits[bits]))
+    for bits, key, _ in task.choices:
+        task.results.put(key, fit_to_piece(fits[bits]))
 
 
 def _rows(task: Task, tensors: Mapping[str, Tensor], batches: int) -> tuple[Draw, Linear] | None:
@@ -236,8 +258,13 @@ def _rows(task: Task, tensors: Mapping[str, Tensor], batches: int) -> tuple[Draw
     )
 
 
-def fit_task_alone(task: Task) -> None:
-    """`fit_task` with one thread, so that its sums do not depend on how many workers share the machine."""
+def fit_task_alone(task: Task, owner: Owner) -> None:
+    """`fit_task` with one thread, so that its sums do not depend on how many workers share the machine.
+
+    Args:
+        owner: the process that the tasks are from, and that a worker ends with.
+    """
+    end_with(owner)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from calque.admission import require_call, require_inputs, require_original
 from calque.budget import Budget
 from calque.calibration import prepare
-from calque.checkpoint import FilePath, alone
+from calque.checkpoint import alone
 from calque.decisions import DEFAULT_BITS, asked_layers, decide_bits, decide_choices
 from calque.errors import CaptureError, SpecError
 from calque.estimate import forecast
+from calque.files import FilePath
 from calque.finished import keep_result, kept_result, open_pieces
 from calque.graph import Batch, DynamicAxes, Network, Signature, capture
 from calque.graph.batching import equal_axes, find_layout, varying_axes

@@ -4,6 +4,7 @@ Source: Hubara et al. 2021, section 3.2: all other layers stay at the base preci
 and bias correction. A change in a layer needs only the operators that depend on it: the others are executed once.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -83,11 +84,12 @@ def measure_prices(
     total = sum(rows(batch) for batch in batches)
     base_loss = 0.0
     sums = {name: [0.0] * len(modules) for name, modules in stand_ins.items()}
+    needs = checkpoint.needs(base=_state(base.graph_module), stand_ins=_state(*itertools.chain(*stand_ins.values())))
     for index, batch in enumerate(batches):
-        piece = checkpoint.get(f"prices {index}")
+        piece = checkpoint.get(f"prices {index}", needs)
         if piece is None:
             found = _batch_losses(float_module, base.graph_module, stand_ins, batch, loss, on_layer)
-            checkpoint.put(f"prices {index}", Piece({}, {"losses": found}))
+            checkpoint.put(f"prices {index}", Piece({}, {"losses": found}, needs))
         else:
             found = piece.facts["losses"]
         share = rows(batch) / total
@@ -100,6 +102,11 @@ def measure_prices(
         for name, values in sums.items()
     }
     return base_loss, rises
+
+
+def _state(*modules: nn.Module) -> Piece:
+    """All tensors of the modules."""
+    return Piece({f"{n}.{key}": x for n, part in enumerate(modules) for key, x in part.state_dict().items()}, {})
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from calque.errors import SpecError
+from calque.files import write_whole
 
 LOWEST_BITS, HIGHEST_BITS = 2, 8
 
@@ -152,8 +153,8 @@ class Plan(Mapping[str, Bits]):
         return cls({name: Bits.parse(entry) for name, entry in table.items()})
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the plan to `path` as TOML."""
-        Path(path).write_text(self.to_toml(), encoding="utf-8")
+        """Writes the plan to `path` as TOML, whole or not at all. Raises: OSError."""
+        write_whole(path, self.to_toml().encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Plan":

@@ -104,7 +104,8 @@ def _pieces(job: Job, plan: Plan) -> Checkpoint:
 def distill_network(job: Job, model: QuantizedModel, loss: Loss, references: list[list[Tensor]]) -> Distilled:
     """Distills the float network in place, by the job's recipe; what was finished before is not done again."""
     how, module, checkpoint = job.recipe.distillation, model.graph_module, _pieces(job, model.plan)
-    ready = checkpoint.get("distillation")
+    needs = checkpoint.needs(network=Piece(module.state_dict(), {}))
+    ready = checkpoint.get("distillation", needs)
     if ready is not None:
         module.load_state_dict(dict(ready.tensors), strict=False)
         return Distilled(**ready.facts)
@@ -118,7 +119,7 @@ def distill_network(job: Job, model: QuantizedModel, loss: Loss, references: lis
     )  # fmt: skip
     moved = {name: part for name, part in module.named_modules() if isinstance(part, (QuantizedLayer, Quantizer))}
     state = {f"{name}.{key}": value for name, part in moved.items() for key, value in part.state_dict().items()}
-    checkpoint.put("distillation", Piece(state, asdict(found)))
+    checkpoint.put("distillation", Piece(state, asdict(found), needs))
     return found
 
 

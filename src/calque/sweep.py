@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from calque.arithmetic import activation_limits, affine_grid
 from calque.calibration import Execution, largest_output, real_tokens
-from calque.checkpoint import Checkpoint
+from calque.checkpoint import Checkpoint, Needs
 from calque.graph import Layer
 from calque.graph.network import find_shortcuts
 from calque.job import Job
@@ -56,6 +56,7 @@ class Sweep:
             checkpoint: keeps the fits of this sweep.
             fits: by layer, fits on float inputs (the parallel flavour), which are then put on the grids and not solved again.
         """
+        self.needs: Needs = {}  # the piece of the layer in front, which depends on all before it
         self.job = job
         self.network = job.network
         self.bits = bits
@@ -192,33 +193,36 @@ class Sweep:
         )  # fmt: skip
 
     def _fit(self, layer: Layer, bits: Bits) -> Fit:
+        key, ready = f"layer {layer.name}", self.fits.get(layer.name)
+        needs = self.needs if ready is None else {**self.needs, **self.checkpoint.needs(fit=fit_to_piece(ready))}
+        piece = self.checkpoint.get(key, needs)
+        if piece is not None:
+            self.migration.restore(layer.name, piece)
+            fit = fit_from_piece(piece, self.network.weighted(layer.name).weight.device)
+        else:
+            fit = self._solved(layer, bits, ready)
+            piece = replace(self.migration.kept(layer.name, fit_to_piece(fit)), needs=needs)
+            self.checkpoint.put(key, piece)
+        self.needs = self.checkpoint.needs(before=piece)
+        return fit
+
+    def _solved(self, layer: Layer, bits: Bits, ready: Fit | None) -> Fit:
+        """The layer's fit. Args: ready: that on float inputs, if there is one."""
         assert bits.weight is not None
-        key = f"layer {layer.name}"
-        kept = self.checkpoint.get(key)
-        if kept is not None:
-            self.migration.restore(layer.name, self.checkpoint)
-            return fit_from_piece(kept, self.network.weighted(layer.name).weight.device)
         if self.network.is_table(layer.name):
             weight, tied = self.network.weighted(layer.name).weight, self._tied(layer.name, bits)
-            fit = fit_table(weight, bits.weight, self.recipe.weight_range, tied)
-            self.checkpoint.put(key, fit_to_piece(fit))
-            return fit
+            return fit_table(weight, bits.weight, self.recipe.weight_range, tied)
         problem = self.migration.chosen(layer, self._problem(layer, self._targets(layer)))
         problem = replace(problem, group=bits.group)
         grid, learn_grid = self._grid(layer, problem)
         tied = self._tied(layer.name, bits)
-        ready = self.fits.get(layer.name)
         if ready is not None:
-            fit = placed(problem, ready, grid, bits.weight, tied or (ready.codes, ready.scale))
-        else:
-            settings = self.recipe.settings(self.recipe.steps)
-            fit = solve(
-                problem, grid, bits.weight, settings, self.job.generator(layer.name), learn_grid=learn_grid, tied=tied,
-                rows=self._rows(layer) if self.recipe.patches == "all" else None,
-            )  # fmt: skip
-        self.migration.keep(layer.name, self.checkpoint)
-        self.checkpoint.put(key, fit_to_piece(fit))
-        return fit
+            return placed(problem, ready, grid, bits.weight, tied or (ready.codes, ready.scale))
+        settings = self.recipe.settings(self.recipe.steps)
+        return solve(
+            problem, grid, bits.weight, settings, self.job.generator(layer.name), learn_grid=learn_grid, tied=tied,
+            rows=self._rows(layer) if self.recipe.patches == "all" else None,
+        )  # fmt: skip
 
     def _rows(self, layer: Layer) -> tuple[Draw, Linear]:
         weighted = self.network.weighted(layer.name)

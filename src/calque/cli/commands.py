@@ -4,7 +4,6 @@ import json
 import shlex
 import shutil
 import sys
-import tempfile
 import time
 import traceback
 from dataclasses import replace
@@ -14,7 +13,6 @@ from typing import Annotated, cast
 
 import typer
 
-from calque.checkpoint import write_whole
 from calque.cli.export import export_command, verify_command
 from calque.cli.folder import (
     Run,
@@ -41,10 +39,12 @@ from calque.cli.inputs import (
 )
 from calque.cli.latency import latency_command
 from calque.cli.plan import plan_command
-from calque.cli.terminal import advice, complain, estimates, one_line, shielded_workers, visible_warnings
+from calque.cli.signals import EndedError, ending_signals, shielded_workers
+from calque.cli.terminal import advice, complain, estimates, one_line, visible_warnings
 from calque.cli.weights import load_weights
 from calque.demo import BITS, DemoRow, run_demo
 from calque.errors import CalqueError
+from calque.files import temporary_folder, write_whole
 from calque.pipeline import quantize
 from calque.progress import Phase, watched
 from calque.recipe import RECIPES, find_recipe
@@ -96,8 +96,8 @@ def demo_command(
 ) -> None:
     """Trains, quantizes, exports and verifies a small network on handwritten digits; prints one table."""
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="calque-demo-") as temporary:
-        folder = Path(temporary) if output is None else output
+    with temporary_folder() as temporary:
+        folder = temporary if output is None else output
         claim(folder, (DEMO,))
         write_whole(folder / DEMO, json.dumps({"seed": seed, "versions": versions()}, indent=1).encode())
         with watched(False if quiet else None) as watch:
@@ -236,6 +236,9 @@ def run(arguments: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         complain("error", "interrupted")
         return INTERRUPTED
+    except EndedError as error:
+        complain("error", str(error))
+        return error.code
     except Exception as error:
         expected = isinstance(error, (CalqueError, OSError)) or hasattr(error, "format_message")
         complain("error", one_line(error) if expected else f"unexpected {_trace(error)}")
@@ -259,4 +262,6 @@ def _trace(error: Exception) -> str:
 
 def main() -> None:
     """The command `calque`."""
-    sys.exit(run(sys.argv[1:]))
+    with ending_signals():
+        code = run(sys.argv[1:])
+    sys.exit(code)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
-from calque.checkpoint import IDENTITY, RUN, write_whole
+from calque.checkpoint import IDENTITY, RUN
 from calque.cli.inputs import InputError
+from calque.files import remove_folder, sweep_drafts, write_whole
 from calque.model import QuantizedModel
 from calque.recipe import Recipe
 from calque.report import Report
@@ -49,6 +50,7 @@ def versions() -> dict[str, str]:
 def claim(folder: Path, marks: tuple[str, ...] = MARKS) -> None:
     """Makes the folder. Raises: InputError if it has files and none of `marks`; OSError."""
     folder.mkdir(parents=True, exist_ok=True)
+    sweep_drafts(folder)
     if any(folder.iterdir()) and not any((folder / name).exists() for name in marks):
         raise InputError(f"{folder} has files that are not calque's. Choose an empty or a new folder.")
 
@@ -81,7 +83,7 @@ def claim_pieces(folder: Path, *, overwrite: bool) -> Path:
     """
     claim(folder)
     if overwrite:
-        _delete(folder / PIECES)
+        remove_folder(folder / PIECES)
     return folder / PIECES
 
 
@@ -102,17 +104,7 @@ def write_run(folder: Path, q: QuantizedModel, recipe: Recipe, run: Run) -> None
     if q.prices is not None:
         write_whole(folder / PRICES, q.prices.to_json().encode())
     write_start(folder, run)
-    _delete(folder / PIECES)
-
-
-def _delete(pieces: Path) -> None:
-    """Deletes the pieces of a run, last the file that says whose they are: what a kill leaves can be gone on with."""
-    for entry in pieces.iterdir() if pieces.is_dir() else ():
-        if entry.is_dir():
-            shutil.rmtree(entry, ignore_errors=True)
-        elif entry.name != IDENTITY:
-            entry.unlink(missing_ok=True)
-    shutil.rmtree(pieces, ignore_errors=True)
+    remove_folder(folder / PIECES)
 
 
 def write_start(folder: Path, run: Run) -> None:

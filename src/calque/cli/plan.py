@@ -13,11 +13,12 @@ import numpy as np
 import typer
 
 from calque.budget import NANOSECONDS, Budget
-from calque.checkpoint import RUN, write_whole
+from calque.checkpoint import RUN
 from calque.cli.folder import CURVE, PICTURE, PLANS, PRICES, read_report
 from calque.cli.inputs import InputError, parse_budget
 from calque.cli.terminal import complain
 from calque.errors import InfeasibleBudgetError, SpecError
+from calque.files import write_whole
 from calque.prices import Prices, Solution, pareto, priced
 from calque.report import table_lines
 from calque.spec import Bits, Plan

@@ -1,18 +1,13 @@
 """What the terminal shows: notes, warnings and errors on stderr."""
 
-import _thread
 import logging
-import multiprocessing.resource_tracker
-import signal
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
+from calque.cli.signals import EndedError
 from calque.errors import CalibrationWarning
-
-PAUSE = 0.1  # seconds between two looks
 
 
 def one_line(error: BaseException) -> str:
@@ -28,8 +23,9 @@ def one_line(error: BaseException) -> str:
 
 
 def complain(kind: str, text: str) -> None:
-    """Prints one line on stderr."""
-    print(f"{kind}: {text}", file=sys.stderr)
+    """Prints one line on stderr, where there still is one."""
+    with suppress(OSError):
+        print(f"{kind}: {text}", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -63,39 +59,11 @@ def estimates(quiet: bool) -> Iterator[None]:
 
 
 @contextmanager
-def shielded_workers(workers: int | None) -> Iterator[None]:
-    """Keeps Ctrl-C from worker processes, each of which would print a traceback; this process still obeys it.
-
-    They inherit that the signal is blocked, and end with this process. A thread waits for the signal meanwhile.
-    """
-    if workers is None or not hasattr(signal, "sigtimedwait"):  # which Linux has
-        yield
-        return
-    finished = threading.Event()
-
-    def pass_on() -> None:
-        while not finished.is_set():
-            if signal.sigtimedwait([signal.SIGINT], PAUSE) is not None:
-                _thread.interrupt_main()
-
-    multiprocessing.resource_tracker.ensure_running()  # started later, it would unblock the signal
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    waiting = threading.Thread(target=pass_on, daemon=True)
-    waiting.start()
-    try:
-        yield
-    finally:
-        finished.set()
-        waiting.join()
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextmanager
 def advice(command: str, kept: Callable[[], bool]) -> Iterator[None]:
-    """Says how to go on where Ctrl-C interrupts a run of which pieces are kept."""
+    """Says how to go on where Ctrl-C or a signal ends a run of which pieces are kept."""
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, EndedError):
         if kept():
             complain("note", f"finished pieces are kept. Go on with: {command}")
         raise

@@ -17,7 +17,6 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from calque.admission import file_to_write, require_quantized
-from calque.checkpoint import FilePath, write_whole
 from calque.errors import ExportError, SpecError
 from calque.export.axes import name_axes
 from calque.export.compaction import drop_unread, fold_constants, share_constants, shorten
@@ -28,6 +27,7 @@ from calque.export.nodes import MICROSOFT, Expander, Shape
 from calque.export.qonnx import QONNX_DOMAIN, QuantExpander
 from calque.export.rehearsal import origins, rehearse
 from calque.export.runtimes import Target
+from calque.files import FilePath, write_whole
 from calque.graph.network import FlatInput, is_symbolic, value_of
 from calque.graph.outputs import flatten_outputs
 from calque.graph.rewrite import silent_tracing
@@ -66,7 +66,7 @@ def export_onnx(
             Runtime cannot run, or in which it computes something else than the network.
         SpecError: an unknown target; no quantized network; names that are no distinct strings, one for each; a network quantized
             in parts, which are exported one by one.
-        OSError: the path cannot be written.
+        OSError: the path cannot be written, or is no regular file that another one can replace.
     """
     require_quantized(model, "export_onnx(q, path)")
     if isinstance(model, PartlyQuantized):

@@ -1,7 +1,6 @@
 """What executes an exported file, behind one interface: ONNX Runtime, OpenVINO and QONNX's executor."""
 
 import importlib
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from calque.errors import SpecError, VerificationError
 from calque.export.feeds import feeds_of
+from calque.files import temporary_folder
 
 Target = Literal["onnxruntime", "openvino", "qonnx"]
 Precision = Literal["integer", "float", "neutral"]
@@ -121,8 +121,8 @@ class OnnxRuntime:
         return [torch.from_numpy(np.asarray(output)) for output in outputs]
 
     def kernels(self) -> list[Kernel]:
-        with tempfile.TemporaryDirectory(prefix="calque-") as folder:
-            saved = Path(folder) / "optimized.onnx"
+        with temporary_folder() as folder:
+            saved = folder / "optimized.onnx"
             self._open(saved)
             nodes = onnx.load(saved).graph.node
         makers = {output: node for node in self._proto.graph.node for output in node.output}

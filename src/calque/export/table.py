@@ -19,13 +19,13 @@ from torch import Tensor
 
 from calque.budget import HEADER
 from calque.calibration import prepare
-from calque.checkpoint import write_whole
 from calque.errors import SpecError
 from calque.export.alone import Alone, write_alone
 from calque.export.latency import in_turns
 from calque.export.onnx import export_onnx
 from calque.export.runtimes import DEFAULT, OnnxRuntime
 from calque.export.surroundings import Standing, alone, standings
+from calque.files import write_whole
 from calque.graph.signature import flatten, rows, select
 from calque.model import QuantizedModel
 from calque.parts import PartlyQuantized, whole_only

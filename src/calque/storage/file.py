@@ -10,8 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from calque.checkpoint import FilePath, write_whole
 from calque.errors import LoadError
+from calque.files import FilePath, write_whole
 
 FORMAT = 1
 METADATA = "calque"  # the key in the safetensors metadata; a second one would make the order of keys random

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from calque.admission import file_to_read, file_to_write, require_original, require_quantized
 from calque.arithmetic import pack, unpack
-from calque.checkpoint import FilePath
 from calque.errors import CalibrationError, CaptureError, LoadError
 from calque.factors import insert_factor
+from calque.files import FilePath
 from calque.graph import Batch, Network, Signature, capture
 from calque.graph.copies import duplicate
 from calque.graph.signature import Axis, Layout, laid_out

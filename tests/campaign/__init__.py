@@ -1,0 +1,1 @@
+"""What may never go wrong, tried many times: `python -m tests.campaign`."""
