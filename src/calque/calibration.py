@@ -1,13 +1,12 @@
 """Calibration inputs, checked; and the network executed on all of them, operator by operator, within a memory budget."""
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from calque.errors import CalibrationError, CalibrationWarning
+from calque.errors import CalibrationError, warn
 from calque.graph.signature import (
     MASK,
     Batch,
@@ -111,11 +110,7 @@ def _check(batches: list[Batch]) -> None:
     if any(
         c for c, leaf in zip(constant, leaves, strict=True) if isinstance(leaf, Tensor) and leaf.is_floating_point()
     ):
-        warnings.warn(
-            "a calibration input has the same value everywhere: ranges cannot be estimated from it. Pass real inputs.",
-            CalibrationWarning,
-            stacklevel=2,
-        )
+        warn("a calibration input has the same value everywhere: ranges cannot be estimated from it. Pass real inputs.")
 
 
 def token_masks(batches: Iterable[Batch]) -> list[Tensor | None]:

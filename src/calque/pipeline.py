@@ -21,8 +21,8 @@ from calque.estimate import estimate
 from calque.graph import Batch, DynamicAxes, Network, Signature, capture
 from calque.graph.batching import find_layout, varying_axes
 from calque.graph.copies import duplicate
-from calque.graph.regions import undisturbed
 from calque.graph.signature import flatten, rows, select
+from calque.graph.surroundings import require_exact_products, undisturbed
 from calque.guard import guard
 from calque.job import Job, Progress, silent
 from calque.losses import LossName, OutputLoss, find_loss
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 EXAMPLE_ROWS = 3  # of the inputs that a saved network is captured with again
 
 
-@undisturbed()
+@undisturbed
 def quantize(
     model: nn.Module,
     calibration: object,
@@ -117,6 +117,7 @@ def quantize(
     _check_options(bits, budget, plan, placement, workers, seed)
     require_original(model)
     target = _target(model, device)
+    require_exact_products(target)
     batches = prepare(
         calibration, Signature.of(model), target, find=lambda items: find_layout(_moved(model, target), items)
     )

@@ -1,13 +1,10 @@
 """Writes a quantized network as an ONNX file that runtimes execute with integer kernels."""
 
-import contextlib
 import copy
-import io
 import json
 import operator
 import os
 import tempfile
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import get_args
@@ -25,16 +22,19 @@ from calque.export.nodes import MICROSOFT, Expander
 from calque.export.qonnx import QONNX_DOMAIN, QuantExpander
 from calque.export.rehearsal import origins, rehearse
 from calque.export.runtimes import Target
+from calque.graph.exclusive import exclusively
 from calque.graph.network import FlatInput, value_of
 from calque.graph.outputs import flatten_outputs
 from calque.graph.rewrite import silent_tracing
 from calque.graph.signature import have_rows, laid_out
+from calque.graph.surroundings import undisturbed
 from calque.model import QuantizedModel
 from calque.parts import PartlyQuantized, whole_only
 
 OPSET = 21  # the first with INT4
 
 
+@undisturbed
 def export_onnx(model: QuantizedModel, path: str | os.PathLike[str], *, target: Target = "onnxruntime") -> Path:
     """Writes `model` to `path` as ONNX (opset 21) and returns the path; the batch axis and dynamic axes stay free.
 
@@ -116,7 +116,7 @@ def _exported(module: nn.Module, model: QuantizedModel) -> onnx.ModelProto:
     example = tuple(torch.zeros(form.shape, dtype=form.dtype, device=device) for form in forms)
     axes = tuple({axis: torch.export.Dim.AUTO for axis in form.dynamic} for form in forms)
     try:
-        with silent_tracing(), _silent_output(), torch.no_grad():
+        with exclusively(), silent_tracing(), torch.no_grad():
             program = torch.onnx.export(
                 module,
                 example,
@@ -163,7 +163,7 @@ def _culprit(model: QuantizedModel) -> str:
         sources = [source for source, value in read if value is not None]
         example = tuple(torch.zeros([int(n) for n in x.shape], dtype=x.dtype) for _, x in read if x is not None)
         try:
-            with silent_tracing(), _silent_output(), torch.no_grad():
+            with exclusively(), silent_tracing(), torch.no_grad():
                 torch.onnx.export(_Single(node, sources), example, dynamo=True, opset_version=OPSET, verbose=False)
         except Exception:
             return f"the operator {node.target} ({behind(model.layers, node)})"
@@ -206,13 +206,6 @@ class _Original(torch.nn.Module):
     def forward(self, *inputs: torch.Tensor) -> object:
         result, _ = flatten_outputs(self.module(**pytree.tree_unflatten(list(inputs), self.arguments)))
         return tuple(leaf for leaf in result if isinstance(leaf, torch.Tensor))
-
-
-@contextlib.contextmanager
-def _silent_output() -> Iterator[None]:
-    """torch.onnx prints its progress; the terminal is the command line's."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
 
 
 def _root_cause(error: BaseException) -> str:

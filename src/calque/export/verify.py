@@ -31,6 +31,7 @@ from calque.export.runtimes import (
 from calque.export.verification import LEAST_DB, LIMIT_DB, OUTSIDE, TITLES, OutputAgreement, Verification
 from calque.graph import Batch
 from calque.graph.signature import flatten, rows, select
+from calque.graph.surroundings import undisturbed
 from calque.model import QuantizedModel
 from calque.parts import PartlyQuantized, whole_only
 
@@ -41,6 +42,7 @@ FUSED_ADDS = (
 )
 
 
+@undisturbed
 def verify(
     path: str | os.PathLike[str],
     model: QuantizedModel,

@@ -1,0 +1,92 @@
+"""What stands around a call and would change what is captured or computed: kept out, or named where it cannot be."""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import ParamSpec, TypeVar
+
+import numpy as np
+import torch
+from torch._compile import _disable_dynamo
+from torch.utils import _python_dispatch
+
+from calque.errors import SurroundingsError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_FINE = 1 + 2.0**-20  # a float32 that no shorter format has
+_SIDE = 128  # of matrices that go to the kernels for large ones
+
+
+def undisturbed(function: Callable[P, R]) -> Callable[P, R]:
+    """The function outside of what its callers stand in: modes of this thread are left for the call and entered again.
+
+    Those are autocast, inference and gradient mode, `torch.set_default_device`, modes that see each call of torch
+    (FakeTensorMode) and numpy's error state. What belongs to the whole process is not touched: other threads compute under it.
+
+    Raises:
+        SurroundingsError: a default dtype that is not float32, a transform of torch.func, or a running torch.jit.trace.
+    """
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        with _outside():
+            return function(*args, **kwargs)
+
+    return _disable_dynamo(call)  # torch.compile would trace into it
+
+
+def require_exact_products(device: torch.device) -> None:
+    """Raises SurroundingsError where products of float32 matrices are computed with fewer bits on the device."""
+    fine = torch.full((_SIDE, _SIDE), _FINE, device=device)
+    if torch.equal(fine @ torch.eye(_SIDE, device=device), fine):
+        return
+    raise SurroundingsError(
+        f"products of float32 matrices are rounded to fewer bits on {device}, which changes what is fitted: "
+        f"torch.get_float32_matmul_precision() is {torch.get_float32_matmul_precision()!r}. Call "
+        'torch.set_float32_matmul_precision("highest") first.'
+    )
+
+
+@contextmanager
+def _outside() -> Iterator[None]:
+    _refuse()
+    with ExitStack() as stack:
+        stack.enter_context(_without_modes())
+        stack.enter_context(torch.inference_mode(False))
+        for device in ("cpu", "cuda", "xpu", "mps"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(np.errstate(divide="warn", over="warn", under="ignore", invalid="warn"))
+        yield
+
+
+def _refuse() -> None:
+    """Raises SurroundingsError for what can be neither left nor computed under."""
+    if torch.get_default_dtype() != torch.float32:
+        raise SurroundingsError(
+            f"the default dtype is {torch.get_default_dtype()}, and calque computes in float32. Call "
+            "torch.set_default_dtype(torch.float32) first."
+        )
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise SurroundingsError(
+            "the call stands inside a transform of torch.func (vmap, grad, functionalize, ...), where tensors have no values of "
+            "their own. Call it outside."
+        )
+    if torch._C._is_tracing():
+        raise SurroundingsError("the call stands inside torch.jit.trace, which would record it. Call it outside.")
+
+
+@contextmanager
+def _without_modes() -> Iterator[None]:
+    """Takes this thread's modes for functions and operators of torch off their stacks, and puts them back."""
+    modes = []
+    while torch._C._len_torch_function_stack():
+        modes.append(torch._C._pop_torch_function_stack())
+    try:
+        with _python_dispatch._disable_current_modes():
+            yield
+    finally:
+        for mode in reversed(modes):
+            torch._C._push_on_torch_function_stack(mode)
