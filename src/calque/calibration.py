@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses import FakeTensor
 
 from calque.errors import CalibrationError, warn
 from calque.graph.signature import (
@@ -70,8 +71,17 @@ def rows_at_a_time(batch: Batch) -> int:
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:
     move = torch.utils._pytree.tree_map
-    moved: Batch = move(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, dict(batch))
+    moved: Batch = move(lambda leaf: _real(leaf).to(device) if isinstance(leaf, Tensor) else leaf, dict(batch))
     return laid_out(moved, layout_of(batch))
+
+
+def _real(leaf: Tensor) -> Tensor:
+    """The tensor. Raises: CalibrationError, where it has a shape and no values."""
+    if isinstance(leaf, FakeTensor):
+        raise CalibrationError(
+            "calibration inputs must have values. Got a FakeTensor; make them outside of FakeTensorMode."
+        )
+    return leaf
 
 
 def _check(batches: list[Batch]) -> None:

@@ -16,15 +16,16 @@ from calque.budget import Budget
 from calque.calibration import prepare
 from calque.checkpoint import Checkpoint, FilePath, alone, fingerprint, open_run
 from calque.decisions import DEFAULT_BITS, asked_layers, decide_bits, decide_choices
-from calque.errors import CaptureError, SpecError
+from calque.errors import CaptureError, CaptureWarning, SpecError, warn
 from calque.estimate import estimate
-from calque.graph import Batch, DynamicAxes, Network, Signature, capture
+from calque.graph import Batch, DynamicAxes, Network, Signature
+from calque.graph.axes import capture_with, check_dynamic, merged
 from calque.graph.batching import find_layout, varying_axes
 from calque.graph.copies import duplicate
 from calque.graph.signature import flatten, rows, select
 from calque.graph.surroundings import require_exact_products, undisturbed
 from calque.guard import guard
-from calque.job import Job, Progress, silent
+from calque.job import EXAMPLE_ROWS, Job, Progress, silent
 from calque.losses import LossName, OutputLoss, find_loss
 from calque.model import QuantizedModel
 from calque.outliers import healthy
@@ -39,8 +40,6 @@ from calque.store import parse_bytes
 from calque.summary import summarize
 
 log = logging.getLogger(__name__)
-
-EXAMPLE_ROWS = 3  # of the inputs that a saved network is captured with again
 
 
 @undisturbed
@@ -87,7 +86,7 @@ def quantize(
         loss: "kl", "mse" or a differentiable function of the float and the quantized outputs; what prices and the tuning of
             biases are judged by. Default: mse (docs/experiments.md), the squared error over the float output's power.
         dynamic: axes besides the batch that may change, as torch.export's dynamic_shapes: {"x": {2: Dim.AUTO}}. Axes
-            whose sizes differ between calibration batches are found by themselves.
+            whose sizes differ between calibration batches are found by themselves. An axis that does not fit is an error.
         run: a folder for finished pieces; the same call with the same folder goes on after a kill.
         seed: of the sampling; the same seed gives the same codes on a CPU with the same number of threads, unless the
             recipe is bounded in minutes (accurate): the report names the steps that reproduce it.
@@ -99,13 +98,14 @@ def quantize(
 
     Returns:
         An nn.Module with the original's signature, in eval mode, with `report`, `plan` and, under a budget, `prices`. Where the
-        network cannot be captured whole, a `PartlyQuantized`: its largest sub-modules that can be are quantized in place, at
-        fixed bits and the default loss, and the report says what stays float and why.
+        network cannot be captured whole, a `PartlyQuantized`, and a CaptureWarning: its largest sub-modules that can be are
+        quantized in place, at fixed bits and the default loss, and the report says what stays float and why.
 
     Raises:
         SpecError: bits, plan, override or an option that breaks a rule; a `run` folder of another run.
         InfeasibleBudgetError: a budget that no allocation keeps; the smallest feasible one is named.
-        CaptureError: a network of which nothing can be captured, or not the whole where there is a budget, a plan or a `run`.
+        CaptureError: a network of which nothing can be captured, or not the whole with a budget, plan, loss, dynamic or `run`.
+        SurroundingsError: what the call stands in and cannot leave, a default dtype of float64 for one.
         CalibrationError: inputs that are empty, not finite or of the wrong form, or that the model itself refuses.
 
     >>> net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(16, 2))
@@ -121,12 +121,12 @@ def quantize(
     batches = prepare(
         calibration, Signature.of(model), target, find=lambda items: find_layout(_moved(model, target), items)
     )
-    axes = {**varying_axes(batches), **(dynamic or {})}
+    found_axes, given = varying_axes(batches), check_dynamic(dynamic, batches[0])
     try:
-        network = _captured(model, batches, axes)
+        network = _captured(model, batches[0], found_axes, given)
     except CaptureError as error:
         require_inputs(model, batches[0])
-        if budget is not None or plan is not None or run is not None:
+        if any(option is not None for option in (budget, plan, loss, run, given or None)):
             raise
         options = {"bits": bits, "recipe": recipe, "placement": placement, "loss": None, "seed": seed, "memory": memory}
         return _in_parts(
@@ -165,7 +165,7 @@ def quantize(
         built = build(job, entries, function, references) if found is None else found.built
     result = built.model
     example = select(job.batches[0], torch.arange(EXAMPLE_ROWS) % rows(job.batches[0]))
-    result.facts |= {"placement": placement, "example": example, "dynamic": axes}
+    result.facts |= {"placement": placement, "example": example, "dynamic": merged(found_axes, given)}
     result.prices = None if found is None else found.prices
     phases = {"capture": captured - started, "float pass": float_pass}
     result.report = summarize(model, job, built, found, phases=phases, loss=loss_name)
@@ -178,10 +178,10 @@ def _target(model: nn.Module, device: str | torch.device | None) -> torch.device
     return _device(device) if device is not None else first
 
 
-def _captured(model: nn.Module, batches: list[Batch], axes: DynamicAxes) -> Network:
+def _captured(model: nn.Module, batch: Batch, found: DynamicAxes, given: DynamicAxes) -> Network:
     """The network, where its inputs are."""
-    leaves = [leaf for leaf in flatten(batches[0])[0] if isinstance(leaf, Tensor)]
-    network = capture(_moved(model, leaves[0].device), batches[0], axes)
+    device = next(leaf.device for leaf in flatten(batch)[0] if isinstance(leaf, Tensor))
+    network = capture_with(_moved(model, device), batch, found, given)
     if not network.layers:
         raise SpecError(
             "the network has no convolution, linear layer or embedding with constant weights: there is nothing to quantize."
@@ -199,14 +199,15 @@ def _in_parts(
 ) -> PartlyQuantized:
     """The network quantized in its largest capturable sub-modules."""
     parsed = Bits.parse(options["bits"] or DEFAULT_BITS)
-    automatic = "w8" if parsed.activation is None else "w8a8"
-    ends = automatic if first_last == "auto" else first_last
+    ends = ("w8" if parsed.activation is None else "w8a8") if first_last == "auto" else first_last
 
     def whole(part: nn.Module, inputs: list[Batch], chosen: Mapping[str, str | None]) -> QuantizedModel:
         exact = {glob.escape(name): text for name, text in chosen.items()}
         return quantize(part, inputs, override=exact, first_last=None, **options)
 
-    return quantize_parts(model, batches, whole, reason, override=override, ends=ends)
+    result = quantize_parts(model, batches, whole, reason, override=override, ends=ends)
+    warn(result.report.notes[0], CaptureWarning)
+    return result
 
 
 def _decided(

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from calque.errors import CalibrationWarning
+from calque.errors import CalibrationWarning, CaptureWarning
 
 PAUSE = 0.1  # seconds between two looks
 Counter = Callable[[str, int, int], None]  # phase, steps done, steps in all
@@ -41,7 +41,8 @@ def visible_warnings() -> Iterator[None]:
     """Shows calque's warnings as one line each, and no other library's, which no user can act on."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        warnings.simplefilter("always", CalibrationWarning)
+        for category in (CalibrationWarning, CaptureWarning):
+            warnings.simplefilter("always", category)
         warnings.showwarning = lambda message, *_, **__: complain("warning", " ".join(str(message).split()))
         yield
 

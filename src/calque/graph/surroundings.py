@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -14,9 +14,6 @@ from calque.errors import SurroundingsError
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-_FINE = 1 + 2.0**-20  # a float32 that no shorter format has
-_SIDE = 128  # of matrices that go to the kernels for large ones
 
 
 def undisturbed(function: Callable[P, R]) -> Callable[P, R]:
@@ -38,15 +35,20 @@ def undisturbed(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def require_exact_products(device: torch.device) -> None:
-    """Raises SurroundingsError where products of float32 matrices are computed with fewer bits on the device."""
-    fine = torch.full((_SIDE, _SIDE), _FINE, device=device)
-    if torch.equal(fine @ torch.eye(_SIDE, device=device), fine):
-        return
-    raise SurroundingsError(
-        f"products of float32 matrices are rounded to fewer bits on {device}, which changes what is fitted: "
-        f"torch.get_float32_matmul_precision() is {torch.get_float32_matmul_precision()!r}. Call "
-        'torch.set_float32_matmul_precision("highest") first.'
-    )
+    """Raises SurroundingsError where float32 products may be computed with fewer bits on the device, or by other kernels."""
+    if device.type == "cpu":
+        lowered = {"bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported(), "tf32": torch.cpu._is_amx_tile_supported()}
+        kernels: Any = torch.backends.mkldnn  # which sets attributes that types do not know
+        asked = {kernels.matmul.fp32_precision, kernels.conv.fp32_precision}
+    else:
+        lowered = {"bf16": True, "tf32": True}
+        asked = {torch.backends.cuda.matmul.fp32_precision} if device.type == "cuda" else set()
+    found = [precision for precision in asked if lowered.get(precision)]
+    if found:
+        raise SurroundingsError(
+            f"float32 products may be computed as {found[0]} on {device} (torch.set_float32_matmul_precision, torch.backends), "
+            'and the codes would be others. Call torch.set_float32_matmul_precision("highest") first.'
+        )
 
 
 @contextmanager
