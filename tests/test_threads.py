@@ -90,6 +90,32 @@ def test_patches_of_a_turn_are_for_its_thread_alone() -> None:
     assert (nn.TransformerEncoder.forward, torch.autocast.__enter__) == before
 
 
+def test_other_threads_compile_meanwhile_or_wait() -> None:
+    served: list[Tensor] = []
+    compiled = torch.compile(lambda x: x * 2 + 1, backend="eager")
+
+    def forward(net: networks.Net, x: Tensor) -> Tensor:
+        if torch.compiler.is_exporting():
+            served.append(in_thread(lambda: early(torch.ones(2))))  # compiled before: does not wait
+        y: Tensor = net.conv(x)
+        return y
+
+    early = torch.compile(lambda x: x + 1, backend="eager")
+    early(torch.ones(2))
+    first = threading.Thread(target=lambda: served.append(compiled(torch.ones(2))))
+
+    def progress(phase: str, done: int, total: int) -> None:
+        if first.ident is None:
+            first.start()
+
+    model = networks.Net(forward, conv=nn.Conv2d(1, 2, 3))
+    q = calque.quantize(model, X, recipe="nearest", progress=progress)
+    first.join()
+
+    assert list(q.layers) == ["conv"]
+    assert {tuple(each.tolist()) for each in served} == {(2.0, 2.0), (3.0, 3.0)}
+
+
 def test_a_patch_that_somebody_replaced_is_theirs() -> None:
     with exclusively():
         with for_this_thread(torch.backends.mha, "_is_fastpath_enabled", False):

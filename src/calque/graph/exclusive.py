@@ -2,7 +2,8 @@
 
 `torch.export` and `torch.onnx.export` replace methods of nn.Module and set flags for the whole process while they trace. Under
 the lock each such change looks at the thread that reads it: the others run, fit and train as if nothing were traced. The lock is
-calque's own: it cannot keep a user's thread from calling `torch.export` or `torch.compile` at the same moment.
+the one that `torch.compile` holds while it compiles. Nothing keeps a user's thread from calling `torch.export`, `torch.fx` or
+`torch.onnx.export` at the same moment: they take no lock.
 """
 
 import functools
@@ -19,14 +20,10 @@ from torch.fx import _symbolic_trace
 
 
 class _Turns:
-    """Whose turn it is: a lock, and a token for each turn, which only the thread that has it finds in its own memory."""
+    """Whose turn it is: a token for each turn, which only the thread that has it finds in its own memory."""
 
     def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        """As if nobody had a turn."""
-        self.lock = threading.RLock()
+        self.current: object | None = None
         self.own = threading.local()
         self.undo: list[Callable[[], None]] = []
 
@@ -39,11 +36,15 @@ _TURNS = _Turns()
 
 
 def _after_fork() -> None:
-    """In a child process: the thread that had the turn does not exist here, unless it is the one that forked."""
+    """In a child process: the thread that had the turn, and the lock, does not exist here, unless it is the one that forked."""
     if _TURNS.token is None:
         for undo in reversed(_TURNS.undo):
             undo()
-        _TURNS.reset()
+        _TURNS.undo.clear()
+        _TURNS.current = None
+        frames: Any = sys.modules.get("torch._dynamo.convert_frame")
+        if frames is not None:
+            frames.compile_lock = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):
@@ -52,17 +53,17 @@ if hasattr(os, "register_at_fork"):
 
 @contextmanager
 def exclusively() -> Iterator[None]:
-    """Waits until no other thread of calque's traces, and keeps the others waiting; a thread may enter it again."""
-    with _TURNS.lock:
+    """Waits until no other thread of calque's traces, or compiles, and keeps the others waiting; a thread may enter it again."""
+    with importlib.import_module("torch._dynamo.convert_frame").compile_lock:
         if _TURNS.token is not None:
             yield
             return
-        _TURNS.own.token = object()
+        _TURNS.own.token = _TURNS.current = object()
         try:
             with _tracing_for_this_thread():
                 yield
         finally:
-            _TURNS.own.token = None
+            _TURNS.own.token = _TURNS.current = None
             _TURNS.undo.clear()
 
 
@@ -80,7 +81,8 @@ class _Compiling(_PerThread):
     """True for this thread; for others False, and they trace nothing either: torch asks for (tracing and not compiling)."""
 
     def __bool__(self) -> bool:
-        return super().__bool__() or sys._getframe(1).f_code.co_name == "is_fx_symbolic_tracing"
+        asked_by_fx = sys._getframe(1).f_code.co_name == "is_fx_symbolic_tracing"
+        return super().__bool__() or (asked_by_fx and self.token is _TURNS.current)
 
 
 @contextmanager
@@ -120,7 +122,10 @@ def _dispatched(own: Callable[..., Any], others: Callable[..., Any]) -> Callable
 def _tracing_for_this_thread() -> Iterator[None]:
     """Makes torch's tracers change nn.Module and their flags for this thread alone, and no switch of kernels at all."""
     export = importlib.import_module("torch.export._trace")
+    modes = torch._ops._ModeStackStateForPreDispatch()  # type: ignore[no-untyped-call]
     with ExitStack() as stack:
+        # One stack for all threads, which torch empties wherever it leaves the modes of a thread.
+        stack.enter_context(for_this_thread(torch._ops, "mode_stack_state_for_pre_dispatch", lambda: modes))
         stack.enter_context(for_this_thread(_symbolic_trace._PatchedFnSetAttr, "patch", _patch_method))
         stack.enter_context(for_this_thread(export, "_compiling_state_context", _compiling))
         # Switches kernels off for the whole process, and other threads would compute with others. What it keeps out of graphs
