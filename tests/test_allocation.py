@@ -5,6 +5,7 @@ import itertools
 import math
 import os
 import random
+import threading
 import time
 from collections.abc import Sequence
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from calque.allocation import Allocation, Constraint, Costs, allocate
+from calque.allocation.highs import own_output
 from calque.errors import InfeasibleBudgetError, SpecError
 
 SEED = 11
@@ -217,3 +219,29 @@ def test_the_solver_writes_nothing(capfd: pytest.CaptureFixture[str]) -> None:
 
     ctypes.CDLL(None).fflush(None)  # else the line would come after the test
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file descriptors of a POSIX system")
+def test_the_solver_leaves_standard_output_alone_where_other_threads_may_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    redirected: list[int] = []
+    dup2 = os.dup2
+
+    def noted(source: int, target: int) -> int:
+        redirected.append(target)
+        return dup2(source, target)
+
+    monkeypatch.setattr(os, "dup2", noted)
+    done = threading.Event()
+    other = threading.Thread(target=done.wait)
+    other.start()
+    try:
+        losses, size, _ = large_program(0)
+        allocate(losses, [size])
+        alone = list(redirected)
+        with own_output():  # as the command line
+            allocate(losses, [size])
+    finally:
+        done.set()
+        other.join()
+
+    assert (alone, redirected) == ([], [1, 1])

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 import calque
 import networks
-from calque.errors import CaptureError, SpecError
+from calque.errors import CaptureError, CaptureWarning, SpecError
+
+pytestmark = pytest.mark.filterwarnings("ignore::calque.errors.CaptureWarning")  # one test reads it
 
 
 class Branching(nn.Module):
@@ -59,8 +61,12 @@ def test_largest_capturable_modules_are_quantized_in_place(model: nn.Module) -> 
     x = networks.images(256, seed=1)
     before = {name: value.clone() for name, value in model.state_dict().items()}
 
-    q = calque.quantize(model, x, bits="w4a8", recipe="fast", placement="inputs")
+    with pytest.warns(
+        CaptureWarning, match=r"cannot be captured whole.*stem, stages.0, stages.1.head.*if x.mean"
+    ) as seen:
+        q = calque.quantize(model, x, bits="w4a8", recipe="fast", placement="inputs")
 
+    assert [each.filename for each in seen] == [__file__]
     assert isinstance(q, calque.PartlyQuantized)
     assert list(q.parts) == ["stem", "stages.0", "stages.1.head"]
     assert [str(bits) for bits in q.plan.values()] == ["w8a8", "w4a8", "w4a8", "w8a8"]
@@ -107,7 +113,10 @@ def test_what_needs_the_whole_network_says_so(model: nn.Module, tmp_path: Path) 
     ):  # fmt: skip
         with pytest.raises(SpecError, match="in parts"):
             action()
-    for options in ({"budget": calque.Budget(size=0.5), "bits": ("w8a8", "w4a8")}, {"run": tmp_path / "run"}):
+    for options in (
+        {"budget": calque.Budget(size=0.5), "bits": ("w8a8", "w4a8")}, {"run": tmp_path / "run"}, {"loss": "kl"},
+        {"dynamic": {"x": {2: torch.export.Dim.AUTO}}},
+    ):  # fmt: skip
         with pytest.raises(CaptureError, match="cannot be captured"):
             calque.quantize(model, x, recipe="nearest", **options)
     part = q.parts["stages.0"]

@@ -226,6 +226,7 @@ def test_damaged_metadata_and_other_outputs_are_named(tmp_path: Path) -> None:
         calque.verify(tmp_path / "damaged.onnx", q, INPUTS)
 
 
+@pytest.mark.filterwarnings("ignore::calque.errors.CaptureWarning")
 def test_a_network_quantized_in_parts_is_verified_part_by_part(tmp_path: Path) -> None:
     class Branching(nn.Module):
         def __init__(self) -> None:

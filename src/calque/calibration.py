@@ -1,13 +1,13 @@
 """Calibration inputs, checked; and the network executed on all of them, operator by operator, within a memory budget."""
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses import FakeTensor
 
-from calque.errors import CalibrationError, CalibrationWarning
+from calque.errors import CalibrationError, warn
 from calque.graph.signature import (
     MASK,
     Batch,
@@ -57,7 +57,7 @@ def prepare(
     for note, misspelt in notes.items():
         on_note(note)
         if misspelt:  # it may be: something else kept its default
-            warnings.warn(f"calibration: {note} Check the spelling.", CalibrationWarning, stacklevel=2)
+            warn(f"calibration: {note} Check the spelling.")
     layout = find(items) if find is not None and signature.layout is None else signature.layout
     whole = [batch for batch in (laid_out(item, layout) for item in items) if length(batch) > 0]
     batches = [piece for batch in whole for piece in split(batch, rows_at_a_time(batch))]
@@ -74,8 +74,17 @@ def rows_at_a_time(batch: Batch) -> int:
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:
     move = torch.utils._pytree.tree_map
-    moved: Batch = move(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, dict(batch))
+    moved: Batch = move(lambda leaf: _real(leaf).to(device) if isinstance(leaf, Tensor) else leaf, dict(batch))
     return laid_out(moved, layout_of(batch))
+
+
+def _real(leaf: Tensor) -> Tensor:
+    """The tensor. Raises: CalibrationError, where it has a shape and no values."""
+    if isinstance(leaf, FakeTensor):
+        raise CalibrationError(
+            "calibration inputs must have values. Got a FakeTensor; make them outside of FakeTensorMode."
+        )
+    return leaf
 
 
 def _check(batches: list[Batch]) -> None:
@@ -114,11 +123,7 @@ def _check(batches: list[Batch]) -> None:
     if any(
         c for c, leaf in zip(constant, leaves, strict=True) if isinstance(leaf, Tensor) and leaf.is_floating_point()
     ):
-        warnings.warn(
-            "a calibration input has the same value everywhere: ranges cannot be estimated from it. Pass real inputs.",
-            CalibrationWarning,
-            stacklevel=2,
-        )
+        warn("a calibration input has the same value everywhere: ranges cannot be estimated from it. Pass real inputs.")
 
 
 def token_masks(batches: Iterable[Batch]) -> list[Tensor | None]:

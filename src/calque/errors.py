@@ -1,5 +1,8 @@
 """What can go wrong, by kind; every message says what, the rule, what was received and what to do."""
 
+import sys
+import warnings
+
 
 class CalqueError(Exception):
     """Base of every error that calque raises on purpose."""
@@ -11,6 +14,10 @@ class SpecError(CalqueError, ValueError):
 
 class InfeasibleBudgetError(CalqueError, ValueError):
     """A budget that no allowed choice of bits keeps; the message names the smallest feasible one."""
+
+
+class SurroundingsError(CalqueError, RuntimeError):
+    """Something around the call that calque can neither leave nor compute under; the message names it."""
 
 
 class CaptureError(CalqueError):
@@ -41,3 +48,15 @@ class VerificationError(CalqueError):
 
 class CalibrationWarning(UserWarning):
     """Calibration data that is usable but weak; the message names the layer and the remedy."""
+
+
+class CaptureWarning(UserWarning):
+    """A network that could be captured, and so quantized, only in parts; the message names them and the reason."""
+
+
+def warn(message: str, category: type[Warning] = CalibrationWarning) -> None:
+    """Warns at the line that called calque, however deep in calque, or in torch below it, the reason was found."""
+    frame, level = sys._getframe(1), 2  # 1 is this function
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in ("calque", "torch"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)

@@ -18,7 +18,7 @@ from calque.recipe import Recipe
 from calque.spec import Placement
 from calque.store import Store
 
-EXAMPLE_ROWS = 3
+EXAMPLE_ROWS = 3  # by which networks are compared, and with which a saved one is captured again
 RESERVE = 700 * 10**6  # bytes: an operator's inputs and outputs, a sampled problem and the temporaries of its fit
 
 

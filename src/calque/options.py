@@ -6,7 +6,6 @@ from typing import Any
 
 from calque.budget import Budget
 from calque.errors import SpecError
-from calque.graph import Batch
 from calque.recipe import Recipe
 from calque.spec import Bits, Plan
 
@@ -59,10 +58,3 @@ def _check_bits(bits: object, budget: Budget | None, plan: Plan | None) -> None:
         raise SpecError(f"several bits are candidates that a budget chooses from. Got {bits!r} without a budget.")
     if budget is not None and not several:
         raise SpecError(f'a budget chooses from several bits, such as ("w8a8", "w4a4", "w2a4"). Got {bits!r}.')
-
-
-def check_axes(dynamic: Mapping[str, object] | None, batch: Batch) -> None:
-    """Raises SpecError where `dynamic` names what is no input of the calibration batches."""
-    unknown = [name for name in dynamic or {} if name not in batch]
-    if unknown:
-        raise SpecError(f"dynamic names inputs of forward: {', '.join(batch)}. Got {', '.join(map(str, unknown))}.")

@@ -6,7 +6,6 @@ these may be common. And it lies so far beyond a Pareto tail like theirs that da
 """
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from calque.calibration import real_tokens
-from calque.errors import CalibrationWarning
+from calque.errors import warn
 from calque.graph import Batch, Network
 from calque.graph.network import value_of
 from calque.graph.signature import rows, select
@@ -35,7 +34,6 @@ SHARES = (
 )  # one in so many rows may be left out: of the first, up to three rows, or of the second; at least one
 APART = 50.0  # ratio at which more rows than that are named wherever they stand; healthy kinds of inputs differ by less
 NAMED = 8  # rows at most in one sentence
-STACK = 4  # warnings point at the caller of quantize, which is decorated
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +84,7 @@ def healthy(job: Job) -> tuple[Job, list[list[Tensor]], dict[fx.Node, Extremes]]
         if outliers is not None:
             notes.append(f"{outliers}; they are kept, and decide the ranges. Are they in another unit than the others?")
     for note in notes:
-        warnings.warn(note, CalibrationWarning, stacklevel=STACK)
+        warn(note)
     job = replace(job, notes=(*job.notes, *notes))
     extremes = watch.ends(dropped)
     return (*_dropped(job, references, dropped), extremes) if dropped else (job, references, extremes)

@@ -4,6 +4,7 @@ Source: Hubara et al. 2021, section 3 (equation 2): the layers are independent o
 that a worker may be another process, or another machine that sees the same folder.
 """
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from calque.spec import Bits
 from calque.sweep import SAMPLED_VALUES
 from calque.tensors import root
 
+_COUNTING = threading.Lock()
 Choices = Mapping[str, Sequence[Bits]]
 Fits = dict[tuple[str, Bits], Fit]
 
@@ -265,9 +267,26 @@ def fit_task_alone(task: Task, owner: Owner) -> None:
         owner: the process that the tasks are from, and that a worker ends with.
     """
     end_with(owner)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with _one_thread():
         fit_task(task)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Computes with one thread here; other threads of the process, and those that are yet to start, keep their number.
+
+    torch.set_num_threads counts for the thread that calls it, and for every thread that first computes afterwards. A thread
+    that lasts no longer than its own call sets what new ones find.
+    """
+    with _COUNTING:
+        threads = torch.get_num_threads()
+        if threads > 1:
+            torch.set_num_threads(1)
+            restoring = threading.Thread(target=torch.set_num_threads, args=(threads,))
+            restoring.start()
+            restoring.join()
+    try:
+        yield
     finally:
-        torch.set_num_threads(threads)
+        if threads > 1:
+            torch.set_num_threads(threads)

@@ -15,20 +15,21 @@ from calque.budget import Budget
 from calque.calibration import prepare
 from calque.checkpoint import alone
 from calque.decisions import DEFAULT_BITS, asked_layers, decide_bits, decide_choices
-from calque.errors import CaptureError, SpecError
+from calque.errors import CaptureError, CaptureWarning, SpecError, warn
 from calque.estimate import forecast
 from calque.files import FilePath
 from calque.finished import keep_result, kept_result, open_pieces
-from calque.graph import Batch, DynamicAxes, Network, Signature, capture
+from calque.graph import Batch, DynamicAxes, Network, Signature
+from calque.graph.axes import capture_with, check_dynamic, merged
 from calque.graph.batching import equal_axes, find_layout, varying_axes
 from calque.graph.copies import moved_to
-from calque.graph.regions import undisturbed
 from calque.graph.signature import flatten, rows, select
+from calque.graph.surroundings import require_exact_products, undisturbed
 from calque.guard import guard
-from calque.job import Job
+from calque.job import EXAMPLE_ROWS, Job
 from calque.losses import LossName, OutputLoss, check_loss, find_loss
 from calque.model import QuantizedModel
-from calque.options import check_axes, check_options
+from calque.options import check_options
 from calque.outliers import healthy
 from calque.parallel import Choices
 from calque.parts import PartlyQuantized, quantize_parts
@@ -43,10 +44,8 @@ from calque.summary import summarize
 
 log = logging.getLogger(__name__)
 
-EXAMPLE_ROWS = 3  # of the inputs that a saved network is captured with again
 
-
-@undisturbed()
+@undisturbed
 def quantize(
     model: nn.Module,
     calibration: object,
@@ -92,7 +91,7 @@ def quantize(
         loss: "kl", "mse" or a differentiable function of the float and the quantized outputs; what prices and the tuning of
             biases are judged by. Default: mse (docs/experiments.md), the squared error over the float output's power.
         dynamic: axes besides the batch that may change, as torch.export's dynamic_shapes: {"x": {2: Dim.AUTO}}. Axes
-            whose sizes differ between calibration batches are found by themselves.
+            whose sizes differ between calibration batches are found by themselves. An axis that does not fit is an error.
         run: a folder for finished pieces; the same call with the same folder goes on after a kill, and returns the same
             result at once where the run is finished.
         seed: of the sampling; the same seed gives the same codes on a CPU with the same number of threads, unless the
@@ -106,13 +105,14 @@ def quantize(
 
     Returns:
         An nn.Module with the original's signature, in eval mode, with `report`, `plan` and, under a budget, `prices`. Where the
-        network cannot be captured whole, a `PartlyQuantized`: its largest sub-modules that can be are quantized in place, at
-        fixed bits and the default loss, and the report says what stays float and why.
+        network cannot be captured whole, a `PartlyQuantized`, and a CaptureWarning: its largest sub-modules that can be are
+        quantized in place, at fixed bits and the default loss, and the report says what stays float and why.
 
     Raises:
         SpecError: bits, plan, override or an option that breaks a rule; a `run` folder of another run.
         InfeasibleBudgetError: a budget that no allocation keeps; the smallest feasible one is named.
-        CaptureError: a network of which nothing can be captured, or not the whole where there is a budget, a plan or a `run`.
+        CaptureError: a network of which nothing can be captured, or not the whole with a budget, plan, loss, dynamic or `run`.
+        SurroundingsError: what the call stands in and cannot leave, a default dtype of float64 for one.
         CalibrationError: inputs that are empty, not finite or of the wrong form, or that the model itself refuses.
 
     >>> net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(16, 2))
@@ -130,23 +130,23 @@ def quantize(
     check_loss(loss)
     require_original(model)
     target = _target(model, device)
+    require_exact_products(target)
     notes: list[str] = []
     batches = prepare(
         calibration, Signature.of(model), target,
         find=lambda items: find_layout(moved_to(model, target), items), on_note=notes.append,
     )  # fmt: skip
-    check_axes(dynamic, batches[0])
-    axes = {**varying_axes(batches), **(dynamic or {})}
+    found_axes, given_axes = varying_axes(batches), check_dynamic(dynamic, batches[0])
     with watched(progress) as watch:  # after the inputs: a bar has a thread, and loaders may fork
         watch.begin("capture")
         try:
-            network = _captured(model, batches, axes)
+            network = _captured(model, batches[0], found_axes, given_axes)
         except CaptureError as error:
             require_call(model, batches[0])
-            if budget is not None or plan is not None or run is not None:
+            if any(option is not None for option in (budget, plan, loss, run, given_axes or None)):
                 raise CaptureError(
-                    f"{error} Without a budget, a plan and a run folder, calque.quantize quantizes the largest sub-modules "
-                    "that can be captured."
+                    f"{error} Without a budget, plan, loss, run folder and dynamic axes, calque.quantize quantizes the largest "
+                    "sub-modules that can be captured."
                 ) from error
             options |= {"memory": memory, "device": device, "progress": watch}
             return _in_parts(model, batches, error, override or {}, first_last, options, notes)
@@ -160,12 +160,9 @@ def quantize(
         if budget is not None:
             check_budget(job, choices, entries, budget)
         # no budget among these: pieces do not depend on it, so that another one goes on from the same prices
-        asked: dict[str, object] = {
-            "bits": bits,
-            "plan": plan and plan.to_toml(),
-            "override": override,
-            "first_last": first_last,
-        }
+        text = plan and plan.to_toml()
+        asked: dict[str, object] = {"bits": bits, "plan": text, "override": override, "first_last": first_last}
+        axes = merged(found_axes, given_axes)
         asked |= {"loss": loss, "dynamic": {name: [*where] for name, where in sorted(axes.items())}}
         checkpoint = open_pieces(run, job, asked)
         with alone(checkpoint):
@@ -233,10 +230,10 @@ def _target(model: nn.Module, device: str | torch.device | None) -> torch.device
     return _device(device) if device is not None else first
 
 
-def _captured(model: nn.Module, batches: list[Batch], axes: DynamicAxes) -> Network:
+def _captured(model: nn.Module, batch: Batch, found: DynamicAxes, given: DynamicAxes) -> Network:
     """The network, where its inputs are."""
-    leaves = [leaf for leaf in flatten(batches[0])[0] if isinstance(leaf, Tensor)]
-    network = capture(moved_to(model, leaves[0].device), batches[0], axes)
+    device = next(leaf.device for leaf in flatten(batch)[0] if isinstance(leaf, Tensor))
+    network = capture_with(moved_to(model, device), batch, found, given)
     if not network.layers:
         raise SpecError(
             "the network has no convolution, linear layer or embedding with constant weights: there is nothing to quantize."
@@ -255,8 +252,7 @@ def _in_parts(
 ) -> PartlyQuantized:
     """The network quantized in its largest capturable sub-modules."""
     parsed = Bits.parse(options["bits"] or DEFAULT_BITS)
-    automatic = "w8" if parsed.activation is None else "w8a8"
-    ends = automatic if first_last == "auto" else first_last
+    ends = ("w8" if parsed.activation is None else "w8a8") if first_last == "auto" else first_last
 
     def whole(part: nn.Module, inputs: list[Batch], chosen: Mapping[str, str | None]) -> QuantizedModel:
         exact = {glob.escape(name): text for name, text in chosen.items()}
@@ -266,6 +262,7 @@ def _in_parts(
         options["progress"].section(done / total, (done + 1) / total)
 
     found = quantize_parts(model, batches, whole, reason, override=override, ends=ends, on_part=on_part)
+    warn(found.report.notes[0], CaptureWarning)
     found.report = replace(found.report, notes=(*notes, *found.report.notes))
     return found
 

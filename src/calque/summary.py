@@ -1,7 +1,6 @@
 """A finished run as a report: what was decided and gained, and what deserves attention."""
 
 import time
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from calque.costs import float_size, values_outside_layers
-from calque.errors import CalibrationWarning
+from calque.errors import warn
 from calque.fidelity import Fidelity, held_out_fidelity
 from calque.filesize import file_size
 from calque.floats import float_operators
@@ -21,8 +20,6 @@ from calque.model import QuantizedModel, grid_of
 from calque.report import LayerReport, Report
 from calque.search import Found
 from calque.stages import Built
-
-STACK = 5  # warnings point at the caller of quantize
 
 
 def summarize(
@@ -118,16 +115,14 @@ def _notes(model: nn.Module, job: Job, built: Built, found: Found | None) -> lis
         notes.insert(0, "the model was in train mode; its eval mode was quantized.")
     for name in network.unreached:
         notes.append(f"layer {name} is never reached by forward on these inputs; it is not part of the result.")
-        warnings.warn(notes[-1] + " Check the calibration inputs.", CalibrationWarning, stacklevel=STACK)
+        warn(notes[-1] + " Check the calibration inputs.")
     notes.extend(_filled(network, built.model))
     if swept.unmoved:
         notes.append(f"no fit beat rounding to nearest on the held-out inputs: {', '.join(swept.unmoved)}.")
     if swept.weak:
         cases = ", ".join(f"{name} ({rows_} rows for {unknowns})" for name, (rows_, unknowns) in swept.weak.items())
         notes.append(f"fewer calibration rows than unknowns per output, so that a fit may over-fit: {cases}.")
-        warnings.warn(
-            notes[-1] + " Pass more inputs; held-out ones guard the fit.", CalibrationWarning, stacklevel=STACK
-        )
+        warn(notes[-1] + " Pass more inputs; held-out ones guard the fit.")
     return notes
 
 

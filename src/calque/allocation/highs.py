@@ -4,8 +4,10 @@ import ctypes
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +22,7 @@ LARGEST_OBJECTIVE = 1e6
 INFEASIBLE = 2  # scipy's status
 STRAY_LINE = b"HighsMipSolverData::transformNewIntegerFeasibleSolution tmpSolver.run();\n"  # printf left in HiGHS 1.12
 
+_OWN_OUTPUT: ContextVar[bool] = ContextVar("own_output", default=False)
 Reals = NDArray[np.float64]
 
 
@@ -99,7 +102,7 @@ def _solve_once(objective: Whole, rows: Sequence[Row], is_open: Mask) -> tuple[i
     constraints = [LinearConstraint(program.one_each, 1, 1)]
     if rows:
         constraints.append(LinearConstraint(program.rows, -np.inf, program.limits))
-    with _without_stray_lines():
+    with _without_stray_lines() if _OWN_OUTPUT.get() or threading.active_count() == 1 else nullcontext():
         result = milp(
             program.objective,
             constraints=constraints,
@@ -120,8 +123,22 @@ def _solve_once(objective: Whole, rows: Sequence[Row], is_open: Mask) -> tuple[i
 
 
 @contextmanager
+def own_output() -> Iterator[None]:
+    """Says that standard output is the caller's alone, as a program's is: stray lines are kept off it though it has threads."""
+    token = _OWN_OUTPUT.set(True)
+    try:
+        yield
+    finally:
+        _OWN_OUTPUT.reset(token)
+
+
+@contextmanager
 def _without_stray_lines() -> Iterator[None]:
-    """Keeps a line that HiGHS 1.12 prints by mistake off standard output; all else that is written meanwhile follows."""
+    """Keeps a line that HiGHS 1.12 prints by mistake off standard output; all else that is written meanwhile follows.
+
+    No option of HiGHS silences it. Standard output is the process's: where other threads may write to it, or fork, it is
+    left alone, and the line is printed.
+    """
     try:
         library, original = ctypes.CDLL(None), os.dup(1)
     except (OSError, TypeError):  # no standard output; no C library to flush (Windows)

@@ -13,6 +13,7 @@ from typing import Annotated, cast
 
 import typer
 
+from calque.allocation.highs import own_output
 from calque.cli.export import export_command, verify_command
 from calque.cli.folder import (
     Run,
@@ -231,7 +232,7 @@ def run(arguments: list[str]) -> int:
     """Runs one command; its exit code: 2 for one that is misspelt. Every error is one line on stderr."""
     command = typer.main.get_command(app)
     try:
-        with visible_warnings():
+        with visible_warnings(), own_output():
             code = command.main(arguments or ["--help"], prog_name=ENTRY, standalone_mode=False, obj=arguments)
     except (KeyboardInterrupt, typer.Abort):
         complain("error", "interrupted")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from calque.cli.signals import EndedError
-from calque.errors import CalibrationWarning
+from calque.errors import CalibrationWarning, CaptureWarning
 
 
 def one_line(error: BaseException) -> str:
@@ -33,7 +33,8 @@ def visible_warnings() -> Iterator[None]:
     """Shows calque's warnings as one line each, and no other library's, which no user can act on."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        warnings.simplefilter("always", CalibrationWarning)
+        for category in (CalibrationWarning, CaptureWarning):
+            warnings.simplefilter("always", category)
         warnings.showwarning = lambda message, *_, **__: complain("warning", " ".join(str(message).split()))
         yield
 

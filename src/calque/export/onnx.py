@@ -1,11 +1,9 @@
 """Writes a quantized network as an ONNX file that runtimes execute with integer kernels."""
 
-import contextlib
 import copy
-import io
 import json
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import get_args
@@ -28,15 +26,18 @@ from calque.export.qonnx import QONNX_DOMAIN, QuantExpander
 from calque.export.rehearsal import origins, rehearse
 from calque.export.runtimes import Target
 from calque.files import FilePath, write_whole
+from calque.graph.exclusive import exclusively
 from calque.graph.network import FlatInput, is_symbolic, value_of
 from calque.graph.outputs import flatten_outputs
 from calque.graph.rewrite import silent_tracing
+from calque.graph.surroundings import undisturbed
 from calque.model import QuantizedModel
 from calque.parts import PartlyQuantized, whole_only
 
 OPSET = 21  # the first with INT4
 
 
+@undisturbed
 def export_onnx(
     model: QuantizedModel,
     path: FilePath,
@@ -138,7 +139,7 @@ def _exported(module: nn.Module, model: QuantizedModel) -> onnx.ModelProto:
     example = tuple(torch.zeros(form.shape, dtype=form.dtype, device=device) for form in forms)
     axes = tuple({axis: torch.export.Dim.AUTO for axis in form.dynamic} for form in forms)
     try:
-        with silent_tracing(), _silent_output(), torch.no_grad():
+        with exclusively(), silent_tracing(), torch.no_grad():
             program = torch.onnx.export(
                 module,
                 example,
@@ -166,7 +167,7 @@ def _culprit(model: QuantizedModel) -> str:
         sources = [source for source, value in read if value is not None]
         example = tuple(torch.zeros([int(n) for n in x.shape], dtype=x.dtype) for _, x in read if x is not None)
         try:
-            with silent_tracing(), _silent_output(), torch.no_grad():
+            with exclusively(), silent_tracing(), torch.no_grad():
                 torch.onnx.export(_Single(node, sources), example, dynamo=True, opset_version=OPSET, verbose=False)
         except Exception:
             return f"the operator {node.target} ({behind(model.layers, node)})"
@@ -209,13 +210,6 @@ class _Original(torch.nn.Module):
     def forward(self, *inputs: torch.Tensor) -> object:
         result, _ = flatten_outputs(self.module(**pytree.tree_unflatten(list(inputs), self.arguments)))
         return tuple(leaf for leaf in result if isinstance(leaf, torch.Tensor))
-
-
-@contextlib.contextmanager
-def _silent_output() -> Iterator[None]:
-    """torch.onnx prints its progress; the terminal is the command line's."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
 
 
 def _root_cause(error: BaseException) -> str:

@@ -34,6 +34,7 @@ from calque.export.saturation import saturates
 from calque.export.verification import LEAST_DB, LIMIT_DB, OUTSIDE, TITLES, OutputAgreement, Verification
 from calque.graph import Batch
 from calque.graph.signature import flatten, rows, select
+from calque.graph.surroundings import undisturbed
 from calque.model import QuantizedModel
 from calque.parts import PartlyQuantized, whole_only
 
@@ -44,6 +45,7 @@ FUSED_ADDS = (
 )
 
 
+@undisturbed
 def verify(
     path: str | os.PathLike[str],
     model: QuantizedModel,

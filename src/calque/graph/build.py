@@ -6,6 +6,8 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from calque.graph.exclusive import exclusively
+
 
 class Builder:
     """Makes nodes in front of one node, in whose place they stand: for the same module and line of the user's code."""
@@ -27,7 +29,7 @@ class Builder:
         with self.node.graph.inserting_before(self.node):
             made = self.node.graph.call_function(target, args, kwargs)
         made_args, made_kwargs = fx.map_arg((args, kwargs), lambda each: each.meta["val"])
-        with self.mode:
+        with exclusively(), self.mode:  # torch counts modes for the whole process
             made.meta = {**self.meta, "val": target(*made_args, **made_kwargs)}
         return made
 

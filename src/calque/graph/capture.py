@@ -11,13 +11,14 @@ from torch.utils import _pytree as pytree
 from calque.errors import CaptureError
 from calque.graph.compare import FAST_PATH, differs_by_fast_path
 from calque.graph.copies import private_copy
+from calque.graph.exclusive import exclusively
 from calque.graph.fold import fold_batch_norms
 from calque.graph.forms import unify_layers
 from calque.graph.layers import Geometry, WeightedLayer
 from calque.graph.names import beside_inner
 from calque.graph.network import Network, find_layers, flat_inputs, padding_of, value_of
 from calque.graph.products import decompose_attention, find_products
-from calque.graph.regions import control_flow, in_float32, undisturbed
+from calque.graph.regions import control_flow, in_float32
 from calque.graph.rewrite import (
     constant_sources,
     constant_value,
@@ -28,6 +29,7 @@ from calque.graph.rewrite import (
     path_of,
 )
 from calque.graph.signature import Batch, Signature, cut, flatten, layout_of, length
+from calque.graph.surroundings import undisturbed
 from calque.graph.trace import DynamicAxes, distinct, require_float32, spare_names, trace
 from calque.graph.uncovered import uncovered, unreached
 
@@ -48,7 +50,7 @@ _LAYER_TYPES = (
 )  # the last is transformers' linear layer
 
 
-@undisturbed()
+@undisturbed
 def capture(model: nn.Module, example: Batch, dynamic: DynamicAxes | None = None) -> Network:
     """The network of `model` (left untouched) as `torch.export` sees it with the inputs `example`.
 
@@ -67,7 +69,7 @@ def capture(model: nn.Module, example: Batch, dynamic: DynamicAxes | None = None
     count = length(example)
     batch = distinct(cut(example, torch.arange(2).clamp(max=count - 1)))
     device = next(leaf.device.type for leaf in flatten(batch)[0] if isinstance(leaf, Tensor))
-    with in_float32(device) as lowered:
+    with exclusively(), in_float32(device) as lowered:
         network = _rewritten(model, batch, dynamic, signature)
         notes = [f"{_AUTOCAST} {', '.join(map(str, lowered))}; here they are computed in float32."] if lowered else []
         for size in (2, 3):  # the traced batch size, and another

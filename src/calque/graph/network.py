@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 
 from calque.graph.layers import Activation, TrainedNorm, WeightedLayer
@@ -253,7 +254,7 @@ def find_shortcuts(network: Network) -> dict[str, fx.Node]:
 
 def is_symbolic(size: object) -> bool:
     """Whether tracing left the size open."""
-    return not isinstance(size, int)
+    return isinstance(size, torch.SymInt) and not is_concrete_int(size)
 
 
 def flat_inputs(module: fx.GraphModule, example: list[object]) -> tuple[FlatInput | None, ...]:

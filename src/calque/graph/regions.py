@@ -4,7 +4,7 @@ torch.export keeps what stands under enable_grad or no_grad as a graph of its ow
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,38 +12,29 @@ from torch import Tensor, fx
 from torch._ops import HigherOrderOperator
 from torch.export import ExportedProgram
 
+from calque.graph.exclusive import for_this_thread
+
 _REGION = torch.ops.higher_order.wrap_with_set_grad_enabled  # of (enabled, the graph, its inputs...)
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
-    """Keeps the autocast and inference modes of the caller out: they would change what is captured and computed."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        for device in ("cpu", "cuda", "xpu", "mps"):
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        yield
-
-
-@contextmanager
 def in_float32(device: str) -> Iterator[set[torch.dtype]]:
-    """While it lasts, torch.autocast does nothing; the precisions that it would have lowered values on `device` to."""
+    """While it lasts, torch.autocast does nothing in this thread; the precisions that it would lower values on `device` to.
+
+    The thread must have its turn (`exclusively`).
+    """
     lowered: set[torch.dtype] = set()
-    enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
 
     def note(region: torch.autocast) -> torch.autocast:
         if region._enabled and region.device == device:
             lowered.add(region.fast_dtype)
         return region
 
-    torch.autocast.__enter__ = note  # type: ignore[method-assign]  # undone below
-    torch.autocast.__exit__ = lambda *_: False  # type: ignore[method-assign]
-    try:
+    with (
+        for_this_thread(torch.autocast, "__enter__", note),
+        for_this_thread(torch.autocast, "__exit__", lambda *_: False),
+    ):
         yield lowered
-    finally:
-        torch.autocast.__enter__ = enter  # type: ignore[method-assign]
-        torch.autocast.__exit__ = leave  # type: ignore[method-assign]
 
 
 def open_regions(program: ExportedProgram) -> None:

@@ -1,17 +1,15 @@
 """Small rewrites of a traced graph: in-place operators made functional, constants evaluated."""
 
-import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-import torch.export._trace as tracer
 from torch import Tensor, fx, nn
 
 from calque.errors import CaptureError
 from calque.graph.network import is_movement
+from calque.graph.silence import silent_thread
 
 aten = torch.ops.aten
 
@@ -26,25 +24,9 @@ _COPIES = frozenset(
 
 @contextmanager
 def silent_tracing() -> Iterator[None]:
-    """Keeps warnings, log lines and prints of torch's own tracer, which users cannot act on, off their terminal.
-
-    Where it fails it prints the whole graph so far, by a `print` that is its module's own for so long.
-    """
-    loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    own = vars(tracer)
-    printed = own.get("print", print)
-    own["print"] = lambda *_, **__: None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        own["print"] = printed
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    """Keeps warnings and log lines of torch's own tracer in this thread, which users cannot act on, off their terminal."""
+    with silent_thread("torch", "onnxscript", "onnx_ir"):
+        yield
 
 
 def functionalize(graph: fx.Graph) -> fx.Graph:

@@ -8,10 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import transformer
 
+from calque.graph.exclusive import for_this_thread
+
 
 @contextmanager
 def without_shortcuts() -> Iterator[None]:
     """While it lasts, torch's transformer modules compute their shortcuts' results by operators that can be traced.
+
+    So they do in this thread, which must have its turn (`exclusively`).
 
     In eval mode without gradients nn.TransformerEncoder leaves padded places out (nested tensors), so that they are zero in its
     result. It does so where all padding of the batch stands behind the values, with a padding mask and no other. Masks are not
@@ -47,14 +51,11 @@ def without_shortcuts() -> Iterator[None]:
         result = result.masked_fill(_left_out(padding, self.mask_check)[:, :, None], 0.0)
         return result if norm is None else norm(result)
 
-    detect = transformer._detect_is_causal_mask
-    nn.TransformerEncoder.forward = forward  # type: ignore[method-assign]  # undone below
-    transformer._detect_is_causal_mask = _said_to_be_causal
-    try:
+    with (
+        for_this_thread(nn.TransformerEncoder, "forward", forward),
+        for_this_thread(transformer, "_detect_is_causal_mask", _said_to_be_causal),
+    ):
         yield
-    finally:
-        nn.TransformerEncoder.forward = original  # type: ignore[method-assign]
-        transformer._detect_is_causal_mask = detect
 
 
 def _said_to_be_causal(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
@@ -64,13 +65,9 @@ def _said_to_be_causal(mask: Tensor | None, is_causal: bool | None = None, size:
 
 @contextmanager
 def slow_attention() -> Iterator[None]:
-    """While it lasts, torch's attention modules compute what they do in training."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
+    """While it lasts, torch's attention modules compute what they do in training: in this thread, whose turn it is."""
+    with for_this_thread(torch.backends.mha, "_is_fastpath_enabled", False):
         yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _left_out(padding: Tensor, checked: bool) -> Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.export._trace as tracer
 from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
@@ -17,6 +18,7 @@ from calque.graph.regions import open_regions
 from calque.graph.rewrite import silent_tracing
 from calque.graph.shortcuts import without_shortcuts
 from calque.graph.signature import Batch, flatten, have_rows, laid_out, layout_of, leaf_names
+from calque.graph.silence import silent_prints
 
 # How torch begins to say that it cannot go on without a value.
 _ON_DATA = ("Could not guard on data-dependent expression", "Could not extract specialized integer from data-dependent")
@@ -78,7 +80,13 @@ def trace(
         axes = {**({0: Dim.AUTO} if batched else {}), **(extra if isinstance(extra, Mapping) else {})}
         shapes.append(axes if isinstance(leaf, Tensor) else None)
     try:
-        with silent_tracing(), torch.no_grad(), without_shortcuts(), flat_outputs(model) as trees:
+        with (
+            silent_tracing(),
+            silent_prints(tracer),
+            torch.no_grad(),
+            without_shortcuts(),
+            flat_outputs(model) as trees,
+        ):
             free = pytree.tree_unflatten(shapes, spec)
             program = torch.export.export(model, (), dict(batch), dynamic_shapes=free, strict=False)
             open_regions(program)

@@ -21,6 +21,7 @@ from calque.files import FilePath
 from calque.graph import Batch, Network, Signature, capture
 from calque.graph.copies import duplicate
 from calque.graph.signature import Axis, Layout, laid_out
+from calque.graph.surroundings import undisturbed
 from calque.model import QuantizedModel, assemble
 from calque.parts import PartlyQuantized, whole_only
 from calque.placement import place
@@ -42,6 +43,7 @@ from calque.storage.file import FORMAT, Tensors, deduplicate, read, write
 EXAMPLE_SEED = 0  # of the inputs with which an architecture is captured again; their values do not matter
 
 
+@undisturbed
 def save(q: QuantizedModel, path: FilePath) -> None:
     """Writes `q` to the safetensors file `path`, whole or not at all.
 
@@ -78,6 +80,7 @@ def save(q: QuantizedModel, path: FilePath) -> None:
     write(path, table, tensors)
 
 
+@undisturbed
 def load(path: FilePath, model: nn.Module) -> QuantizedModel:
     """The quantized network that `save` wrote, on the device of `model`.
 
