@@ -7,6 +7,7 @@ import pytest
 
 ROOMS = (
     "errors",
+    "fields",
     "spec",
     "budget",
     "allocation",

@@ -6,7 +6,6 @@ A plan maps names to bits. It is the one currency between quantization, report, 
 import json
 import os
 import re
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -14,14 +13,17 @@ from pathlib import Path
 from typing import Literal
 
 from calque.errors import SpecError
+from calque.fields import inside, parse_toml, require, shown
 
 LOWEST_BITS, HIGHEST_BITS = 2, 8
 
 Placement = Literal["inputs", "integer"]
 
+SEEDS = (-(2**63), 2**63 - 1)  # the least and the largest
+
 GROUPS = (16, 32, 64, 128, 256)  # inputs that may share a weight scale: what MatMulNBits reads
 
-_PATTERN = re.compile(r"(?:w(?P<w>\d+))?(?:a(?P<a>\d+)|g(?P<g>\d+))?")
+_PATTERN = re.compile(r"(?:w(?P<w>\d{1,9}))?(?:a(?P<a>\d{1,9})|g(?P<g>\d{1,9}))?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,7 @@ class Bits:
         match = _PATTERN.fullmatch(str(text))
         if not match or not match[0]:
             raise SpecError(
-                f'bits are written "w<bits>a<bits>", "w<bits>", "w<bits>g<group>", "a<bits>" or "float". Got {text!r}.'
+                f'bits are written "w<bits>a<bits>", "w<bits>", "w<bits>g<group>", "a<bits>" or "float". Got {shown(text)}.'
             )
         weight, activation, group = (None if match[key] is None else int(match[key]) for key in "wag")
         return cls(weight, activation, group)
@@ -75,6 +77,20 @@ class Bits:
 
 
 FLOAT = Bits(None, None)
+
+
+def written_bits(where: str, value: object) -> None:
+    """A check (`calque.fields`): bits as text, in their short form."""
+    bits = _bits_at(where, value)
+    require(str(bits) == value, where, f'written "{bits}"', value)
+
+
+def _bits_at(where: str, value: object) -> Bits:
+    require(type(value) is str, where, 'bits as text, such as "w4a8"', value)
+    try:
+        return Bits.parse(str(value))
+    except SpecError as error:
+        raise SpecError(f"{where}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -120,13 +136,10 @@ class Plan(Mapping[str, Bits]):
         Raises:
             SpecError: not TOML, no table [plan], or an entry that is not bits.
         """
-        try:
-            table = tomllib.loads(text).get("plan")
-        except tomllib.TOMLDecodeError as error:
-            raise SpecError(f"a plan is a TOML file. This one does not parse: {error}.") from error
+        table = parse_toml(text, "a plan").get("plan")
         if not isinstance(table, dict):
             raise SpecError('a plan file has a table [plan] with lines like "conv1" = "w4a4". None was found.')
-        return cls({name: Bits.parse(entry) for name, entry in table.items()})
+        return cls({name: _bits_at(inside("plan", name), entry) for name, entry in table.items()})
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan to `path` as TOML."""

@@ -13,6 +13,7 @@ from calque.graph import Network, WeightedLayer
 from calque.model import QuantizedModel
 from calque.quantizers import QuantizedLayer, Quantizer
 from calque.storage.file import Tensors
+from calque.storage.rules import layers_of
 
 
 def describe_input(value: object, leaves: Tensors) -> object:
@@ -116,8 +117,7 @@ def left_float(module: fx.GraphModule) -> Iterator[tuple[str, Tensor]]:
 
 def mismatches(network: Network, table: Mapping[str, Any], tensors: Tensors) -> list[str]:
     """Layers, tensors and kinds of operators that the file or the network lacks, and other shapes."""
-    known = [operator.split()[1] for _, operator, _ in table["operators"] if operator.startswith("layer ")]
-    problems = [f"the network has no layer {name}" for name in known if name not in network.layers]
+    problems = [f"the network has no layer {name}" for name in layers_of(table) if name not in network.layers]
     for name in network.layers:
         stored = table["layers"].get(name)
         if stored is not None and stored["shape"] != list(network.weighted(name).weight.shape):
