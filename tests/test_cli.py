@@ -579,7 +579,7 @@ def test_bars_show_every_phase_of_a_run_under_a_budget(
         (["--size", "0.2", "--bits", "w4a4,,w8a8"], "bits are written"),
         (["--size", "0.2", "--bits", ""], "bits are written"),
         (["--size", "0.2", "--plan", "plan.toml"], "budget and plan exclude each other"),
-        (["--size", "0.2", "--workers", "0"], "workers must be an int >= 1"),
+        (["--size", "0.2", "--workers", "0"], "workers must be an int from 1 to 4,096"),
         (["--size", "0.2", "--workers", "two"], "workers"),
         (["--size", "0.2", "--loss", "hinge"], "loss is"),
         (["--size", "0.2", "--loss", "user_net:nothing"], "user_net has no nothing"),

@@ -79,7 +79,7 @@ def whole(low: int, high: int) -> Check:
     """An integer from `low` to `high`."""
 
     def check(where: str, value: Any) -> None:
-        rule = f"an int from {low} to {high}"
+        rule = f"an int from {low:,} to {high:,}"
         require(type(value) is int and low <= value <= high, where, rule, value)
 
     return check
@@ -87,7 +87,7 @@ def whole(low: int, high: int) -> Check:
 
 def number(low: float = -ENDLESS, high: float = ENDLESS) -> Check:
     """A finite number from `low` to `high`."""
-    ends = [f" {word} {end:g}" for word, end in (("from", low), ("to", high)) if abs(end) < ENDLESS]
+    ends = [f" {word} {end:,.16g}" for word, end in (("from", low), ("to", high)) if abs(end) < ENDLESS]
 
     def check(where: str, value: Any) -> None:
         require(type(value) in (int, float) and low <= value <= high, where, f"a finite number{''.join(ends)}", value)
@@ -99,7 +99,8 @@ def choice(*values: str) -> Check:
     """One of these words."""
 
     def check(where: str, value: Any) -> None:
-        require(type(value) is str and value in values, where, f"one of {', '.join(values)}", value)
+        if type(value) is not str or value not in values:
+            raise SpecError(f"{where} is one of {', '.join(values)}. Got {shown(value)}.")
 
     return check
 

@@ -18,6 +18,7 @@ from calque.checkpoint import Checkpoint, FilePath, alone, fingerprint, open_run
 from calque.decisions import DEFAULT_BITS, asked_layers, decide_bits, decide_choices
 from calque.errors import CaptureError, SpecError
 from calque.estimate import estimate
+from calque.fields import optional, whole
 from calque.graph import Batch, DynamicAxes, Network, Signature, capture
 from calque.graph.batching import find_layout, varying_axes
 from calque.graph.copies import duplicate
@@ -33,13 +34,14 @@ from calque.parts import PartlyQuantized, quantize_parts
 from calque.recipe import Recipe, find_recipe
 from calque.search import check_budget, search
 from calque.smoothing import smooth
-from calque.spec import Bits, Placement, Plan
+from calque.spec import SEEDS, Bits, Placement, Plan
 from calque.stages import build
 from calque.store import parse_bytes
 from calque.summary import summarize
 
 log = logging.getLogger(__name__)
 
+MOST_WORKERS = 4096
 EXAMPLE_ROWS = 3  # of the inputs that a saved network is captured with again
 
 
@@ -236,12 +238,10 @@ def _check_options(
 ) -> None:
     if placement not in ("integer", "inputs"):
         raise SpecError(f'placement is "integer" or "inputs". Got {placement!r}.')
-    if type(seed) is not int:
-        raise SpecError(f"seed must be an int. Got {seed!r}.")
+    whole(*SEEDS)("seed", seed)
     if budget is not None and not isinstance(budget, Budget):
         raise SpecError(f"budget is a calque.Budget, such as Budget(size=0.13). Got {budget!r}.")
-    if workers is not None and (type(workers) is not int or workers < 1):
-        raise SpecError(f"workers must be an int >= 1, or None for this process. Got {workers!r}.")
+    optional(whole(1, MOST_WORKERS))("workers", workers)
     several = bits is not None and not isinstance(bits, str)
     if budget is not None and plan is not None:
         raise SpecError("budget and plan exclude each other: a plan has the bits of every layer. Drop one of them.")

@@ -12,8 +12,10 @@ from calque.arithmetic import BIAS_LIMIT, SMALLEST_SCALE
 from calque.errors import SpecError
 from calque.fields import inside, require, shown
 from calque.graph import Network
+from calque.graph.spelling import respellings
 from calque.model import QuantizedModel
 from calque.placement import Edge
+from calque.quantizers import Quantizer
 from calque.spec import Bits, Plan, check_entry
 from calque.storage.architecture import left_float
 from calque.storage.file import Tensors
@@ -137,15 +139,13 @@ def check_grids(edges: Sequence[Edge], grids: Mapping[str, Any]) -> None:
 def check_floats(network: Network, model: nn.Module, tensors: Tensors) -> None:
     """Raises SpecError where a tensor that stays float has no place in the network, another type, or is not finite.
 
-    Constants and buffers may be infinite (masks are); parameters and the statistics of norms may not, and nothing is NaN.
+    Constants and buffers may be infinite where the architecture's own are: masks.
     """
     floats = dict(left_float(network.module))
-    strict = {name for name, _ in model.named_parameters()} | {
-        f"{path}.{name}"
-        for path, norm in model.named_modules()
-        if isinstance(norm, _NormBase)
-        for name, _ in norm.named_buffers()
-    }
+    spelled = respellings(model)
+    norms = [path for path, module in model.named_modules() if isinstance(module, _NormBase)]
+    strict = {spelled.get(name, name) for name, _ in model.named_parameters()}
+    strict |= {f"{spelled.get(path, path)}.{leaf}" for path in norms for leaf in ("running_mean", "running_var")}
     strict |= {f"{name}.{part}" for name in network.layers for part in ("weight", "bias")}
     for key, value in tensors.items():
         name = key.removeprefix("float:")
@@ -156,8 +156,8 @@ def check_floats(network: Network, model: nn.Module, tensors: Tensors) -> None:
         if value.dtype != floats[name].dtype:
             raise SpecError(f"{shown(key)} must be {floats[name].dtype}, as in the network. Got {value.dtype}.")
         if value.is_floating_point() or value.is_complex():
-            fits = torch.isfinite(value) if name in strict else ~torch.isnan(value)
-            _require_all(key, value, fits, "finite" if name in strict else "a number")
+            infinite = torch.isinf(value) & (False if name in strict else torch.isinf(floats[name]))
+            _require_all(key, value, torch.isfinite(value) | infinite, "finite")
 
 
 def check_scales(q: QuantizedModel) -> None:
@@ -169,3 +169,28 @@ def check_scales(q: QuantizedModel) -> None:
                 f"{shown(f'layer:{name}:bias_scale')} must be the scale of the layer's input, {grid.scale.item():.6g}, times "
                 "that of its weights."
             )
+
+
+def check_ranges(q: QuantizedModel, report: Table) -> None:
+    """Raises SpecError where a grid has another range than the report says."""
+    grids = q.quantizers
+    for name, (bits, low, high) in report["tensors"].items():
+        where = inside("report.tensors", name)
+        if name not in grids:
+            raise SpecError(f"{where} names no grid of the network.")
+        require(bits == f"a{grids[name].bits}", where, f"of the grid's {grids[name].bits} bits", bits)
+        _require_range(where, grids[name], low, high)
+    for index, layer in enumerate(report["layers"]):
+        part = q.layers.get(layer["name"])
+        if report.get("distilled") is None and layer["low"] is not None:  # distilling moves grids afterwards
+            where = f"report.layers[{index}]"
+            if part is None or part.source is None:
+                raise SpecError(
+                    f"{where} has a range, but no quantized layer on a grid is called {shown(layer['name'])}."
+                )
+            _require_range(where, part.source, layer["low"], layer["high"])
+
+
+def _require_range(where: str, grid: Quantizer, low: float, high: float | None) -> None:
+    ends = f"{low} to {high}"
+    require((low, high) == grid.range, where, f"of the grid's range, {grid.range[0]} to {grid.range[1]}", ends)

@@ -38,7 +38,7 @@ from calque.storage.architecture import (
     operators,
     shapes,
 )
-from calque.storage.contents import check_floats, check_grids, check_plan, check_scales, check_tensors
+from calque.storage.contents import check_floats, check_grids, check_plan, check_ranges, check_scales, check_tensors
 from calque.storage.file import FORMAT, Tensors, deduplicate, read, write
 from calque.storage.rules import check_table
 
@@ -143,6 +143,8 @@ def _assembled(
         result = assemble(network, edges, _layers(network, table, tensors), quantizers, plan)
         _restore_float(result, tensors)
         check_scales(result)
+        if table["report"] is not None:
+            check_ranges(result, table["report"])
     if grids(result) != table["grids"]:
         raise _moved_grids(path, table)
     return result
