@@ -689,3 +689,73 @@ def _session(process: Path) -> str:
     except OSError:
         return ""
     return "" if state == "Z" else fields[2]
+
+
+@pytest.mark.parametrize(
+    "command", [["export", "run", "model.onnx"], ["verify", "model.onnx", "run"]], ids=lambda c: c[0]
+)
+@pytest.mark.parametrize("path", ["run", "run/run.json"])
+def test_a_function_that_others_may_have_named_is_not_imported_without_trust(
+    work: Path, capsys: pytest.CaptureFixture[str], command: list[str], path: str
+) -> None:
+    quantize()
+    assert run(["export", "run", "model.onnx"]) == 0
+    sys.modules.pop("user_net")
+    Path(path).chmod(0o777)
+    capsys.readouterr()
+
+    assert run(command) == 1
+
+    error = capsys.readouterr().err
+    assert error.startswith(
+        f"error: run/run.json says to import and call user_net:build, and other users may write to {path}."
+    )
+    assert "--trust" in error
+    assert "user_net" not in sys.modules
+    assert run([*command, "--trust"]) == 0
+    Path(path).chmod(0o755)
+    assert run(command) == 0
+
+
+def test_a_run_of_another_user_is_not_trusted(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quantize()
+    monkeypatch.setattr(os, "getuid", lambda: os.stat("run").st_uid + 1)
+
+    assert run(["export", "run", "model.onnx"]) == 1
+
+    assert "run/run.json belongs to another user" in capsys.readouterr().err
+
+
+def test_what_quantize_writes_is_trusted_whatever_the_umask(work: Path) -> None:
+    before = os.umask(0)
+    try:
+        quantize()
+    finally:
+        os.umask(before)
+
+    assert run(["export", "run", "model.onnx"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("model", 3, "run.model must be text. Got 3"),
+        ("seed", True, "run.seed must be an int from"),
+        ("scores", {"float": "x"}, "run.scores.float must be a number. Got 'x'"),
+        ("extra", 1, "run has an unknown field 'extra'"),
+        ("weights", [], "run.weights must be text"),
+    ],
+)
+def test_a_run_with_a_wrong_field_is_one_line(
+    work: Path, capsys: pytest.CaptureFixture[str], field: str, value: object, message: str
+) -> None:
+    quantize()
+    settings = json.loads(Path("run/run.json").read_text())
+    Path("run/run.json").write_text(json.dumps({**settings, field: value}))
+    capsys.readouterr()
+
+    for command in (["export", "run", "model.onnx"], ["report", "run"]):
+        assert run(command) == 1
+        assert message in capsys.readouterr().err

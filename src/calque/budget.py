@@ -246,5 +246,5 @@ def _parse_text(name: str, text: str) -> tuple[Fraction, bool]:
     if match and match[2].upper() in units and 0 < Fraction(match[1]) * units[match[2].upper()] <= MOST:
         return Fraction(match[1]) * units[match[2].upper()], False
     example = '"200M" or "3.5G"' if name == "bops" else '"300kB" or "1.2MB"'
-    raise SpecError(f'{name} as text is a percentage in (0, 100], such as "13%", or a number with a unit, up to {MOST:,}, such as '
-                    f"{example}. Got {shown(text)}.")  # fmt: skip
+    raise SpecError(f'{name} as text is a percentage in (0, 100], such as "13%", or a number with a unit, up to {MOST:,}, such '
+                    f"as {example}. Got {shown(text)}.")  # fmt: skip

@@ -131,9 +131,9 @@ class Report:
         return json.dumps(asdict(self), indent=1)
 
     @classmethod
-    def from_json(cls, text: str) -> "Report":
+    def from_json(cls, content: str) -> "Report":
         """The report that `to_json` wrote. Raises: SpecError, with the field and its rule."""
-        table: dict[str, Any] = parse_json(text)
+        table: dict[str, Any] = parse_json(content)
         check_report("report", table)
         table["layers"] = tuple(LayerReport(**layer) for layer in table["layers"])
         table["tensors"] = {

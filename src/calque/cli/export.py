@@ -6,7 +6,7 @@ from typing import Annotated, cast
 import typer
 from torch import nn
 
-from calque.cli.folder import NETWORK, read_run
+from calque.cli.folder import NETWORK, trusted_run
 from calque.cli.inputs import build_model, load_calibration, load_weights
 from calque.errors import VerificationError
 from calque.export import Target, Verification, export_onnx, verify
@@ -15,6 +15,12 @@ from calque.model import QuantizedModel
 from calque.storage import load
 
 Folder = Annotated[Path, typer.Argument(help="the folder of a run", metavar="RUN")]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust", help="import the function that run.json names, although others could have written its name"
+    ),
+]
 Runtime = Annotated[str, typer.Option("--target", help="onnxruntime, openvino or qonnx")]
 
 
@@ -23,9 +29,10 @@ def export_command(
     path: Annotated[Path, typer.Argument(help="the file to write", metavar="MODEL.ONNX")],
     check: Annotated[bool, typer.Option("--verify", help="run the file on the calibration inputs")] = False,
     target: Runtime = "onnxruntime",
+    trust: Trust = False,
 ) -> None:
     """Exports the network of a run: ONNX for onnxruntime and openvino, which read the same file, or qonnx."""
-    settings = read_run(run)
+    settings = trusted_run(run, trust=trust)
     q = load(run / NETWORK, build_model(settings.model))
     export_onnx(q, path, target=cast(Target, target))  # which checks it
     print(f"{path}: {path.stat().st_size:,} bytes")
@@ -43,9 +50,10 @@ def verify_command(
     target: Runtime = "onnxruntime",
     bound: Annotated[float, typer.Option(help="least share of outputs that agree with the exact evaluation")] = BOUND,
     as_json: Annotated[bool, typer.Option("--json", help="one line of JSON")] = False,
+    trust: Trust = False,
 ) -> None:
     """Runs an exported file and compares it with its run: agreement, kernels, bytes, latency beside the float network."""
-    settings = read_run(run)
+    settings = trusted_run(run, trust=trust)
     original = build_model(settings.model)
     q = load(run / NETWORK, original)
     if settings.weights is not None:

@@ -80,7 +80,7 @@ def _check_layer(name: str, table: Table, tensors: Tensors) -> None:
     on_grid = "bias_scale" in found
     _require_form(f"layer:{name}:codes", found["codes"], torch.uint8, [packed])
     _require_form(f"layer:{name}:scale", found["scale"], torch.float32, [channels, *groups])
-    biases = [] if on_grid or len(found["bias"]) else [0]  # a table has none
+    biases = [] if on_grid or found["bias"].numel() else [0]  # a table has none
     _require_form(f"layer:{name}:bias", found["bias"], torch.int32 if on_grid else torch.float32, biases or [channels])
     _require_scale(f"layer:{name}:scale", found["scale"])
     if on_grid:
