@@ -68,6 +68,9 @@ class Recipe:
         distillation: of the float network's outputs into all parameters, end to end; 0 minutes and 0 steps for none.
         tuning: of the biases, end to end; 0 steps for none.
 
+    Raises:
+        SpecError: a field out of its range. Counts, rates and minutes have upper bounds, far above what any run needs.
+
     >>> SEQUENTIAL == Recipe.parse(SEQUENTIAL.to_toml())
     True
     """

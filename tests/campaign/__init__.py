@@ -1,1 +1,1 @@
-"""Campaigns: what is too long for the suite, run by `python -m tests.campaign`; the suite runs a part of each."""
+"""What may never go wrong, tried many times: `python -m tests.campaign`."""

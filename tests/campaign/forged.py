@@ -2,12 +2,20 @@
 
 A file passes where it is refused with one error that names it and the rule, or where it loads as an equal network. What no rule
 can tell from the truth is not tried: another code of a weight, another scale of a channel with its bias's.
+
+python -m tests.campaign.forged [--limit SECONDS]
 """
 
+import argparse
 import json
 import math
+import random
+import resource
 import struct
+import tempfile
+import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
@@ -16,12 +24,14 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import calque
 from calque.errors import LoadError
 
 METADATA = "calque"
 LONGEST_MESSAGE = 1000
+MOST_GROWTH = 512 * 1024  # kilobytes of memory that opening a small file may take above all before
 Place = tuple[str | int, ...]
 
 
@@ -190,3 +200,67 @@ def _without(table: dict[str, Any], place: Place) -> dict[str, Any]:
     changed = deepcopy(table)
     del _at(changed, place[:-1])[place[-1]]
     return changed
+
+
+class _Network(nn.Module):
+    """A residual add, a batch norm, an embedding, a buffer and a constant that stay float; two inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.again = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.norm, self.words, self.head = nn.BatchNorm2d(8), nn.Embedding(5, 8), nn.Linear(8, 3)
+        self.register_buffer("gain", torch.tensor([0.5]))
+
+    def forward(self, image: Tensor, word: Tensor) -> Tensor:
+        x = self.first(image).relu()
+        x = self.norm(self.again(x) + x)
+        x = self.again(x) * self.gain + torch.tensor(0.25)
+        y: Tensor = self.head(x.mean((2, 3)) + self.words(word))
+        return y
+
+
+def campaign(limit: float, seed: int = 0) -> tuple[Counter[bool], list[str]]:
+    """Forgeries in random order until so many seconds are spent: how many are right and wrong, and what the latter did."""
+    generator = torch.Generator().manual_seed(seed)
+    images, words = torch.randn(32, 1, 8, 8, generator=generator), torch.randint(5, (32,), generator=generator)
+    q = calque.quantize(_Network().eval(), {"image": images, "word": words}, bits="w3a5", recipe="nearest")
+    counts, wrong, started = Counter[bool](), list[str](), time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="calque-forged-") as folder:
+        path = Path(folder) / "q.safetensors"
+        calque.save(q, path)
+        content = path.read_bytes()
+        forgeries = [*tensor_forgeries(content), *metadata_forgeries(content)]
+        random.Random(seed).shuffle(forgeries)
+
+        def load(path: Path) -> Callable[[Tensor], Tensor]:
+            loaded = calque.load(path, _Network())
+            return lambda inputs: loaded(inputs, words)
+
+        for forge in forgeries:
+            forgery, before = forge(), _peak()
+            problem = judge(forgery, path, load, images, q(images, words))
+            if not problem and _peak() - before > MOST_GROWTH:
+                problem = f"{forgery.name}: {(_peak() - before) // 1024} MB were taken"
+            counts[not problem] += 1
+            wrong += [problem] if problem else []
+            if time.monotonic() - started > limit:
+                break
+    return counts, wrong
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def main() -> None:
+    """Prints what went wrong, and counts of all."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--limit", type=float, default=600.0, help="seconds")
+    torch.set_num_threads(1)
+    counts, wrong = campaign(parser.parse_args().limit)
+    print("\n".join(wrong) or "nothing went wrong")
+    print(f"forged files: tried {counts.total()}, right {counts[True]}, wrong {counts[False]}")
+
+
+if __name__ == "__main__":
+    main()

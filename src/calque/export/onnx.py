@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import onnx
 import torch
@@ -29,6 +29,7 @@ from calque.graph.network import FlatInput, value_of
 from calque.graph.outputs import flatten_outputs
 from calque.graph.rewrite import silent_tracing
 from calque.graph.signature import have_rows, laid_out
+from calque.graph.spelling import respell, respellings
 from calque.model import QuantizedModel
 from calque.parts import PartlyQuantized, whole_only
 
@@ -118,7 +119,7 @@ def _exported(module: nn.Module, model: QuantizedModel) -> onnx.ModelProto:
     try:
         with silent_tracing(), _silent_output(), torch.no_grad():
             program = torch.onnx.export(
-                module,
+                _spelled(module, example, axes),
                 example,
                 dynamo=True,
                 opset_version=OPSET,
@@ -132,6 +133,18 @@ def _exported(module: nn.Module, model: QuantizedModel) -> onnx.ModelProto:
     proto: onnx.ModelProto = program.model_proto
     _name_inputs(proto.graph, [form.name for form in forms])
     return proto
+
+
+def _spelled(
+    module: nn.Module, example: tuple[torch.Tensor, ...], axes: tuple[dict[int, Any], ...]
+) -> nn.Module | torch.export.ExportedProgram:
+    """The module itself, or where code cannot spell one of its paths, a program that spells it otherwise."""
+    spelled = respellings(module)
+    if not spelled:
+        return module
+    program = torch.export.export(module, example, dynamic_shapes=(axes,), strict=False)
+    respell(program, spelled)
+    return program
 
 
 def _name_inputs(graph: onnx.GraphProto, names: list[str]) -> None:
