@@ -109,8 +109,19 @@ def test_a_budget_survives_json(budget: Budget) -> None:
     assert Budget.from_dict(json.loads(text)) == budget
 
 
-@pytest.mark.parametrize("plain", [{"weight": 3}, {"latency": {}}, {"latency": {"table": [1], "milliseconds": 2.0}}])
-def test_what_is_no_budget_is_refused(plain: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "plain",
+    [
+        3,
+        [],
+        {"weight": 3},
+        {"latency": 3},
+        {"latency": {}},
+        {"latency": {"table": [1], "milliseconds": 2.0}},
+        {"latency": {"table": [[1]], "milliseconds": 2.0}},
+    ],
+)
+def test_what_is_no_budget_is_refused(plain: Any) -> None:
     with pytest.raises(SpecError, match="not a budget"):
         Budget.from_dict(plain)
 

@@ -122,8 +122,8 @@ class Budget:
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> "Budget":
         """The budget that `to_dict` wrote. Raises: SpecError."""
-        latency = plain.get("latency")
         try:
+            latency = plain.get("latency")
             if latency is not None:
                 table = latency["table"]
                 if not isinstance(table, str):
@@ -131,7 +131,9 @@ class Budget:
                 limit = latency["milliseconds"]
                 latency = (table, math.inf if limit is None else limit)
             return cls(**{**plain, "latency": latency})
-        except (KeyError, TypeError) as error:
+        except SpecError:
+            raise
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise SpecError(f"not a budget: {error}. Write it with Budget.to_dict.") from error
 
 

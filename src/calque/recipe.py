@@ -12,7 +12,7 @@ from calque.fields import choice, number, parse_toml, require, shown, whole
 from calque.ranges import ActivationRange, WeightRange
 from calque.solvers.layer import Settings, Solver
 from calque.solvers.parameters import StepSizes
-from calque.spec import read_text, toml_string
+from calque.spec import naming, read_text, toml_string
 
 TensorRange = Literal["minmax", "mean_minmax", "percentile", "least_squares"]
 Flavour = Literal["sequential", "parallel"]
@@ -219,5 +219,6 @@ def find_recipe(recipe: "str | Recipe | None") -> Recipe:
     if recipe in RECIPES:
         return RECIPES[recipe]
     if os.path.isfile(recipe):
-        return Recipe.parse(read_text(recipe))
+        with naming(recipe):
+            return Recipe.parse(read_text(recipe))
     raise SpecError(f"recipe is one of {', '.join(RECIPES)}, or a TOML file. Got {recipe!r}.")

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -148,7 +149,8 @@ class Plan(Mapping[str, Bits]):
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Plan":
         """The plan in the TOML file `path`. Raises: OSError, SpecError."""
-        return cls.parse(read_text(path))
+        with naming(path):
+            return cls.parse(read_text(path))
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
@@ -157,6 +159,16 @@ def read_text(path: str | os.PathLike[str]) -> str:
         return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise SpecError(f"{os.fspath(path)} is not a text file in UTF-8: {error.reason}.") from error
+
+
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Puts the file's name in front of an error about its contents."""
+    try:
+        yield
+    except SpecError as error:
+        name = os.fspath(path)
+        raise SpecError(str(error) if str(error).startswith(str(name)) else f"{name}: {error}") from error
 
 
 def toml_string(text: str) -> str:
