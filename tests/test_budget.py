@@ -76,6 +76,16 @@ def test_every_form_of_an_amount_has_its_absolute_limit(fields: dict[str, Any], 
         ({"latency": "table.csv"}, "latency is a pair"),
         ({"latency": (TABLE, 0.0)}, "limit is in milliseconds, > 0"),
         ({"latency": (TABLE, math.inf)}, "finite unless latency is what is minimized"),
+        ({"size": 10**30}, "an absolute int from 1 to 1,000,000,000,000,000,000,000.*Got an int of about"),
+        ({"size": 10**5000}, "Got an int of about"),
+        ({"size": "1e400B"}, "size as text"),
+        ({"size": 5000 * "9" + "B"}, "size as text"),
+        ({"bops": "1e30"}, "bops as text"),
+        ({"loss": 10**400, "minimize": "size"}, "loss must be a finite number >= 0. Got an int of about"),
+        ({"latency": (TABLE, 10**400)}, "limit is in milliseconds.*Got an int of about"),
+        ({"latency": (TABLE, 1e12)}, "at most 1,000,000,000"),
+        ({"latency": ({("conv1", "w8a8"): 1e300}, 1.0)}, "milliseconds must be at most 1,000,000,000. Got 1e[+]300"),
+        ({"latency": ({("conv1", "w8a8"): 10**400}, 1.0)}, "latency of .*too large"),
         ({"latency": (7, 1.0)}, "latency's table is a CSV file or a mapping. Got int"),
         ({"latency": ({("conv1", "w8a8"): -1.0}, 1.0)}, "milliseconds must be finite and >= 0"),
     ],
@@ -109,8 +119,19 @@ def test_a_budget_survives_json(budget: Budget) -> None:
     assert Budget.from_dict(json.loads(text)) == budget
 
 
-@pytest.mark.parametrize("plain", [{"weight": 3}, {"latency": {}}, {"latency": {"table": [1], "milliseconds": 2.0}}])
-def test_what_is_no_budget_is_refused(plain: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "plain",
+    [
+        3,
+        [],
+        {"weight": 3},
+        {"latency": 3},
+        {"latency": {}},
+        {"latency": {"table": [1], "milliseconds": 2.0}},
+        {"latency": {"table": [[1]], "milliseconds": 2.0}},
+    ],
+)
+def test_what_is_no_budget_is_refused(plain: Any) -> None:
     with pytest.raises(SpecError, match="not a budget"):
         Budget.from_dict(plain)
 
@@ -130,7 +151,7 @@ def test_a_latency_table_is_read_from_csv(tmp_path: Path) -> None:
         ("layer,bits,milliseconds\na,w8a8\n", "line 2: an entry is layer, bits, milliseconds"),
         ("layer,bits,milliseconds\n\na,w8a8,fast\n", "line 3: could not convert"),
         ("layer,bits,milliseconds\na,8,1\n", "line 2: bits are written"),
-        ("layer,bits,milliseconds\na,w8a8,-1\n", "line 2: milliseconds must be finite and >= 0. Got -1"),
+        ("layer,bits,milliseconds\na,w8a8,-1\n", "line 2: milliseconds must be finite and >= 0. Got '-1'"),
         ("layer,bits,milliseconds\na,w8a8,nan\n", "line 2: milliseconds must be finite"),
         ("layer,bits,milliseconds\na,w8a8,1\na,w8a8,2\n", "line 3: a, w8a8 has an entry already"),
         ("layer,bits,milliseconds\na,w8a8,\xff\n", "not a CSV file in UTF-8"),

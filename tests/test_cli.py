@@ -703,7 +703,7 @@ def test_one_bar_shows_every_phase_of_a_run_under_a_budget(
         (["--size", "0.2", "--bits", "w4a4,,w8a8"], "bits are written"),
         (["--size", "0.2", "--bits", ""], "bits are written"),
         (["--size", "0.2", "--plan", "plan.toml"], "budget and plan exclude each other"),
-        (["--size", "0.2", "--workers", "0"], "workers must be an int >= 1"),
+        (["--size", "0.2", "--workers", "0"], "workers must be an int from 1 to 4,096"),
         (["--size", "0.2", "--workers", "two"], "workers"),
         (["--size", "0.2", "--loss", "hinge"], "loss is"),
         (["--size", "0.2", "--loss", "user_net:nothing"], "user_net has no nothing"),
@@ -847,3 +847,73 @@ def test_a_latency_table_is_measured_and_limits_a_run(work: Path, capsys: pytest
     }  # fmt: skip
     assert run(["latency", "run", "-o", "missing/table.csv"]) == 1
     assert "the folder missing does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command", [["export", "run", "model.onnx"], ["verify", "model.onnx", "run"]], ids=lambda c: c[0]
+)
+@pytest.mark.parametrize("path", ["run", "run/run.json"])
+def test_a_function_that_others_may_have_named_is_not_imported_without_trust(
+    work: Path, capsys: pytest.CaptureFixture[str], command: list[str], path: str
+) -> None:
+    quantize()
+    assert run(["export", "run", "model.onnx"]) == 0
+    sys.modules.pop("user_net")
+    Path(path).chmod(0o777)
+    capsys.readouterr()
+
+    assert run(command) == 1
+
+    error = capsys.readouterr().err
+    assert error.startswith(
+        f"error: run/run.json says to import and call user_net:build, and other users may write to {path}."
+    )
+    assert "--trust" in error
+    assert "user_net" not in sys.modules
+    assert run([*command, "--trust"]) == 0
+    Path(path).chmod(0o755)
+    assert run(command) == 0
+
+
+def test_a_run_of_another_user_is_not_trusted(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quantize()
+    monkeypatch.setattr(os, "getuid", lambda: os.stat("run").st_uid + 1)
+
+    assert run(["export", "run", "model.onnx"]) == 1
+
+    assert "run/run.json belongs to another user" in capsys.readouterr().err
+
+
+def test_what_quantize_writes_is_trusted_whatever_the_umask(work: Path) -> None:
+    before = os.umask(0)
+    try:
+        quantize()
+    finally:
+        os.umask(before)
+
+    assert run(["export", "run", "model.onnx"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("model", 3, "run.model must be text. Got 3"),
+        ("seed", True, "run.seed must be an int from"),
+        ("scores", {"float": "x"}, "run.scores.float must be a number. Got 'x'"),
+        ("extra", 1, "run has an unknown field 'extra'"),
+        ("weights", [], "run.weights must be text"),
+    ],
+)
+def test_a_run_with_a_wrong_field_is_one_line(
+    work: Path, capsys: pytest.CaptureFixture[str], field: str, value: object, message: str
+) -> None:
+    quantize()
+    settings = json.loads(Path("run/run.json").read_text())
+    Path("run/run.json").write_text(json.dumps({**settings, field: value}))
+    capsys.readouterr()
+
+    for command in (["export", "run", "model.onnx"], ["report", "run"]):
+        assert run(command) == 1
+        assert message in capsys.readouterr().err

@@ -1,8 +1,12 @@
 """Names of arguments, layers and tensors: whatever the user calls them, nothing collides."""
 
+import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -11,7 +15,9 @@ from torch import Tensor, nn
 
 import calque
 import networks
-from calque.graph import capture
+from calque.cli import run
+from calque.graph import Network, capture
+from calque.graph.spelling import respellings
 from calque.model import QuantizedModel
 from calque.placement import place
 from calque.recipe import ACCURATE, FAST
@@ -102,6 +108,98 @@ def test_a_layer_called_like_a_part_of_graphs_has_an_underscore(tmp_path: Path) 
     q = journey(calling("x", "graph"), X, tmp_path, recipe="nearest")
 
     assert list(q.layers) == ["graph_", "head"]
+
+
+# What a module in a ModuleDict may be called, and what its layer is called in plans: code cannot spell the others.
+AWKWARD = {
+    "a b": "a b", " ": " ", "a'b": "a'b", "#": "#", "[0]": "[0]", "*": "*", "層": "層", "é": "é", "x" * 300: "x" * 300, "0": "0",
+    "graph": "graph", "self": "self", "quantizers": "quantizers", "code": "code", "%s{}": "%s{}", "a:b/c": "a:b/c",
+    "None": "None_", "class": "class_", "lambda": "lambda_", 'a"b': "a_b", "a\nb": "a_b_", "a\\b": "a_b__", "\0": "_",
+    "con\\u0041": "con_u0041", "e\u0301": "é_", "\ud800": "__", "name\u2028x": "name_x",
+}  # fmt: skip
+
+
+class Many(nn.Module):
+    """Layers called whatever a dict allows, two of which are asked for by name; their results have these names too."""
+
+    def __init__(self, names: Iterable[str] = AWKWARD) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict({name: nn.Linear(8, 8) for name in names})
+        self.scales = nn.ParameterDict({name: torch.ones(8) for name in names})
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        for name, part in self.parts.items():
+            x = part(x).relu() * self.scales[name] + x
+        return {name: self.head(x) for name in self.parts}
+
+
+@pytest.fixture(scope="module")
+def crowded() -> Network:
+    return capture(networks.seeded(Many()), {"x": X})
+
+
+@pytest.mark.parametrize("name", AWKWARD, ids=ascii)
+def test_a_layer_in_a_dict_may_have_any_name(name: str, crowded: Network) -> None:
+    given = f"parts.{name}"
+    alone = respellings(Many([name])).get(given, given)
+
+    told = [note for note in crowded.left_float if note.startswith(f"{ascii(given)[1:-1]} is called")]
+
+    assert alone.rstrip("_") == f"parts.{AWKWARD[name]}".rstrip("_")  # beside names of the same spelling there are more
+    assert f"parts.{AWKWARD[name]}" in crowded.layers
+    assert len(told) == (AWKWARD[name] != name)
+
+
+def test_every_awkward_name_makes_the_whole_journey(tmp_path: Path) -> None:
+    model = networks.seeded(Many())
+    q = calque.quantize(model, X, bits="w8a8", recipe="nearest")
+    q.plan.save(tmp_path / "plan.toml")
+    assert calque.Plan.load(tmp_path / "plan.toml") == q.plan
+    again = calque.quantize(model, X, plan=calque.Plan.load(tmp_path / "plan.toml"), recipe="nearest")
+    assert again.plan == q.plan
+    calque.save(q, tmp_path / "q.safetensors")
+    loaded = calque.load(tmp_path / "q.safetensors", Many())
+
+    results = loaded(X)
+
+    assert list(results) == list(AWKWARD)
+    assert all(torch.equal(value, q(X)[name]) for name, value in results.items())
+    assert calque.verify(calque.export_onnx(q, tmp_path / "q.onnx"), q, X).agreement > 0.99
+
+
+def test_every_awkward_name_goes_through_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [name for name in AWKWARD if name != "\ud800"]  # no source file can hold it
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setitem(sys.modules, "awkward_net", SimpleNamespace(build=lambda: networks.seeded(Many(names))))
+    np.save("x.npy", X.numpy())
+    arguments = ["quantize", "awkward_net:build", "--calibration", "x.npy", "--recipe", "nearest", "-o", "run"]
+
+    assert run([*arguments, "--bits", "w8a8,w4a8", "--size", "0.7"]) == 0
+    for command in (["export", "run", "q.onnx"], ["verify", "q.onnx", "run"], ["plan", "run"], ["report", "run"]):
+        assert run(command) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["a b", "None", 'a"b', "a\nb", "[0]", "層", "graph"])
+def test_an_argument_may_be_a_dict_of_any_name(name: str, tmp_path: Path) -> None:
+    class Takes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x: dict[str, Tensor]) -> Tensor:
+            y: Tensor = self.head(self.body(x[name]).relu())
+            return y
+
+    batch = {"x": {name: X}}
+    q = calque.quantize(networks.seeded(Takes()), batch, bits="w8a8", recipe="nearest")
+    calque.save(q, tmp_path / "q.safetensors")
+
+    assert torch.equal(calque.load(tmp_path / "q.safetensors", Takes())(**batch), q(**batch))
+    assert calque.verify(calque.export_onnx(q, tmp_path / "q.onnx"), q, batch).agreement > 0.99
 
 
 class Clashing(nn.Module):

@@ -152,7 +152,7 @@ GOOD = Plan(dict.fromkeys(("stem", "conv1", "conv2", "down", "head"), Bits(4, 4)
         ({"bits": "w4a4", "budget": calque.Budget(size=0.2)}, "a budget chooses from several bits"),
         ({"bits": ("w4a4",), "budget": calque.Budget(size=0.2), "plan": GOOD}, "budget and plan exclude each other"),
         ({"bits": (), "budget": calque.Budget(size=0.2)}, "at least one candidate"),
-        ({"workers": 0}, "workers must be an int >= 1"),
+        ({"workers": 0}, "workers must be an int from 1 to 4,096"),
         ({"loss": "l1"}, 'loss is "kl", "mse" or a function'),
         ({"bits": "w4a4", "plan": GOOD}, "bits and plan exclude each other"),
         (
@@ -513,8 +513,12 @@ def test_an_ordinary_run_warns_about_nothing(net: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seed": "a"}, "seed must be an int. Got 'a'"),
-        ({"seed": 1.5}, "seed must be an int. Got 1.5"),
+        ({"seed": "a"}, "seed must be an int from .* Got 'a'"),
+        ({"seed": 1.5}, "seed must be an int from .* Got 1.5"),
+        ({"seed": 10**30}, "seed must be an int from .* Got an int of about"),
+        ({"workers": 10**6}, "workers must be an int from 1 to 4,096. Got 1000000"),
+        ({"memory": 10**30}, "a size is written .* at most 1,000,000 GB. Got an int of about"),
+        ({"memory": 400 * "9" + "GB"}, "a size is written"),
         ({"memory": "0MB"}, "a size is written"),
         ({"bits": ("w8a8", "w4a4"), "budget": 0.2}, "budget is a calque.Budget, such as .* Got 0.2"),
         ({"bits": ("w8a8", "w4a4"), "budget": {"size": 0.2}}, "budget is a calque.Budget"),

@@ -260,7 +260,7 @@ def test_a_quantity_that_was_not_measured_is_named() -> None:
 
 @pytest.mark.parametrize("count", [0, -1, 1.5])
 def test_a_count_below_one_is_refused(count: Any) -> None:
-    with pytest.raises(SpecError, match="count must be an int >= 1"):
+    with pytest.raises(SpecError, match="count must be an int from 1 to 1,000"):
         solve(PRICES, Budget(size=1.0), count=count)
 
 

@@ -9,6 +9,7 @@ ROOMS = (
     "errors",
     "processes",
     "files",
+    "fields",
     "spec",
     "budget",
     "allocation",

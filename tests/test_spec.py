@@ -82,7 +82,7 @@ def test_equal_plans_have_equal_hashes_whatever_their_order() -> None:
         ("[plan\n", "a plan is a TOML file. This one does not parse"),
         ('a = "w4a4"', r"a plan file has a table \[plan\]"),
         ("plan = 3", r"a plan file has a table \[plan\]"),
-        ("[plan]\na = 4", "bits are written .* Got 4"),
+        ("[plan]\na = 4", r"plan.a must be bits as text.*Got 4"),
         ('[plan]\na = "w99"', r"bits must be an int in \[2, 8\]. Got 99"),
     ],
 )
@@ -107,6 +107,28 @@ def test_uniform_bits_except_at_the_ends() -> None:
 
 
 ENTRIES = {"body.conv": Bits(4, 4), "body.conv#2": Bits(4, 4), "head": Bits(8, 8)}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[plan]\na = 4", r"mine\.toml: plan\.a must be bits as text.*Got 4"),
+        (b"[plan]\n'a b' = 'w9a9'", r"mine\.toml: plan\['a b'\]: bits must be an int in \[2, 8\]. Got 9"),
+        (b"[plan]\na = 'w4a4'\na = 'w8a8'", r"mine\.toml: .*does not parse"),
+        (b"[plan]\na = " + 5000 * b"[" + 5000 * b"]", r"mine\.toml: .*nested more than 64 levels"),
+        (b"[plan]\na = 1" + 6000 * b"0", r"mine\.toml: .*does not parse"),
+        (b"[plan]\na = 'w" + 6000 * b"4" + b"'", r"mine\.toml: plan\.a: bits are written"),
+        (b"\xff", r"mine\.toml is not a text file"),
+    ],
+    ids=range(7),
+)
+def test_a_damaged_plan_names_the_file_the_entry_and_the_rule(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_bytes(content)
+
+    with pytest.raises(SpecError, match=message) as caught:
+        Plan.load(tmp_path / "mine.toml")
+
+    assert len(str(caught.value)) < 400
 
 
 def test_an_override_is_put_on_every_match_and_later_patterns_win() -> None:

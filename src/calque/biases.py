@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from calque.calibration import ROWS
 from calque.errors import SpecError
+from calque.fields import choice, number, whole
 from calque.graph import Batch
 from calque.losses import Loss
 from calque.quantizers import QuantizedLayer
@@ -27,6 +28,8 @@ from calque.solvers.rows import Rows, alike, draw, hold_out
 
 log = logging.getLogger(__name__)
 
+MOST_STEPS, MOST_ROWS = 1_000_000, 65_536  # of an optimizer, of inputs per step
+LEAST_RATE, MOST_RATE = 1e-12, 1e6
 EPSILON = 1e-15  # of Adam, beside gradients of a KL that may be 1e-6
 
 Optimizer = Literal["adam", "sgd"]
@@ -59,14 +62,10 @@ class Tuning:
 
     def __post_init__(self) -> None:
         for field, kind in {"optimizer": Optimizer, "parameters": Moving, "loss": Judge}.items():
-            if getattr(self, field) not in get_args(kind):
-                raise SpecError(f"{field} is one of {', '.join(get_args(kind))}. Got {getattr(self, field)!r}.")
-        for field, smallest in {"steps": 0, "rows": 1}.items():
-            value = getattr(self, field)
-            if type(value) is not int or value < smallest:
-                raise SpecError(f"{field} must be an int >= {smallest}. Got {value!r}.")
-        if type(self.rate) not in (int, float) or not 0 < self.rate < math.inf:
-            raise SpecError(f"rate must be a positive number. Got {self.rate!r}.")
+            choice(*get_args(kind))(f"tuning.{field}", getattr(self, field))
+        whole(0, MOST_STEPS)("tuning.steps", self.steps)
+        whole(1, MOST_ROWS)("tuning.rows", self.rows)
+        number(LEAST_RATE, MOST_RATE)("tuning.rate", self.rate)
 
 
 @dataclass(frozen=True, slots=True)

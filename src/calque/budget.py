@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from calque.errors import SpecError
+from calque.fields import ENDLESS, shown
 from calque.spec import Bits
 
 FilePath = str | os.PathLike[str]
@@ -20,11 +21,13 @@ Minimized = Literal["size", "bops", "latency"]
 
 QUANTITIES = ("size", "bops", "activation_memory")
 HEADER = ["layer", "bits", "milliseconds"]
+MOST = 10**21  # bytes, bit-operations
+MOST_MILLISECONDS = 10**9  # eleven days
 NANOSECONDS = 10**6  # of a millisecond
 
 _BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _OPERATIONS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_NUMBER_WITH_UNIT = re.compile(r"\s*(\d+(?:\.\d*)?(?:[eE][+-]?\d{1,3})?|\.\d+)\s*([A-Za-z]*|%)\s*")
+_NUMBER_WITH_UNIT = re.compile(r"\s*(\d{1,30}(?:\.\d{0,30})?(?:[eE][+-]?\d{1,3})?|\.\d{1,30})\s*([A-Za-z]*|%)\s*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +79,7 @@ class Budget:
         if self.minimize is not None and self.minimize not in get_args(Minimized):
             raise SpecError(f"minimize is one of {', '.join(get_args(Minimized))}. Got {self.minimize!r}.")
         if self.loss is not None and not (_is_number(self.loss) and math.isfinite(self.loss) and self.loss >= 0):
-            raise SpecError(f"loss must be a finite number >= 0. Got {self.loss!r}.")
+            raise SpecError(f"loss must be a finite number >= 0. Got {shown(self.loss)}.")
         if self.minimize == "latency" and self.latency is None:
             raise SpecError(
                 'minimize="latency" needs latency=(table, limit in milliseconds); the limit may be float("inf").'
@@ -120,8 +123,8 @@ class Budget:
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> "Budget":
         """The budget that `to_dict` wrote. Raises: SpecError."""
-        latency = plain.get("latency")
         try:
+            latency = plain.get("latency")
             if latency is not None:
                 table = latency["table"]
                 if not isinstance(table, str):
@@ -129,7 +132,9 @@ class Budget:
                 limit = latency["milliseconds"]
                 latency = (table, math.inf if limit is None else limit)
             return cls(**{**plain, "latency": latency})
-        except (KeyError, TypeError) as error:
+        except SpecError:
+            raise
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise SpecError(f"not a budget: {error}. Write it with Budget.to_dict.") from error
 
 
@@ -160,10 +165,12 @@ def _collected(
         try:
             key = (str(layer).strip(), str(Bits.parse(str(bits).strip())))
             milliseconds = float(value)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise SpecError(f"{place}: {error}") from error
         if not (math.isfinite(milliseconds) and milliseconds >= 0):
-            raise SpecError(f"{place}: milliseconds must be finite and >= 0. Got {value}.")
+            raise SpecError(f"{place}: milliseconds must be finite and >= 0. Got {shown(value)}.")
+        if milliseconds > MOST_MILLISECONDS:
+            raise SpecError(f"{place}: milliseconds must be at most {MOST_MILLISECONDS:,}. Got {shown(value)}.")
         if key in found:
             raise SpecError(f"{place}: {', '.join(key)} has an entry already. Keep one.")
         found[key] = milliseconds
@@ -198,9 +205,15 @@ def _checked_latency(latency: Any, minimize: str | None) -> tuple[str | Latencie
     if not (isinstance(latency, (tuple, list)) and len(latency) == 2):
         raise SpecError(f"latency is a pair: a table and its limit in milliseconds. Got {latency!r}.")
     table, limit = latency
-    if not (_is_number(limit) and limit > 0 and (limit < math.inf or minimize == "latency")):
+    if not (
+        _is_number(limit)
+        and limit > 0
+        and (limit <= MOST_MILLISECONDS or (minimize == "latency" and limit == math.inf))
+    ):
         raise SpecError(
-            f"latency's limit is in milliseconds, > 0, and finite unless latency is what is minimized. Got {limit!r}."
+            f"latency's limit is in milliseconds, > 0, at most {MOST_MILLISECONDS:,}, and finite unless latency is what is "
+            "minimized. "
+            f"Got {shown(limit)}."
         )
     if isinstance(table, Mapping):
         return read_latency(table), float(limit)
@@ -211,7 +224,8 @@ def _checked_latency(latency: Any, minimize: str | None) -> tuple[str | Latencie
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+    """Whether the value is a number that a float can hold, infinity too."""
+    return (type(value) is float and not math.isnan(value)) or (type(value) is int and abs(value) <= ENDLESS)
 
 
 def _parse_amount(name: str, given: object) -> tuple[Fraction, bool]:
@@ -220,9 +234,11 @@ def _parse_amount(name: str, given: object) -> tuple[Fraction, bool]:
         return _parse_text(name, given)
     if isinstance(given, float) and 0 < given <= 1:
         return Fraction(str(float(given))), True
-    if type(given) is int and given > 0:
+    if type(given) is int and 0 < given <= MOST:
         return Fraction(given), False
-    raise SpecError(f"{name} must be a share in (0, 1] (a float), an absolute int > 0, or text. Got {given!r}.")
+    raise SpecError(
+        f"{name} must be a share in (0, 1] (a float), an absolute int from 1 to {MOST:,}, or text. Got {shown(given)}."
+    )
 
 
 def _parse_text(name: str, text: str) -> tuple[Fraction, bool]:
@@ -232,8 +248,8 @@ def _parse_text(name: str, text: str) -> tuple[Fraction, bool]:
         return Fraction(match[1]) / 100, True
     if match and not match[2] and 0 < Fraction(match[1]) <= 1:
         return Fraction(match[1]), True
-    if match and match[2].upper() in units and Fraction(match[1]) > 0:
+    if match and match[2].upper() in units and 0 < Fraction(match[1]) * units[match[2].upper()] <= MOST:
         return Fraction(match[1]) * units[match[2].upper()], False
     example = '"200M" or "3.5G"' if name == "bops" else '"300kB" or "1.2MB"'
-    raise SpecError(f'{name} as text is a share in (0, 1], such as "0.13" or "13%", or a number with a unit, such as {example}. '
-                    f"Got {text!r}.")  # fmt: skip
+    raise SpecError(f'{name} as text is a share in (0, 1], such as "0.13" or "13%", or a number with a unit, up to {MOST:,}, '
+                    f"such as {example}. Got {shown(text)}.")  # fmt: skip

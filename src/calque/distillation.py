@@ -16,9 +16,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, fx
 
-from calque.biases import EPSILON
+from calque.biases import EPSILON, MOST_ROWS, MOST_STEPS
 from calque.calibration import ROWS
 from calque.errors import SpecError
+from calque.fields import choice, number, whole
 from calque.graph import Batch
 from calque.losses import Loss
 from calque.quantizers import QuantizedLayer, Quantizer
@@ -38,6 +39,7 @@ from calque.solvers.rows import Rows, alike, draw, hold_out
 
 log = logging.getLogger(__name__)
 
+MOST_MINUTES = 10_080  # a week
 CHECKS = (0.3, 0.6, 0.8, 1.0)  # shares of the steps after which the iterate is judged; early ones are noisy
 TIMED = 3  # steps that tell how long one takes
 MIXTURES = 3  # of all held-out inputs, beside the inputs themselves: what the float network is sure of decides little
@@ -70,16 +72,11 @@ class Distillation:
     loss: Objective = "outputs"
 
     def __post_init__(self) -> None:
-        if self.loss not in get_args(Objective):
-            raise SpecError(f"loss is one of {', '.join(get_args(Objective))}. Got {self.loss!r}.")
-        for field, smallest in {"steps": 0, "rows": 1}.items():
-            value = getattr(self, field)
-            if type(value) is not int or value < smallest:
-                raise SpecError(f"{field} must be an int >= {smallest}. Got {value!r}.")
-        if type(self.minutes) not in (int, float) or not 0 <= self.minutes < math.inf:
-            raise SpecError(f"minutes must be a number >= 0. Got {self.minutes!r}.")
-        if type(self.mixup) not in (int, float) or not 0 <= self.mixup <= 1:
-            raise SpecError(f"mixup must be a number from 0 to 1. Got {self.mixup!r}.")
+        choice(*get_args(Objective))("distillation.loss", self.loss)
+        whole(0, MOST_STEPS)("distillation.steps", self.steps)
+        whole(1, MOST_ROWS)("distillation.rows", self.rows)
+        number(0, MOST_MINUTES)("distillation.minutes", self.minutes)
+        number(0, 1)("distillation.mixup", self.mixup)
 
     def __bool__(self) -> bool:
         """Whether anything is distilled."""

@@ -6,8 +6,11 @@ from typing import Any
 
 from calque.budget import Budget
 from calque.errors import SpecError
+from calque.fields import optional, whole
 from calque.recipe import Recipe
-from calque.spec import Bits, Plan
+from calque.spec import SEEDS, Bits, Plan
+
+MOST_WORKERS = 4096
 
 # What an option is, in types and in words; each may be None as well.
 _FORMS: dict[str, tuple[tuple[type, ...], str]] = {
@@ -29,10 +32,8 @@ def check_options(options: Mapping[str, Any]) -> None:
     placement, seed, workers = options["placement"], options["seed"], options["workers"]
     if placement not in ("integer", "inputs"):
         raise SpecError(f'placement is "integer" or "inputs". Got {placement!r}.')
-    if type(seed) is not int:
-        raise SpecError(f"seed must be an int. Got {seed!r}.")
-    if workers is not None and (type(workers) is not int or workers < 1):
-        raise SpecError(f"workers must be an int >= 1, or None for this process. Got {workers!r}.")
+    whole(*SEEDS)("seed", seed)
+    optional(whole(1, MOST_WORKERS))("workers", workers)
     for name, (types, what) in _FORMS.items():
         value = options[name]
         if value is not None and not isinstance(value, types):

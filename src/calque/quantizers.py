@@ -163,6 +163,11 @@ class QuantizedLayer(nn.Module):
         """Says on which grid the input is: how large sums can become follows from it."""
         self._source, self._parts = [grid], None
 
+    @property
+    def source(self) -> Quantizer | None:
+        """The grid that the input is on, where it is on one."""
+        return self._source[0] if self._source else None
+
     def alone(self) -> "QuantizedLayer":
         """A copy of the layer that feeds no grid: its `forward` returns the real sums."""
         return QuantizedLayer(self.geometry, self.codes, self.scale, self.bias, self.bias_scale, bits=self.bits)

@@ -1,19 +1,18 @@
 """Every decision of a run as data."""
 
-import math
 import os
-import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
-from calque.biases import Tuning
+from calque.biases import LEAST_RATE, MOST_RATE, MOST_STEPS, Tuning
 from calque.distillation import Distillation
 from calque.errors import SpecError
+from calque.fields import choice, number, parse_toml, require, shown, whole
 from calque.ranges import ActivationRange, WeightRange
 from calque.solvers.layer import Settings, Solver
 from calque.solvers.parameters import StepSizes
-from calque.spec import read_text, toml_string
+from calque.spec import naming, read_text, toml_string
 
 TensorRange = Literal["minmax", "mean_minmax", "percentile", "least_squares"]
 Flavour = Literal["sequential", "parallel"]
@@ -24,6 +23,13 @@ Statistics = Literal["none", "float", "trained", "guarded"]
 STEP_SIZES = StepSizes(weight=0.01, weight_scale=3e-3, bias=1e-3, activation_scale=3e-3, zero_point=1e-2)
 # The released code of Hubara et al. 2021 (docs/method.md); its input range and zero point share a rate.
 PAPER_STEP_SIZES = StepSizes(1e-5, 1e-3, 1e-3, activation_scale=1e-1, zero_point=1e-1, unit="absolute")
+# Far above what any run needs, and below what a slip of the finger makes of it.
+COUNTS = {
+    "steps": (0, MOST_STEPS), "search_steps": (0, MOST_STEPS), "block_steps": (0, MOST_STEPS), "priced_inputs": (1, 1_000_000),
+    "finalists": (1, 1000),
+}  # fmt: skip
+MOST_TOLERANCE = 100
+LONGEST_NAME = 100
 NO_DISTILLATION = Distillation(minutes=0, steps=0, rows=16, mixup=0.5)
 NO_TUNING = Tuning("adam", steps=0, rows=32, rate=3e-3, parameters="scales", loss="run")
 PAPER_TUNING = Tuning("sgd", steps=800, rows=50, rate=0.1, parameters="biases", loss="kl")
@@ -62,6 +68,9 @@ class Recipe:
         distillation: of the float network's outputs into all parameters, end to end; 0 minutes and 0 steps for none.
         tuning: of the biases, end to end; 0 steps for none.
 
+    Raises:
+        SpecError: a field out of its range. Counts, rates and minutes have upper bounds, far above what any run needs.
+
     >>> SEQUENTIAL == Recipe.parse(SEQUENTIAL.to_toml())
     True
     """
@@ -86,26 +95,24 @@ class Recipe:
     tuning: Tuning = NO_TUNING
 
     def __post_init__(self) -> None:
-        if type(self.name) is not str or not self.name:
-            raise SpecError(f"a recipe has a name. Got {self.name!r}.")
+        require(
+            type(self.name) is str and 0 < len(self.name) <= LONGEST_NAME,
+            "name",
+            "text of 1 to 100 characters",
+            self.name,
+        )
         choices = {
             "activation_range": ActivationRange, "tensor_range": TensorRange, "weight_range": WeightRange,
             "flavour": Flavour, "patches": Patches, "statistics": Statistics, "solver": Solver,
         }  # fmt: skip
         for field, kind in choices.items():
-            if getattr(self, field) not in get_args(kind):
-                raise SpecError(f"{field} is one of {', '.join(get_args(kind))}. Got {getattr(self, field)!r}.")
-        least = {"steps": 0, "search_steps": 0, "priced_inputs": 1, "finalists": 1, "block_steps": 0}
-        for field, smallest in least.items():
-            value = getattr(self, field)
-            if type(value) is not int or value < smallest:
-                raise SpecError(f"{field} must be an int >= {smallest}. Got {value!r}.")
-        if type(self.tolerance) not in (int, float) or not 0 <= self.tolerance < math.inf:
-            raise SpecError(f"tolerance must be a number >= 0. Got {self.tolerance!r}.")
+            choice(*get_args(kind))(field, getattr(self, field))
+        for field, limits in COUNTS.items():
+            whole(*limits)(field, getattr(self, field))
+        number(0, MOST_TOLERANCE)("tolerance", self.tolerance)
+        number(0, 1)("migration", self.migration)
         if self.solver == "closed_form" and self.patches != "sampled":
             raise SpecError('the solver "closed_form" needs patches = "sampled".')
-        if type(self.migration) not in (int, float) or not 0 <= self.migration <= 1:
-            raise SpecError(f"migration must be a number from 0 to 1. Got {self.migration!r}.")
         others = (
             self.flavour != "sequential"
             or self.patches != "sampled"
@@ -139,15 +146,12 @@ class Recipe:
         Raises:
             SpecError: not TOML, an unknown or missing field, or a value out of its range.
         """
-        try:
-            table = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise SpecError(f"a recipe is a TOML file. This one does not parse: {error}.") from error
+        table = parse_toml(text, "a recipe")
         parts: dict[str, Any] = {}
         for name, kind in TABLES.items():
             part = table.pop(name, {})
             if not isinstance(part, dict):
-                raise SpecError(f"{name} must be a table [{name}]. Got {part!r}.")
+                raise SpecError(f"{name} must be a table [{name}]. Got {shown(part)}.")
             _require_fields(part, {field.name for field in fields(kind)}, f"the table [{name}]")
             parts[name] = kind(**part)
         _require_fields(table, {field.name for field in fields(cls)} - set(TABLES), "a recipe")
@@ -158,11 +162,11 @@ TABLES: dict[str, Any] = {"rates": StepSizes, "distillation": Distillation, "tun
 
 
 def _check_rates(rates: StepSizes) -> None:
-    numbers = {key: value for key, value in asdict(rates).items() if key != "unit"}
-    if any(type(rate) not in (int, float) or not 0 < rate < math.inf for rate in numbers.values()):
-        raise SpecError(f"rates must be positive. Got {rates}.")
-    if rates.unit not in ("relative", "absolute"):
-        raise SpecError(f'the unit of rates is "relative" or "absolute". Got {rates.unit!r}.')
+    for name, rate in asdict(rates).items():
+        if name == "unit":
+            choice("relative", "absolute")("rates.unit", rate)
+        else:
+            number(LEAST_RATE, MOST_RATE)(f"rates.{name}", rate)
 
 
 def _toml_lines(table: Mapping[str, Any]) -> list[str]:
@@ -215,5 +219,6 @@ def find_recipe(recipe: "str | Recipe | None") -> Recipe:
     if recipe in RECIPES:
         return RECIPES[recipe]
     if os.path.isfile(recipe):
-        return Recipe.parse(read_text(recipe))
+        with naming(recipe):
+            return Recipe.parse(read_text(recipe))
     raise SpecError(f"recipe is one of {', '.join(RECIPES)}, or a TOML file. Got {recipe!r}.")

@@ -9,6 +9,21 @@ from typing import Any
 
 from calque.distillation import Distilled
 from calque.fidelity import Fidelity
+from calque.fields import (
+    COUNT,
+    Check,
+    flag,
+    mapping,
+    measured,
+    number,
+    optional,
+    parse_json,
+    record,
+    sequence,
+    text,
+    whole,
+)
+from calque.spec import SEEDS, written_bits
 
 HEADINGS = (
     "layer",
@@ -121,12 +136,13 @@ class Report:
         return json.dumps(asdict(self), indent=1)
 
     @classmethod
-    def from_json(cls, text: str) -> "Report":
-        """The report that `to_json` wrote."""
-        table: dict[str, Any] = json.loads(text)
+    def from_json(cls, content: str) -> "Report":
+        """The report that `to_json` wrote. Raises: SpecError, with the field and its rule."""
+        table: dict[str, Any] = parse_json(content)
+        check_report("report", table)
         table["layers"] = tuple(LayerReport(**layer) for layer in table["layers"])
         table["tensors"] = {
-            name: (str(b), float(low), float(high)) for name, (b, low, high) in table["tensors"].items()
+            name: (bits, float(low), float(high)) for name, (bits, low, high) in table["tensors"].items()
         }
         table["notes"] = tuple(table["notes"])
         table["finalists"] = tuple(Finalist(**finalist) for finalist in table.get("finalists", ()))
@@ -165,6 +181,47 @@ class Report:
         lines.append(", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.phases.items()))
         lines.extend(f"note: {note}" for note in self.notes)
         return "\n".join(lines)
+
+
+_SIZE, _SECONDS = whole(0, COUNT), number(0)
+_LAYER = record(
+    {
+        "name": text, "bits": written_bits, "low": optional(number()), "high": optional(number()), "before": optional(measured),
+        "after": optional(measured), "seconds": _SECONDS, "size": _SIZE, "macs": _SIZE, "bit_operations": _SIZE,
+    },
+    {"price": optional(measured)},
+)  # fmt: skip
+_FINALIST = record(
+    {"plan": mapping(written_bits), "size": _SIZE, "predicted": measured, "measured": measured}, {"chosen": flag}
+)
+_DISTILLED = record({"before": measured, "after": measured, "steps": _SIZE, "kept": _SIZE, "seconds": _SECONDS})
+
+
+_OUTPUT = record(
+    {"name": text, "decibels": measured},
+    {"kl": optional(measured), "same_class": optional(measured), "certainty": optional(measured)},
+)
+_FIDELITY = record({"inputs": _SIZE, "held_out": flag, "outputs": sequence(_OUTPUT)})
+
+
+def _tensor(where: str, value: Any) -> None:
+    """Bits and both ends of a grid."""
+    sequence(lambda *_: None, 3)(where, value)
+    for check, entry in zip((written_bits, number(), number()), value, strict=True):
+        check(where, entry)
+
+
+check_report: Check = record(
+    {
+        "recipe": text, "placement": text, "seed": whole(*SEEDS), "calibration_rows": _SIZE, "layers": sequence(_LAYER),
+        "tensors": mapping(_tensor), "float_size": whole(1, COUNT), "other_size": _SIZE, "phases": mapping(_SECONDS),
+        "notes": sequence(text),
+    },
+    {
+        "versions": mapping(text), "loss": text, "finalists": sequence(_FINALIST), "tuned": optional(sequence(measured, 2)),
+        "distilled": optional(_DISTILLED), "fidelity": optional(_FIDELITY), "file_size": optional(_SIZE),
+    },
+)  # fmt: skip
 
 
 def count_bits(bits: Iterable[str]) -> str:

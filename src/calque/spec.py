@@ -6,25 +6,28 @@ A plan maps names to bits. It is the one currency between quantization, report, 
 import json
 import os
 import re
-import tomllib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
 from calque.errors import SpecError
+from calque.fields import inside, parse_toml, require, shown
 from calque.files import write_whole
 
 LOWEST_BITS, HIGHEST_BITS = 2, 8
 
 Placement = Literal["inputs", "integer"]
 
+SEEDS = (-(2**63), 2**63 - 1)  # the least and the largest
+
 GROUPS = (16, 32, 64, 128, 256)  # inputs that may share a weight scale: what MatMulNBits reads
 
 OPTIONS = ("bits", "first_last")  # of quantize, which name bits as layers do
 
-_PATTERN = re.compile(r"(?:w(?P<w>\d+))?(?:a(?P<a>\d+)|g(?P<g>\d+))?")
+_PATTERN = re.compile(r"(?:w(?P<w>\d{1,9}))?(?:a(?P<a>\d{1,9})|g(?P<g>\d{1,9}))?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,7 @@ class Bits:
         if not match or not match[0]:
             raise SpecError(
                 'bits are written "w<bits>a<bits>", "w<bits>", "w<bits>g<group>", "a<bits>" or "float". '
-                f"Got {text!r}{_instead(text)}."
+                f"Got {shown(text)}{_instead(text)}."
             )
         weight, activation, group = (None if match[key] is None else int(match[key]) for key in "wag")
         return cls(weight, activation, group)
@@ -99,6 +102,20 @@ def _instead(text: object) -> str:
     if len(numbers) == 1 and LOWEST_BITS <= int(numbers[0]) <= HIGHEST_BITS:
         return f'; write "w{numbers[0]}a{numbers[0]}", or "w{numbers[0]}" for weights alone'
     return ""
+
+
+def written_bits(where: str, value: object) -> None:
+    """A check (`calque.fields`): bits as text, in their short form."""
+    bits = _bits_at(where, value)
+    require(str(bits) == value, where, f'written "{bits}"', value)
+
+
+def _bits_at(where: str, value: object) -> Bits:
+    require(type(value) is str, where, 'bits as text, such as "w4a8"', value)
+    try:
+        return Bits.parse(str(value))
+    except SpecError as error:
+        raise SpecError(f"{where}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -144,13 +161,10 @@ class Plan(Mapping[str, Bits]):
         Raises:
             SpecError: not TOML, no table [plan], or an entry that is not bits.
         """
-        try:
-            table = tomllib.loads(text).get("plan")
-        except tomllib.TOMLDecodeError as error:
-            raise SpecError(f"a plan is a TOML file. This one does not parse: {error}.") from error
+        table = parse_toml(text, "a plan").get("plan")
         if not isinstance(table, dict):
             raise SpecError('a plan file has a table [plan] with lines like "conv1" = "w4a4". None was found.')
-        return cls({name: Bits.parse(entry) for name, entry in table.items()})
+        return cls({name: _bits_at(inside("plan", name), entry) for name, entry in table.items()})
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan to `path` as TOML, whole or not at all. Raises: OSError."""
@@ -159,7 +173,8 @@ class Plan(Mapping[str, Bits]):
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Plan":
         """The plan in the TOML file `path`. Raises: OSError, SpecError."""
-        return cls.parse(read_text(path))
+        with naming(path):
+            return cls.parse(read_text(path))
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
@@ -168,6 +183,16 @@ def read_text(path: str | os.PathLike[str]) -> str:
         return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise SpecError(f"{os.fspath(path)} is not a text file in UTF-8: {error.reason}.") from error
+
+
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Puts the file's name in front of an error about its contents."""
+    try:
+        yield
+    except SpecError as error:
+        name = os.fspath(path)
+        raise SpecError(str(error) if str(error).startswith(str(name)) else f"{name}: {error}") from error
 
 
 def toml_string(text: str) -> str:

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from calque.errors import SpecError
+from calque.fields import shown
 from calque.files import PREFIX, cannot_write
 
 SPACE = ". Values past the memory budget go there: set TMPDIR to a folder with more space, or raise the budget"
+MOST_MEMORY = 10**15  # bytes
 _UNITS = {"B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -27,12 +29,17 @@ def parse_bytes(text: str | int) -> int:
     Raises:
         SpecError: not a number with B, kB, MB or GB.
     """
-    if type(text) is int and text > 0:
-        return text
-    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([kKMG]?B)\s*", text) if isinstance(text, str) else None
-    if not match or float(match[1]) <= 0:
-        raise SpecError(f'a size is written as a number with a unit, such as "2GB" or "300MB". Got {text!r}.')
-    return int(float(match[1]) * _UNITS[match[2]])
+    match = re.fullmatch(r"\s*(\d{1,30}(?:\.\d{0,30})?)\s*([kKMG]?B)\s*", text) if isinstance(text, str) else None
+    if type(text) is int:
+        size: float = text
+    else:
+        size = 0 if match is None else float(match[1]) * _UNITS[match[2]]
+    if not 0 < size <= MOST_MEMORY:
+        raise SpecError(
+            'a size is written as a number with a unit, such as "2GB" or "300MB", above 0 and at most 1,000,000 GB. '
+            f"Got {shown(text)}."
+        )
+    return int(size)
 
 
 def _trim() -> None:

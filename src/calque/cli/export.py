@@ -8,7 +8,7 @@ from typing import Annotated, cast
 import typer
 from torch import nn
 
-from calque.cli.folder import NETWORK, Run, read_run, write_start
+from calque.cli.folder import NETWORK, Run, read_run, trusted_run, write_start
 from calque.cli.inputs import build_model, evaluate_model, load_calibration
 from calque.cli.weights import load_weights
 from calque.errors import VerificationError
@@ -18,6 +18,12 @@ from calque.model import QuantizedModel
 from calque.storage import load
 
 Folder = Annotated[Path, typer.Argument(help="the folder of a run", metavar="RUN")]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust", help="import the function that run.json names, although others could have written its name"
+    ),
+]
 Runtime = Annotated[str, typer.Option("--target", help="onnxruntime, openvino or qonnx")]
 Metric = Annotated[
     str | None,
@@ -37,9 +43,10 @@ def export_command(
     ] = None,
     output_names: Annotated[str | None, typer.Option(help="names of the outputs, as well", metavar="NAMES")] = None,
     evaluate: Metric = None,
+    trust: Trust = False,
 ) -> None:
     """Exports the network of a run: ONNX for onnxruntime and openvino, which read the same file, or qonnx."""
-    settings = read_run(run)
+    settings = trusted_run(run, trust=trust)
     original = build_model(settings.model)
     q = load(run / NETWORK, original)
     export_onnx(
@@ -73,9 +80,10 @@ def verify_command(
     bound: Annotated[float, typer.Option(help="least share of outputs that agree with the exact evaluation")] = BOUND,
     as_json: Annotated[bool, typer.Option("--json", help="one line of JSON")] = False,
     evaluate: Metric = None,
+    trust: Trust = False,
 ) -> None:
     """Runs an exported file and compares it with its run: agreement, kernels, bytes, latency, and your metric if it has one."""
-    settings = read_run(run)
+    settings = trusted_run(run, trust=trust)
     original = build_model(settings.model)
     q = load(run / NETWORK, original)
     _load(original, settings)

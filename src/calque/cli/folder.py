@@ -1,20 +1,26 @@
 """The run directory: everything that a run decided and made, each file written whole."""
 
 import json
+import os
 import platform
+import shlex
 import shutil
+import stat
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
 from calque.checkpoint import IDENTITY, RUN
 from calque.cli.inputs import InputError
+from calque.fields import mapping, measured, optional, parse_json, record, text, whole
 from calque.files import remove_folder, sweep_drafts, write_whole
 from calque.model import QuantizedModel
 from calque.recipe import Recipe
 from calque.report import Report
+from calque.spec import SEEDS
 from calque.storage import save
 
 NETWORK, PRICES, PIECES = "q.safetensors", "prices.json", "pieces"
@@ -49,7 +55,8 @@ def versions() -> dict[str, str]:
 
 def claim(folder: Path, marks: tuple[str, ...] = MARKS) -> None:
     """Makes the folder. Raises: InputError if it has files and none of `marks`; OSError."""
-    folder.mkdir(parents=True, exist_ok=True)
+    # nobody else writes here, whatever the umask: see trusted_run
+    folder.mkdir(mode=0o755, parents=True, exist_ok=True)
     sweep_drafts(folder)
     if any(folder.iterdir()) and not any((folder / name).exists() for name in marks):
         raise InputError(f"{folder} has files that are not calque's. Choose an empty or a new folder.")
@@ -99,8 +106,8 @@ def write_run(folder: Path, q: QuantizedModel, recipe: Recipe, run: Run) -> None
         "report.json": q.report.to_json(),
         "recipe.toml": recipe.to_toml(),
     }
-    for name, text in texts.items():
-        write_whole(folder / name, text.encode())
+    for name, content in texts.items():
+        write_whole(folder / name, content.encode())
     if q.prices is not None:
         write_whole(folder / PRICES, q.prices.to_json().encode())
     write_start(folder, run)
@@ -109,7 +116,11 @@ def write_run(folder: Path, q: QuantizedModel, recipe: Recipe, run: Run) -> None
 
 def write_start(folder: Path, run: Run) -> None:
     """Writes how the run was started."""
-    write_whole(folder / RUN, json.dumps(asdict(run), indent=1).encode())
+    path = folder / RUN
+    write_whole(path, json.dumps(asdict(run), indent=1).encode())
+    path.chmod(
+        stat.S_IMODE(path.stat().st_mode) & ~(stat.S_IWGRP | stat.S_IWOTH)
+    )  # whatever the umask: see trusted_run
 
 
 def read_run(folder: Path) -> Run:
@@ -117,10 +128,57 @@ def read_run(folder: Path) -> Run:
     path = folder / RUN
     if not path.is_file():
         raise InputError(f"{folder} is not the folder of a finished run: it has no {RUN}. Start with calque quantize.")
+    with path.open(encoding="utf-8") as file:
+        return _parsed(path, file)
+
+
+def trusted_run(folder: Path, *, trust: bool) -> Run:
+    """`read_run`, for commands that import and call the function that the file names.
+
+    Raises:
+        InputError: as `read_run`; the file belongs to another user, or others may write to it or its folder, without `trust`.
+    """
+    path = folder / RUN
+    if not path.is_file():
+        return read_run(folder)
+    with path.open(encoding="utf-8") as file:
+        run, problem = _parsed(path, file), _open_to_others(path, os.fstat(file.fileno()))
+    problem = problem or _open_to_others(folder, folder.stat())
+    if problem and not trust:
+        raise InputError(
+            f"{path} says to import and call {run.model}, and {problem}. Read it, then add --trust, or make both your own: "
+            f"chmod go-w {shlex.quote(str(folder))} {shlex.quote(str(path))}."
+        )
+    return run
+
+
+def _open_to_others(path: Path, found: os.stat_result) -> str:
+    """How somebody else could have written the file or folder; "" where nobody but root could."""
+    if not hasattr(os, "getuid"):  # a system without users of this kind
+        return ""
+    if found.st_uid != os.getuid():
+        return f"{path} belongs to another user"
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"other users may write to {path}"
+    return ""
+
+
+_check_run = record(
+    {
+        "model": text, "weights": optional(text), "calibration": text, "seed": whole(*SEEDS), "command": text,
+        "scores": mapping(measured), "versions": mapping(text),
+    },
+    {"evaluate": optional(text)},
+)  # fmt: skip
+
+
+def _parsed(path: Path, file: TextIO) -> Run:
     try:
-        return Run(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path} is damaged: {error}. Quantize again.") from error
+        plain = parse_json(file.read())
+        _check_run("run", plain)
+    except ValueError as error:  # SpecError among them, and what is no UTF-8
+        raise InputError(f"{path} is damaged: {str(error).rstrip('.')}. Quantize again.") from error
+    return Run(**plain)
 
 
 def read_report(folder: Path) -> Report:
@@ -129,5 +187,5 @@ def read_report(folder: Path) -> Report:
     path = folder / "report.json"
     try:
         return Report.from_json(path.read_text(encoding="utf-8"))
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path} is damaged: {error}. Quantize again.") from error
+    except ValueError as error:  # SpecError among them, and what is no UTF-8
+        raise InputError(f"{path} is damaged: {str(error).rstrip('.')}. Quantize again.") from error

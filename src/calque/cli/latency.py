@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from calque.cli.folder import NETWORK, PRICES, read_run
+from calque.cli.export import Trust
+from calque.cli.folder import NETWORK, PRICES, trusted_run
 from calque.cli.inputs import InputError, build_model, load_calibration, parse_bits
 from calque.cli.plan import read_prices
 from calque.export import latency_table
@@ -25,10 +26,11 @@ def latency_command(
         Path | None,
         typer.Option(help="inputs that give the sizes, as --calibration; the run's own by default", metavar="FILE"),
     ] = None,
+    trust: Trust = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="no progress bar")] = False,
 ) -> None:
     """Times each layer of a run's network at each choice of bits in ONNX Runtime, for a budget: --latency TABLE.CSV=4.0."""
-    settings = read_run(run)
+    settings = trusted_run(run, trust=trust)
     if not output.parent.is_dir():
         raise InputError(f"the folder {output.parent} does not exist. Make it first.")
     q = load(run / NETWORK, build_model(settings.model))

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import onnx
 import torch
@@ -30,6 +30,7 @@ from calque.graph.exclusive import exclusively
 from calque.graph.network import FlatInput, is_symbolic, value_of
 from calque.graph.outputs import flatten_outputs
 from calque.graph.rewrite import silent_tracing
+from calque.graph.spelling import respell, respellings
 from calque.graph.surroundings import undisturbed
 from calque.model import QuantizedModel
 from calque.parts import PartlyQuantized, whole_only
@@ -141,7 +142,7 @@ def _exported(module: nn.Module, model: QuantizedModel) -> onnx.ModelProto:
     try:
         with exclusively(), silent_tracing(), torch.no_grad():
             program = torch.onnx.export(
-                module,
+                _spelled(module, example, axes),
                 example,
                 dynamo=True,
                 opset_version=OPSET,
@@ -154,6 +155,18 @@ def _exported(module: nn.Module, model: QuantizedModel) -> onnx.ModelProto:
     assert program is not None
     proto: onnx.ModelProto = program.model_proto
     return proto
+
+
+def _spelled(
+    module: nn.Module, example: tuple[torch.Tensor, ...], axes: tuple[dict[int, Any], ...]
+) -> nn.Module | torch.export.ExportedProgram:
+    """The module itself, or where code cannot spell one of its paths, a program that spells it otherwise."""
+    spelled = respellings(module)
+    if not spelled:
+        return module
+    program = torch.export.export(module, example, dynamic_shapes=(axes,), strict=False)
+    respell(program, spelled)
+    return program
 
 
 def _culprit(model: QuantizedModel) -> str:

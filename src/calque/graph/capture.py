@@ -29,8 +29,9 @@ from calque.graph.rewrite import (
     path_of,
 )
 from calque.graph.signature import Batch, Signature, cut, flatten, layout_of, length
+from calque.graph.spelling import spelling_notes
 from calque.graph.surroundings import undisturbed
-from calque.graph.trace import DynamicAxes, distinct, require_float32, spare_names, trace
+from calque.graph.trace import DynamicAxes, distinct, require_float32, trace
 from calque.graph.uncovered import uncovered, unreached
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,6 @@ def capture(model: nn.Module, example: Batch, dynamic: DynamicAxes | None = None
             axis that the network fixes, or a trace that computes something else than the model.
     """
     model = private_copy(model)
-    spare_names(model)
     require_float32(model)
     signature = replace(Signature.of(model), layout=layout_of(example))
     count = length(example)
@@ -72,6 +72,7 @@ def capture(model: nn.Module, example: Batch, dynamic: DynamicAxes | None = None
     with exclusively(), in_float32(device) as lowered:
         network = _rewritten(model, batch, dynamic, signature)
         notes = [f"{_AUTOCAST} {', '.join(map(str, lowered))}; here they are computed in float32."] if lowered else []
+        notes += spelling_notes(model)
         for size in (2, 3):  # the traced batch size, and another
             if differs_by_fast_path(model, network, cut(example, torch.arange(size) % count)):
                 notes.append(FAST_PATH)

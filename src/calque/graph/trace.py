@@ -19,29 +19,12 @@ from calque.graph.rewrite import silent_tracing
 from calque.graph.shortcuts import without_shortcuts
 from calque.graph.signature import Batch, flatten, have_rows, laid_out, layout_of, leaf_names
 from calque.graph.silence import silent_prints
+from calque.graph.spelling import respell, respellings
 
 # How torch begins to say that it cannot go on without a value.
 _ON_DATA = ("Could not guard on data-dependent expression", "Could not extract specialized integer from data-dependent")
 
 DynamicAxes = Mapping[str, Any]  # as torch.export's dynamic_shapes, without the batch axis
-
-
-def spare_names(model: nn.Module) -> None:
-    """Renames, in place, children called as an attribute of graphs (graph, code), which no graph can have: graph is graph_ then.
-
-    The model itself still finds them under their names.
-    """
-    graph = fx.GraphModule(nn.Module(), fx.Graph())
-    children = dict(model.named_children())
-    taken = {*dir(graph), *children}
-    for name in [name for name in children if hasattr(graph, name) or name in ("self", "_in_spec", "_out_spec")]:
-        own = f"{name}_"
-        while own in taken:
-            own += "_"
-        renamed = {own if each == name else each: child for each, child in model._modules.items()}
-        model._modules.clear()
-        model._modules.update(renamed)
-        model.__dict__[name] = children[name]
 
 
 def require_float32(model: nn.Module) -> None:
@@ -62,7 +45,7 @@ def trace(
 ) -> tuple[fx.GraphModule, pytree.TreeSpec]:
     """The model as a graph of operators that returns flat tensors, and their tree; the batch axis and `dynamic` stay free.
 
-    Parameters have their own names.
+    Parameters have their own names, but for those that code cannot spell (`calque.graph.spelling`).
 
     Args:
         functional: without operators that write into their arguments, views included; a few more are taken apart then.
@@ -89,6 +72,7 @@ def trace(
         ):
             free = pytree.tree_unflatten(shapes, spec)
             program = torch.export.export(model, (), dict(batch), dynamic_shapes=free, strict=False)
+            respell(program, respellings(model))
             open_regions(program)
             if functional:
                 program = program.run_decompositions({})

@@ -7,6 +7,7 @@ from torch import fx, nn
 
 from calque.graph.network import Product, is_movement, value_of
 from calque.graph.rewrite import path_of
+from calque.graph.spelling import respellings
 
 aten = torch.ops.aten
 SHOWN = 3  # operators of a kind that are named where all of them stay float
@@ -33,8 +34,9 @@ _LOOKUPS = frozenset(
 def unreached(model: nn.Module, read: set[str]) -> tuple[str, ...]:
     """Conv2d, Linear and Embedding modules whose weight the graph does not read, under any of its names."""
     aliases: dict[int, set[str]] = {}
+    spelled = respellings(model)
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        aliases.setdefault(id(parameter), set()).add(name)
+        aliases.setdefault(id(parameter), set()).add(spelled.get(name, name))
     return tuple(
         name
         for name, module in model.named_modules()

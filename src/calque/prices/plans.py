@@ -9,9 +9,11 @@ from fractions import Fraction
 from calque.allocation import Allocation, Constraint, Costs, allocate
 from calque.budget import NANOSECONDS, Budget, nanoseconds, read_latency
 from calque.errors import InfeasibleBudgetError, SpecError
+from calque.fields import whole
 from calque.prices.table import Prices
 
 UNITS = 40  # the largest price is 2^40 to 2^41 units: sums stay exact, and the smallest prices keep their digits
+MOST_PLANS = 1000  # of one call
 DIGITS = 6  # of a limit in a message
 
 
@@ -62,8 +64,7 @@ def solve(prices: Prices, budget: Budget, count: int = 1, distance: int = 1) -> 
         InfeasibleBudgetError: no plan keeps the budget; the message names the smallest feasible one.
         SpecError: a quantity that the prices or the latency table lack, a group without a finite price, or a count below 1.
     """
-    if type(count) is not int or count < 1:
-        raise SpecError(f"count must be an int >= 1. Got {count!r}.")
+    whole(1, MOST_PLANS)("count", count)
     program = _program(prices, budget)
     constraints = _constraints(program, budget)
     objective = program.losses if budget.minimize is None else _table(program, budget.minimize)[0]

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from calque.errors import SpecError
-from calque.spec import Bits
+from calque.fields import COUNT, mapping, number, parse_json, record, require, sequence, text, whole
+from calque.spec import Bits, written_bits
 
 Sums = tuple[tuple[int, ...], ...]  # [group][choice]
 COSTS = ("size", "bops")
@@ -51,7 +52,7 @@ class Prices:
         _require(len(set(layers)) == len(layers), "a layer is in one group only")
         _require(len(self.choices) == len(self.groups) and all(self.choices), "every group has choices")
         for choices in self.choices:
-            canonical = [str(Bits.parse(text)) for text in choices]
+            canonical = [str(Bits.parse(bits)) for bits in choices]
             _require(len(set(canonical)) == len(choices), f"a group's choices differ (got {', '.join(choices)})")
             _require(canonical == list(choices), f"choices are written in their short form (got {', '.join(choices)})")
         Bits.parse(self.base)
@@ -69,15 +70,15 @@ class Prices:
         return [len(row) for row in table] == [len(row) for row in self.choices]
 
     def _check_steps(self) -> None:
-        for number, (fixed, tables) in enumerate(self.steps):
-            _require(_is_cost(fixed), f"step {number} has fixed bytes >= 0")
+        for step, (fixed, tables) in enumerate(self.steps):
+            _require(_is_cost(fixed), f"step {step} has fixed bytes >= 0")
             for group, row in tables.items():
                 known = type(group) is int and 0 <= group < len(self.groups)
-                _require(known, f"step {number} names groups by their index (got {group!r})")
+                _require(known, f"step {step} names groups by their index (got {group!r})")
                 _require(
-                    len(row) == len(self.choices[group]), f"step {number} has bytes for every choice of group {group}"
+                    len(row) == len(self.choices[group]), f"step {step} has bytes for every choice of group {group}"
                 )
-                _require(all(map(_is_cost, row)), f"step {number} has whole bytes >= 0")
+                _require(all(map(_is_cost, row)), f"step {step} has whole bytes >= 0")
 
     def to_json(self) -> str:
         """The prices as JSON; `from_json` restores them exactly."""
@@ -91,16 +92,43 @@ class Prices:
         return json.dumps(plain, indent=1, allow_nan=False)
 
     @classmethod
-    def from_json(cls, text: str) -> "Prices":
+    def from_json(cls, content: str) -> "Prices":
         """The prices that `to_json` wrote. Raises: SpecError."""
         try:
-            return cls(**_fields(json.loads(text)))
-        except SpecError:
-            raise
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise SpecError(
-                f"not a file of prices: {type(error).__name__}: {error}. Write it with Prices.to_json."
-            ) from error
+            plain = parse_json(content)
+            _check_prices("prices", plain)
+        except SpecError as error:
+            raise SpecError(f"not a file of prices: {error} Write it with Prices.to_json.") from error
+        return cls(**_fields(plain))
+
+
+def _price(where: str, value: Any) -> None:
+    """A number, or the text of one that is not finite."""
+    if value not in ("inf", "-inf", "nan"):
+        number()(where, value)
+
+
+def _row_by_group(where: str, value: Any) -> None:
+    """Costs by the index of a group."""
+    mapping(sequence(_cost))(where, value)
+    for group in value:
+        require(
+            group.isascii() and group.isdecimal() and str(int(group[:9])) == group,
+            where,
+            "of groups by their index",
+            group,
+        )
+
+
+_cost = whole(0, COUNT)
+_check_prices = record(
+    {
+        "loss": text, "base": written_bits, "base_loss": _price, "groups": sequence(sequence(text)),
+        "choices": sequence(sequence(written_bits)), "increases": sequence(sequence(_price)),
+        "costs": mapping(sequence(sequence(_cost))), "fixed": mapping(_cost), "floats": mapping(_cost),
+        "steps": sequence(record({"fixed": _cost, "groups": _row_by_group})),
+    }
+)  # fmt: skip
 
 
 def _fields(plain: dict[str, Any]) -> dict[str, Any]:
@@ -124,7 +152,7 @@ def _number_out(value: float) -> float | str:
 
 
 def _is_cost(value: object) -> bool:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value <= COUNT
 
 
 def _require(holds: bool, rule: str) -> None:

@@ -13,6 +13,9 @@ from calque.graph import Network, WeightedLayer
 from calque.model import QuantizedModel
 from calque.quantizers import QuantizedLayer, Quantizer
 from calque.storage.file import Tensors
+from calque.storage.rules import layers_of
+
+LONGEST = 200  # characters of an operator in a message
 
 
 def describe_input(value: object, leaves: Tensors) -> object:
@@ -116,8 +119,7 @@ def left_float(module: fx.GraphModule) -> Iterator[tuple[str, Tensor]]:
 
 def mismatches(network: Network, table: Mapping[str, Any], tensors: Tensors) -> list[str]:
     """Layers, tensors and kinds of operators that the file or the network lacks, and other shapes."""
-    known = [operator.split()[1] for _, operator, _ in table["operators"] if operator.startswith("layer ")]
-    problems = [f"the network has no layer {name}" for name in known if name not in network.layers]
+    problems = [f"the network has no layer {name}" for name in layers_of(table) if name not in network.layers]
     for name in network.layers:
         stored = table["layers"].get(name)
         if stored is not None and stored["shape"] != list(network.weighted(name).weight.shape):
@@ -133,14 +135,22 @@ def mismatches(network: Network, table: Mapping[str, Any], tensors: Tensors) -> 
         Counter(operator for _, operator, _ in lines if not operator.startswith("layer "))
         for lines in (operators(network.module), table["operators"])
     )
-    problems += [f"the network has {count} {kind} too many" for kind, count in (ours - theirs).items()]
-    return problems + [f"the network lacks {count} {kind}" for kind, count in (theirs - ours).items()]
+    problems += [f"the network has {count} {_short(kind)} too many" for kind, count in (ours - theirs).items()]
+    return problems + [f"the network lacks {count} {_short(kind)}" for kind, count in (theirs - ours).items()]
 
 
 def differences(stored: list[list[str]], found: list[list[str]]) -> list[str]:
     """Operators of the same kinds that are arranged otherwise, or have other arguments."""
     pairs = zip(stored, found, strict=True)
-    return [f"{a[1]}({a[2]}) in the file is {b[1]}({b[2]}) in the network" for a, b in pairs if a != b]
+    return [
+        f"{_short(f'{a[1]}({a[2]})')} in the file is {_short(f'{b[1]}({b[2]})')} in the network"
+        for a, b in pairs
+        if a != b
+    ]
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def shapes(what: str, stored: object, tensor: Tensor) -> str:

@@ -10,7 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from calque.errors import LoadError
+from calque.errors import LoadError, SpecError
+from calque.fields import parse_json, shown
 from calque.files import FilePath, write_whole
 
 FORMAT = 1
@@ -38,14 +39,15 @@ def read(path: FilePath) -> tuple[dict[str, Any], Tensors]:
     if METADATA not in metadata:
         raise LoadError(f"{path} is a safetensors file, but not one of calque's. Write it with calque.save.")
     try:
-        table: dict[str, Any] = json.loads(metadata[METADATA])
-        checksum = table.pop("checksum")
-    except (ValueError, KeyError, AttributeError, TypeError):
-        checksum = None
+        table = parse_json(metadata[METADATA])
+    except SpecError as error:
+        raise LoadError(f"{path} is damaged: {error} Save it again.") from error
+    checksum = table.pop("checksum", None) if isinstance(table, dict) else None
     if checksum is None or _checksum(_text(table), tensors) != checksum:
         raise LoadError(f"{path} is damaged: its checksum does not fit its contents. Save it again.")
-    if table["format"] != FORMAT:
-        raise LoadError(f"{path} has format {table['format']}; this version of calque reads {FORMAT}. Update calque.")
+    version = table.get("format")
+    if version != FORMAT:
+        raise LoadError(f"{path} has format {shown(version)}; this version of calque reads {FORMAT}. Update calque.")
     return table, tensors
 
 
@@ -73,4 +75,4 @@ def _checksum(text: str, tensors: Tensors) -> str:
 
 
 def _bytes(value: Tensor) -> bytes:
-    return value.reshape(-1).view(torch.uint8).numpy().tobytes()
+    return value.reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b""

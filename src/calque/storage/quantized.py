@@ -5,7 +5,8 @@ stays float, and as JSON the plan, the report, the operators and the form of the
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from calque.admission import file_to_read, file_to_write, require_original, require_quantized
 from calque.arithmetic import pack, unpack
-from calque.errors import CalibrationError, CaptureError, LoadError
+from calque.errors import CalqueError, LoadError, SpecError
 from calque.factors import insert_factor
 from calque.files import FilePath
 from calque.graph import Batch, Network, Signature, capture
@@ -38,7 +39,9 @@ from calque.storage.architecture import (
     operators,
     shapes,
 )
+from calque.storage.contents import check_floats, check_grids, check_plan, check_ranges, check_scales, check_tensors
 from calque.storage.file import FORMAT, Tensors, deduplicate, read, write
+from calque.storage.rules import check_table
 
 EXAMPLE_SEED = 0  # of the inputs with which an architecture is captured again; their values do not matter
 
@@ -77,6 +80,8 @@ def save(q: QuantizedModel, path: FilePath) -> None:
         "scaled": q.facts["scaled"],
         "aliases": aliases,
     }
+    check_table(json.loads(json.dumps(table)))
+    check_tensors(table, tensors)
     write(path, table, tensors)
 
 
@@ -87,15 +92,20 @@ def load(path: FilePath, model: nn.Module) -> QuantizedModel:
     Args:
         model: the float network's architecture; its weights are not read.
 
+    No field of the file is believed: each is checked against its range and its neighbours before anything is built.
+
     Raises:
-        LoadError: a file that is not calque's or is damaged; an architecture that does not fit it, every
-            mismatch named.
+        LoadError: a file that is not calque's, is damaged, or breaks a rule of the format, with the field and the rule; an
+            architecture that does not fit it, every mismatch named.
         SpecError, CaptureError: no path, or no float network.
         OSError: `path` cannot be read.
     """
     path = file_to_read(path, "load(path, model)")
     require_original(model)
     table, tensors = read(path)
+    with _naming(path):
+        check_table(table)
+        check_tensors(table, tensors)
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     tensors = {key: value.to(device) for key, value in tensors.items()}
     tensors.update({alias: tensors[key] for alias, key in table["aliases"].items()})
@@ -107,19 +117,43 @@ def load(path: FilePath, model: nn.Module) -> QuantizedModel:
     problems = mismatches(network, table, tensors) or differences(table["operators"], operators(network.module))
     if problems:
         raise _misfit(path, problems)
+    with _naming(path):
+        check_floats(network, model, tensors)
     plan = Plan({name: Bits.parse(bits) for name, bits in table["plan"].items()})
-    edges = place(network, plan, table["placement"])
-    if {edge.name for edge in edges} != set(table["grids"]):
-        raise _moved_grids(path, table)
-    try:
-        quantizers = {edge.name: _quantizer(table["grids"][edge.name], edge.bits, device) for edge in edges}
-        result = assemble(network, edges, _layers(network, table, tensors), quantizers, plan)
-        _restore_float(result, tensors)
-        result.report = None if table["report"] is None else Report.from_json(json.dumps(table["report"]))
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise LoadError(f"{path} is damaged: its contents contradict each other ({error}). Save it again.") from error
+    result = _assembled(path, network, plan, table, tensors)
+    result.report = None if table["report"] is None else Report.from_json(json.dumps(table["report"]))
     result.facts |= {"placement": table["placement"], "example": example, "dynamic": _dynamic(table)}
     result.facts["equal_axes"] = _equal_axes(table)
+    return result
+
+
+@contextmanager
+def _naming(path: FilePath) -> Iterator[None]:
+    """Turns an error that names a field into one that names the file, too."""
+    try:
+        yield
+    except SpecError as error:
+        raise LoadError(f"{path} cannot be loaded: {error} Save it again with calque.save.") from error
+
+
+def _assembled(
+    path: FilePath, network: Network, plan: Plan, table: Mapping[str, Any], tensors: Tensors
+) -> QuantizedModel:
+    """The network with the file's layers, grids and float tensors in it."""
+    with _naming(path):
+        check_plan(network, plan)
+        edges = place(network, plan, table["placement"])
+    if {edge.name for edge in edges} != set(table["grids"]):
+        raise _moved_grids(path, table)
+    device = next(iter(tensors.values())).device
+    with _naming(path):
+        check_grids(edges, table["grids"])
+        quantizers = {edge.name: _quantizer(table["grids"][edge.name], device) for edge in edges}
+        result = assemble(network, edges, _layers(network, table, tensors), quantizers, plan)
+        _restore_float(result, tensors)
+        check_scales(result)
+        if table["report"] is not None:
+            check_ranges(result, table["report"])
     if grids(result) != table["grids"]:
         raise _moved_grids(path, table)
     return result
@@ -145,13 +179,15 @@ def _capture(path: FilePath, model: nn.Module, example: Batch, table: Mapping[st
     try:
         batch = laid_out(Signature.of(model).bind((), example), _layout(table))
         return capture(blank, batch, _dynamic(table))
-    except (CaptureError, CalibrationError) as error:
+    except Exception as error:  # whatever its forward raises on inputs that it was not made for
         modules, problems = dict(model.named_modules()), []
         for name, layer in table["layers"].items():
             weight = getattr(modules.get(name.partition("#")[0]), "weight", None)
             if isinstance(weight, Tensor) and list(weight.shape) != layer["shape"]:
                 problems.append(shapes(f"layer {name}", layer["shape"], weight))
-        raise _misfit(path, [*problems, str(error).rstrip(".")]) from error
+        known = isinstance(error, CalqueError)
+        reason = str(error) if known else f"it fails on the inputs: {type(error).__name__}: {error}"
+        raise _misfit(path, [*problems, " ".join(reason.split()).rstrip(".")]) from error
 
 
 def _dynamic(table: Mapping[str, Any]) -> dict[str, dict[int, Any]]:
@@ -206,6 +242,6 @@ def _restore_float(q: QuantizedModel, tensors: Tensors) -> None:
         owner.register_buffer(leaf, tensors[f"float:{name}"].clone())
 
 
-def _quantizer(grid: Mapping[str, Any], bits: int, device: torch.device) -> Quantizer:
+def _quantizer(grid: Mapping[str, Any], device: torch.device) -> Quantizer:
     scale = torch.tensor(grid["scale"], dtype=torch.float32, device=device)
-    return Quantizer(scale, torch.tensor(grid["zero_point"], device=device), bits=bits)
+    return Quantizer(scale, torch.tensor(grid["zero_point"], device=device), bits=grid["bits"])
