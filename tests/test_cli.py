@@ -39,6 +39,11 @@ def build():
     net.load_state_dict({key: torch.full_like(value, 0.1) for key, value in net.state_dict().items()})
     return net
 
+def pooled():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    net.load_state_dict({key: torch.full_like(value, 0.1) for key, value in net.state_dict().items()})
+    return net
+
 def score(model):
     assert not model.training
     return model(torch.ones(2, 1, 8, 8)).mean()
@@ -124,18 +129,20 @@ def test_overrides_ends_and_placement_reach_the_plan(work: Path) -> None:
     assert Plan.load("run/plan.toml") == Plan({"0": Bits(4, 4), "3": Bits(None, None)})
 
 
-def test_a_plan_recipe_and_axes_are_taken_from_the_command(work: Path) -> None:
-    assert quantize("--bits", "w5a5", "--first-last", "w6a6") == 0
+def test_a_plan_recipe_and_axes_are_taken_from_the_command(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    start = ["quantize", "user_net:pooled", "--calibration", "images.npy", "--quiet"]
+    assert run([*start, "--bits", "w5a5", "--first-last", "w6a6", "-o", "run"]) == 0
 
     code = run(
-        ["quantize", "user_net:build", "--calibration", "images.npy", "-o", "again", "--device", "cpu",
-         "--plan", "run/plan.toml", "--recipe", "run/recipe.toml", "--dynamic", "input:2", "--memory", "1MB",
-         "--quiet"]
+        [*start, "-o", "again", "--device", "cpu", "--plan", "run/plan.toml", "--recipe", "run/recipe.toml",
+         "--dynamic", "input:2", "--memory", "1MB"]
     )  # fmt: skip
 
     assert code == 0
-    assert Plan.load("again/plan.toml")["3"] == Bits(6, 6)
+    assert Plan.load("again/plan.toml")["4"] == Bits(6, 6)
     assert Path("again/recipe.toml").read_text() == Path("run/recipe.toml").read_text()
+    assert quantize("--dynamic", "input:2", output="flat") == 1
+    assert "it fixes axis 2 of input at 8" in capsys.readouterr().err
 
 
 def test_the_users_metric_scores_float_and_quantized(work: Path, capsys: pytest.CaptureFixture[str]) -> None:

