@@ -1,5 +1,6 @@
 """The predicted size of an exported file against the file."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -107,6 +108,8 @@ def test_the_report_says_the_bytes_on_disk_and_old_reports_do_not(trained: nn.Mo
 
     assert f"about {report.file_size:,} bytes on disk" in str(report)
     assert Report.from_json(report.to_json()) == report
-    old = Report.from_json(report.to_json().replace(f'"file_size": {report.file_size}', '"seed": 0'))
+    table = json.loads(report.to_json())
+    del table["file_size"]
+    old = Report.from_json(json.dumps(table))
     assert old.file_size is None
     assert "on disk" not in str(old)

@@ -124,10 +124,6 @@ def quantize_parts(
         parts[part.path] = quantize(work.get_submodule(part.path), inputs, chosen[part.path])
         work.set_submodule(part.path, parts[part.path])
         log.info("part %s quantized: %d layers", part.path, len(parts[part.path].layers))
-    log.warning(
-        "the network cannot be captured whole: its parts %s are quantized in place, and the report says why.",
-        ", ".join(parts),
-    )
     notes = [
         f"the network cannot be captured whole; its parts are quantized in place: {', '.join(parts)}. {reason}",
         *skipped,

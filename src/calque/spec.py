@@ -90,7 +90,7 @@ FLOAT = Bits(None, None)
 
 def _instead(text: object) -> str:
     """What whoever wrote this may have meant."""
-    written = str(text).lower()
+    written = shown(text).lower()
     numbers = re.findall(r"\d+", written)
     if "," in written:
         return "; candidates for a budget are a tuple of strings"

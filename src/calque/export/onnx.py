@@ -262,7 +262,7 @@ def _clean(proto: onnx.ModelProto, model: QuantizedModel) -> None:
 
 def _known_names(model: QuantizedModel) -> set[str]:
     """Names that users and `verify` look for: codes, scales and biases of layers and edges, and parameters that stay float."""
-    parts = ("codes", *(f"packed{rest}" for rest in range(8)), "scale", "bias", "bias/codes", "bias/scale")
+    parts = ("codes", *(f"packed{rest}" for rest in range(8)), "scale", "bias", "bias/codes", "bias/scale", "weight/scale")
     layers = {f"{layer}/{part}" for layer in model.layers for part in parts}
     edges = {f"{edge}/{part}" for edge in model.quantizers for part in ("codes", "scale")}
     floats = set(model.graph_module.state_dict())
