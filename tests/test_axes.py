@@ -30,8 +30,8 @@ class Convolutions(nn.Module):
 @pytest.mark.parametrize(
     ("dynamic", "message"),
     [
-        ([2], r"dynamic maps inputs to their axes.*Got \[2\]"),
-        ("image", "dynamic maps inputs to their axes.*Got 'image'"),
+        ([2], r"dynamic is a dict of inputs and their axes.*Got \[2\]"),
+        ("image", "dynamic is a dict of inputs and their axes.*Got 'image'"),
         ({"imgae": {2: FREE}}, "dynamic names inputs of forward: image, gain. Got 'imgae'"),
         ({2: {2: FREE}}, "dynamic names inputs of forward.*Got 2"),
         ({"shifts": {1: FREE}}, "dynamic names inputs of forward.*Got 'shifts'"),

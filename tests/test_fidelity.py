@@ -109,6 +109,7 @@ def test_the_worst_output_is_named_and_scores_keep_their_kl() -> None:
     assert f"KL {scores.kl:.3g} nats" in str(q.report)
 
 
+@pytest.mark.filterwarnings("ignore::calque.errors.CaptureWarning")
 def test_a_budget_and_parts_have_it_too(trained: networks.Residual, calibration: Tensor) -> None:
     budgeted = calque.quantize(
         trained, calibration, bits=("w8a8", "w2a4"), budget=calque.Budget(size=0.2), recipe=LIGHT

@@ -91,6 +91,7 @@ def test_a_call_in_another_form_is_refused_as_by_the_network(tmp_path: Path) -> 
         file(X, temperature=2)
 
 
+@pytest.mark.filterwarnings("ignore::calque.errors.CaptureWarning")
 def test_files_of_other_networks_and_parts_are_refused(tmp_path: Path) -> None:
     one, two = (calque.quantize(body(PACKS[name]), X, **OPTIONS) for name in ("tensor", "tuple"))
     path = calque.export_onnx(two, tmp_path / "two.onnx")

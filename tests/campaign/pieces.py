@@ -123,9 +123,11 @@ def ended_after(replacements: int) -> Iterator[None]:
 
 
 def killed(case: str, run: Path, after: int) -> None:
-    """Leaves in `run` what a run that was killed after so many files leaves."""
+    """Leaves in `run` what a run that was killed after so many files leaves; 0: all its pieces, but not its result."""
     with ended_after(after):
         quantized(case, run)
+    for path in run.glob("result*.safetensors"):  # which would be returned as it is
+        path.unlink()
 
 
 def _removed(path: Path) -> None:
@@ -172,7 +174,7 @@ def trials(case: str, folder: Path, *, after: int = 0, damages: tuple[str, ...] 
 
     Args:
         folder: for the runs.
-        after: how many files the run had written when it was killed; 0 for a finished one, whose pieces are all there.
+        after: how many files the run had written when it was killed; 0 for one whose pieces are all there.
     """
     expected, run = quantized(case, None), folder / "run"
     killed(case, run, after)

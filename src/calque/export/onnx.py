@@ -90,11 +90,12 @@ def export_onnx(
     _clean(proto, model)
     name_values(proto.graph, names)
     name_axes(proto.graph, model)
-    shorten(proto.graph, _known_names(model).__contains__)
+    if target != "qonnx":
+        shorten(proto.graph, _known_names(model).__contains__)
     _check(proto)
     if target == "onnxruntime":
         rehearse(proto, model, behind_nodes)
-    for node in proto.graph.node:
+    for node in proto.graph.node if target != "qonnx" else ():
         if node.name not in model.layers:  # what failed in the rehearsal was found by its name
             node.name = ""
     write_whole(path, proto.SerializeToString())
@@ -262,7 +263,7 @@ def _clean(proto: onnx.ModelProto, model: QuantizedModel) -> None:
 
 def _known_names(model: QuantizedModel) -> set[str]:
     """Names that users and `verify` look for: codes, scales and biases of layers and edges, and parameters that stay float."""
-    parts = ("codes", *(f"packed{rest}" for rest in range(8)), "scale", "bias", "bias/codes", "bias/scale", "weight/scale")
+    parts = ("codes", *(f"packed{rest}" for rest in range(8)), "scale", "bias", "bias/codes", "bias/scale")
     layers = {f"{layer}/{part}" for layer in model.layers for part in parts}
     edges = {f"{edge}/{part}" for edge in model.quantizers for part in ("codes", "scale")}
     floats = set(model.graph_module.state_dict())

@@ -24,8 +24,8 @@ def leaf_paths(tree: pytree.TreeSpec) -> list[Path]:
 
 
 def joined(path: Path) -> str:
-    """The path as a name: features_p3, boxes_0."""
-    return "_".join(map(str, path))
+    """The path as a name: features_p3, boxes_0. What is no Unicode is spelled by its number."""
+    return "_".join(map(str, path)).encode("utf-8", "backslashreplace").decode()
 
 
 def output_names(paths: Sequence[Path]) -> list[str]:
