@@ -111,6 +111,7 @@ class Branch(nn.Module):
         return y
 
 
+@pytest.mark.filterwarnings("ignore::calque.errors.CaptureWarning")
 @pytest.mark.parametrize("build", [lambda: networks.small(), Branch])
 def test_a_run_moves_its_bar_to_the_end(build: Callable[[], nn.Module]) -> None:
     drawn = Drawn()

@@ -214,7 +214,9 @@ def test_what_torch_would_have_printed_is_printed_again_afterwards(capfd: pytest
 
 
 def test_a_run_folder_needs_a_network_that_is_captured_whole(tmp_path: Path) -> None:
-    with pytest.raises(CaptureError, match=r"Without a budget, plan, loss, run folder and dynamic axes, calque\.quantize"):
+    with pytest.raises(
+        CaptureError, match=r"Without a budget, plan, loss, run folder and dynamic axes, calque\.quantize"
+    ):
         quantize(networks.seeded(Deciding()), X, run=tmp_path / "run")
 
 

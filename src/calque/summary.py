@@ -86,9 +86,10 @@ def _computed_scales(model: QuantizedModel) -> list[str]:
 
 
 def _layers(built: Built, found: Found | None) -> tuple[LayerReport, ...]:
-    """What the sweep reported, with the prices of the chosen bits."""
+    """What the sweep reported, with the ranges that later stages gave the inputs' grids, and the prices of the chosen bits."""
+    reports = tuple(_ranged(report, built.model) for report in built.swept.reports)
     if found is None:
-        return tuple(built.swept.reports)
+        return reports
     prices = {
         names[0]: dict(zip(options, increases, strict=True))
         for names, options, increases in zip(
@@ -97,8 +98,16 @@ def _layers(built: Built, found: Found | None) -> tuple[LayerReport, ...]:
     }
     return tuple(
         replace(report, price=prices[report.name][report.bits]) if report.name in prices else report
-        for report in built.swept.reports
+        for report in reports
     )
+
+
+def _ranged(report: LayerReport, model: QuantizedModel) -> LayerReport:
+    layer = model.layers.get(report.name)
+    if report.low is None or layer is None or layer.source is None:
+        return report
+    low, high = layer.source.range
+    return replace(report, low=low, high=high)
 
 
 def _notes(model: nn.Module, job: Job, built: Built, found: Found | None) -> list[str]:

@@ -182,7 +182,7 @@ def check_ranges(q: QuantizedModel, report: Table) -> None:
         _require_range(where, grids[name], low, high)
     for index, layer in enumerate(report["layers"]):
         part = q.layers.get(layer["name"])
-        if report.get("distilled") is None and layer["low"] is not None:  # distilling moves grids afterwards
+        if layer["low"] is not None:
             where = f"report.layers[{index}]"
             if part is None or part.source is None:
                 raise SpecError(
