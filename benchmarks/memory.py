@@ -3,6 +3,9 @@
 Rows go to benchmarks/memory.jsonl as they are measured, so that a run can be stopped and goes on where it was; the table
 benchmarks/memory.md is written from them. Each row is measured in a process of its own: freed memory of an earlier one would
 hide a rise. Linux only (/proc).
+
+Four networks with random weights show that the number of inputs does not matter: the rows of each have as many values, in few
+large images or in many small ones. The others are the zoo's, and are measured where ../shared is.
 """
 
 import argparse
@@ -12,20 +15,26 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from benchmarks.accuracy import commit, outputs, peak_bytes, reset_peak
+from benchmarks.memory_models import MODELS, random_model
 from benchmarks.rows import Row, measure_rows, read_rows
-from benchmarks.tasks import SETTINGS, load, quantize
+from benchmarks.tasks import SETTINGS, SHARED, load, quantize
 from calque.store import parse_bytes
 
 FOLDER = Path(__file__).resolve().parent
-BITS, RECIPE = "w4a4", "sequential"
+BITS, RECIPE, RANDOM_RECIPE = "w4a4", "sequential", "fast"
 WARM = 8  # images that the float network sees first: what the libraries allocate once is not the run's
 
 Key = tuple[str, int, str]  # network, calibration images, memory
+SIDES = {250: 96, 1000: 48, 4000: 24}  # of the random networks' images, by their number
+RANDOM: tuple[Key, ...] = tuple((name, images, "500MB") for name in MODELS for images in SIDES)
 CASES: tuple[Key, ...] = (
+    *RANDOM,
     ("digits_depthwise", 256, "2GB"),
     ("mobilenet_v1_0.25_224_imagenet", 256, "500MB"),
     ("squeezenet1_1_imagenet", 1000, "1GB"),
@@ -36,7 +45,8 @@ FIELDS = ("network", "images", "memory")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--networks", nargs="+", default=sorted({case[0] for case in CASES}))
+    here = sorted({case[0] for case in (CASES if (SHARED / "zoo").is_dir() else RANDOM)})
+    parser.add_argument("--networks", nargs="+", default=here)
     parser.add_argument("--images", type=int, help="in place of each row's number")
     parser.add_argument("--memory", help="in place of each row's budget")
     parser.add_argument("--rows", type=Path, default=FOLDER / "memory.jsonl")
@@ -63,19 +73,28 @@ def apart(name: str, images: int, memory: str) -> Row:
 
 
 def measure(name: str, images: int, memory: str) -> Row:
-    setting = next(setting for setting in SETTINGS if setting.name == name)
-    task = load(name)
-    calibration = task.calibration[:images].clone()
-    outputs(task.model, calibration[:WARM])
+    model, calibration, dynamic, recipe = case(name, images)
+    outputs(model, calibration[:WARM])
     before = reset_peak()
     started = time.perf_counter()
-    model = quantize(task.model, calibration, bits=BITS, recipe=RECIPE, dynamic=setting.dynamic, memory=memory)
+    result = quantize(model, calibration, bits=BITS, recipe=recipe, dynamic=dynamic, memory=memory)
     seconds = time.perf_counter() - started
     return {
-        "network": name, "images": len(calibration), "memory": memory, "budget": parse_bytes(memory),
-        "rise": peak_bytes() - before, "seconds": seconds, "phases": model.report.phases, "commit": commit(),
+        "network": name, "images": len(calibration), "memory": memory, "budget": parse_bytes(memory), "recipe": recipe,
+        "rise": peak_bytes() - before, "seconds": seconds, "phases": result.report.phases, "commit": commit(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} torch thread(s)",
     }  # fmt: skip
+
+
+def case(name: str, images: int) -> tuple[nn.Module, Tensor, dict[str, dict[int, Any]] | None, str]:
+    """A network, its inputs, the axes that change, and the recipe."""
+    if name in MODELS:
+        side = SIDES[images]
+        inputs = torch.randn(images, 3, side, side, generator=torch.Generator().manual_seed(0))
+        return random_model(name), inputs, None, RANDOM_RECIPE
+    setting = next(setting for setting in SETTINGS if setting.name == name)
+    task = load(name)
+    return task.model, task.calibration[:images].clone(), setting.dynamic, RECIPE
 
 
 def table(path: Path) -> None:
@@ -85,15 +104,16 @@ def table(path: Path) -> None:
         "# Peak memory",
         "",
         "Written by `python -m benchmarks.memory`: the rise of the peak memory of one call of `calque.quantize` at",
-        f"{BITS}, recipe {RECIPE}, seed 0, each in a new process, beside the argument `memory`. The calibration inputs,",
-        "the model and the libraries are there before and are not counted. Seconds include the spill to disk.",
+        f"{BITS}, seed 0, each in a new process, beside the argument `memory`. The calibration inputs, the model and the",
+        "libraries are there before and are not counted. Seconds include the spill to disk. The first four networks have random",
+        f"weights and images of {', '.join(f'{side}x{side} ({count})' for count, side in SIDES.items())}.",
         "",
-        "| network | images | memory | peak +MB | of the budget | seconds | machine | commit |",
-        "|---|---|---|---|---|---|---|---|",
+        "| network | images | memory | recipe | peak +MB | of the budget | seconds | machine | commit |",
+        "|---|---|---|---|---|---|---|---|---|",
         *(
-            f"| {row['network']} | {row['images']} | {row['memory']} | {row['rise'] / 1e6:.0f} | "
+            f"| {row['network']} | {row['images']} | {row['memory']} | {row.get('recipe', RECIPE)} | {row['rise'] / 1e6:.0f} | "
             f"{row['rise'] / row['budget']:.2f} | {row['seconds']:.0f} | {row['machine']} | {row['commit']} |"
-            for row in rows
+            for row in sorted(rows, key=lambda row: row["network"] not in MODELS)
         ),
     ]
     path.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")

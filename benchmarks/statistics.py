@@ -19,7 +19,8 @@ from torch import Tensor, fx
 
 from benchmarks.accuracy import BATCH, commit, fidelity
 from benchmarks.tasks import SETTINGS, load, score
-from calque.calibration import Execution, prepare
+from calque.calibration import prepare
+from calque.execution import Execution
 from calque.graph import Batch, Network, Signature, WeightedLayer, capture
 from calque.statistics import ChannelStatistics, absorb, para_normalize, trained_statistics
 from calque.store import Store

@@ -9,8 +9,8 @@ from torch import Tensor, fx, nn
 
 import calque
 import networks
-from calque.calibration import Execution
 from calque.errors import SpecError
+from calque.execution import Execution
 from calque.graph import Network, capture
 from calque.graph.blocks import find_blocks
 from calque.model import QuantizedModel, link_requantization

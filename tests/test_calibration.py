@@ -8,8 +8,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import calque.calibration
 import networks
-from calque.calibration import ROWS, Execution, prepare
+from calque.calibration import ROWS, prepare
 from calque.errors import CalibrationError, CalibrationWarning, SpecError
+from calque.execution import Execution
 from calque.graph import Batch, Signature, capture
 from calque.graph.batching import varying_axes
 from calque.graph.signature import rows

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx
 
 import networks
-from calque.calibration import Execution
+from calque.execution import Execution
 from calque.graph import Batch, Network, WeightedLayer, capture
 from calque.statistics import ChannelStatistics, absorb, para_normalize, trained_statistics
 from calque.store import Store

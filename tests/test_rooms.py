@@ -33,6 +33,7 @@ ROOMS = (
     "store",
     "samples",
     "calibration",
+    "execution",
     "losses",
     "solvers",
     "statistics",

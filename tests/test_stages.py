@@ -11,8 +11,8 @@ from torch import Tensor, nn
 import calque
 import calque.stages
 import networks
-from calque.calibration import Execution
 from calque.errors import CalibrationError
+from calque.execution import Execution
 from calque.graph import Network, WeightedLayer, capture
 from calque.job import Job
 from calque.losses import kl

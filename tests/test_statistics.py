@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 import calque
 import networks
-from calque.calibration import Execution
+from calque.execution import Execution
 from calque.graph import Batch, Geometry, Network, WeightedLayer, capture
 from calque.model import QuantizedModel
 from calque.quantizers import QuantizedLayer

@@ -12,7 +12,7 @@ from calque.errors import CaptureError
 from calque.graph import capture
 from calque.model import QuantizedModel
 from calque.recipe import NO_TUNING, RECIPES, Recipe
-from calque.solvers.layer import Settings, Solver, solve
+from calque.solvers.layer import Settings, Solver, solve_
 from calque.solvers.problem import Grid, LayerProblem
 from calque.spec import Placement
 
@@ -186,7 +186,7 @@ def test_a_fit_in_any_unit_has_the_same_codes(solver: Solver) -> None:
 
     def fit(unit: float) -> tuple[Tensor, Tensor, float]:
         grid = Grid(torch.tensor(0.1 * unit), torch.tensor(30, dtype=torch.int32), 63)
-        found = solve(layer_problem(unit), grid, 4, settings, torch.Generator().manual_seed(0))
+        found = solve_(layer_problem(unit), grid, 4, settings, torch.Generator().manual_seed(0))
         return found.codes, found.bias / unit, found.after
 
     plain, small_unit = fit(1.0), fit(2.0**-80)

@@ -21,6 +21,7 @@ NEGLIGIBLE = (
 BIAS_LIMIT = 2**30  # half of int32, so that accumulator plus bias stays inside it
 EXACT_FLOAT32 = 2**24  # integers up to here, and sums of them that stay below, are exact in float32
 # Of a requantized sum, in units of 1 + A + B: ten roundings of at most 2^-24 of values below 256, and a half more.
+TOGETHER = 2**19  # values at a time: larger temporaries take most of the time to be mapped
 SUM_ERROR = 2**-12
 
 
@@ -50,7 +51,13 @@ def binary_unit(x: Tensor) -> float:
     >>> binary_unit(torch.tensor([3e-20, -5e-20])) == 2.0**-65
     True
     """
-    mean = torch.linalg.vector_norm(x, 1, dtype=torch.float64).item() / max(1, x.numel())
+    if x.numel() > TOGETHER:  # of all at once, torch makes a copy in float64
+        axis = max(range(x.dim()), key=lambda each: x.shape[each])
+        parts = torch.split(x, max(1, TOGETHER * x.shape[axis] // x.numel()), axis)
+    else:
+        parts = (x,)
+    total = sum(torch.linalg.vector_norm(part, 1, dtype=torch.float64).item() for part in parts)
+    mean = total / max(1, x.numel())
     if not 0 < mean < math.inf:
         return 1.0
     return 2.0 ** min(max(math.frexp(mean)[1] - 1, -126), 126)  # normal in float32, and so is its reciprocal

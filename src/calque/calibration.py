@@ -1,10 +1,9 @@
-"""Calibration inputs, checked; and the network executed on all of them, operator by operator, within a memory budget."""
+"""Calibration inputs as batches, checked; and which of their tokens are padding."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from calque.errors import CalibrationError, warn
@@ -22,7 +21,6 @@ from calque.graph.signature import (
     values,
 )
 from calque.samples import batches_of
-from calque.store import Store
 
 ROWS = 50  # rows that are executed at a time, at most
 VALUES = 1_500_000  # input values at a time: with larger tensors most of the time goes into mapping fresh memory
@@ -142,9 +140,12 @@ def real_tokens(values: Iterable[Tensor], masks: Iterable[Tensor | None]) -> Ite
 
     Padding is no calibration data: nothing real depends on its values.
     """
-    for value, mask in zip(values, masks, strict=True):
-        axis = None if mask is None else token_axis(value, mask)
-        yield value if mask is None or axis is None else value.movedim(axis, 1)[mask]
+    return map(_without_padding, values, masks)
+
+
+def _without_padding(value: Tensor, mask: Tensor | None) -> Tensor:
+    axis = None if mask is None else token_axis(value, mask)
+    return value if mask is None or axis is None else value.movedim(axis, 1)[mask]
 
 
 def token_axis(value: Tensor, mask: Tensor) -> int | None:
@@ -160,8 +161,8 @@ def largest_output(outputs: Iterable[Tensor], sizes: Iterable[int], layer: str) 
     Raises:
         CalibrationError: some output is not finite, or so large that its squares are not.
     """
-    largest = 0
-    for output, size in zip(outputs, sizes, strict=True):
+
+    def counted(output: Tensor, size: int) -> int:
         if not torch.isfinite(torch.linalg.vector_norm(output)):  # one pass tells both; the reason is rarely asked for
             if not torch.isfinite(output).all():
                 raise CalibrationError(
@@ -172,120 +173,6 @@ def largest_output(outputs: Iterable[Tensor], sizes: Iterable[int], layer: str) 
                 f"layer {layer}: the float network's output reaches {output.abs().max().item():.0e} on calibration inputs, "
                 "and the sum of its squares leaves float32. Scale the inputs as they were in training."
             )
-        largest = max(largest, output.numel() // size)
-    return largest
+        return output.numel() // size
 
-
-def call_node(
-    graph_module: fx.GraphModule,
-    node: fx.Node,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    stand_in: torch.nn.Module | None = None,
-) -> Any:
-    """What the node returns for these arguments; `stand_in` takes the place of the module that it calls."""
-    if node.op == "call_function":
-        assert callable(node.target)
-        return node.target(*args, **kwargs)
-    if node.op == "call_module":
-        return (stand_in or graph_module.get_submodule(str(node.target)))(*args, **kwargs)
-    if node.op == "get_attr":
-        owner: Any = graph_module
-        for part in str(node.target).split("."):
-            owner = getattr(owner, part)
-        return owner
-    assert node.op == "output"
-    return args[0]
-
-
-class Execution:
-    """A graph executed operator by operator over all batches; values are freed once nothing reads them any more.
-
-    Call `step` (or `compute` and `put` in its place) on each node of `graph_module.graph.nodes` in order, then `release`.
-    """
-
-    def __init__(
-        self,
-        graph_module: fx.GraphModule,
-        batches: list[Batch],
-        store: Store,
-        *,
-        keep: Mapping[fx.Node, fx.Node] | None = None,
-    ):
-        """
-        Args:
-            keep: node -> a later node at whose release its value is freed, in place of its last reader's.
-        """
-        self.module = graph_module
-        self.store = store
-        self.count = len(batches)
-        self._kept: dict[fx.Node, list[object]] = {}
-        self._last = {reader: node for node in graph_module.graph.nodes for reader in node.all_input_nodes}
-        self._last.update(keep or {})
-        leaves = [flatten(batch)[0] for batch in batches]
-        placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
-        for index, node in enumerate(placeholders):
-            self._kept[node] = [leaf[index] for leaf in leaves]
-
-    def values(self, node: fx.Node) -> Iterator[Any]:
-        """The node's value on each batch."""
-        for kept in self._kept[node]:
-            yield self.store.get(kept)
-
-    def at(self, node: fx.Node, index: int) -> Any:
-        """The node's value on batch `index`."""
-        return self.store.get(self._kept[node][index])
-
-    def compute(
-        self,
-        node: fx.Node,
-        module: torch.nn.Module | None = None,
-        through: Mapping[fx.Node, torch.nn.Module] | None = None,
-    ) -> Iterator[Any]:
-        """The node's value on each batch, from the values of its inputs.
-
-        Args:
-            module: stands in for the one that the node calls.
-            through: modules that values of these inputs pass first.
-        """
-        through = through or {}
-        for index in range(self.count):
-            values = {source: self.store.get(self._kept[source][index]) for source in node.all_input_nodes}
-            try:
-                with torch.no_grad():
-                    values |= {source: part(values[source]) for source, part in through.items()}
-                    args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-                    yield call_node(self.module, node, args, kwargs, module)
-            except RuntimeError as error:
-                reason = str(error).splitlines()[0]
-                raise CalibrationError(f"operator {node.name} fails on calibration batch {index}: {reason}") from error
-
-    def put(self, node: fx.Node, values: Iterable[object]) -> None:
-        """Keeps the node's value on each batch, in place of what was kept before."""
-        # in place, so that the old and the new values of all batches never stand side by side
-        kept = self._kept.setdefault(node, [None] * self.count)
-        for index, value in zip(range(self.count), values, strict=True):
-            if node.op != "placeholder":  # the caller's tensors are not the store's
-                self.store.drop(kept[index])
-            kept[index] = self.store.put(value)
-
-    def outputs(self, node: fx.Node) -> Iterator[list[Any]]:
-        """What the graph returns on each batch; `node` is its output."""
-        for index in range(self.count):
-            yield [self.at(leaf, index) if isinstance(leaf, fx.Node) else leaf for leaf in node.args[0]]  # type: ignore[union-attr]
-
-    def step(self, node: fx.Node) -> None:
-        """Computes and keeps the node's values."""
-        if node.op != "placeholder":
-            self.put(node, self.compute(node))
-
-    def release(self, node: fx.Node) -> None:
-        """Frees every value whose last reader is `node`, and the node's own if nothing reads it."""
-        done = [source for source, last in self._last.items() if last is node]
-        if not node.users and node.op != "output":
-            done.append(node)
-        for source in done:
-            for kept in self._kept.pop(source, []):
-                if source.op != "placeholder":
-                    self.store.drop(kept)
-        self.store.give_back()
+    return max(map(counted, outputs, sizes))

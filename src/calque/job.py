@@ -80,6 +80,10 @@ class Job:
         """For values between two operators; RESERVE of it, or three quarters, is left for what runs and is solved."""
         return Store(max(self.memory // 4, self.memory - RESERVE))
 
+    def outputs_store(self) -> Store:
+        """For the float network's outputs, which last as long as the run."""
+        return Store(self.memory // 16)
+
     def counter(self, phase: str, total: int) -> Callable[[str], None]:
         """A callback that counts finished steps of a phase."""
         done = 0

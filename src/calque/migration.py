@@ -70,8 +70,8 @@ class Migration:
         """Chooses the scales of the layer's channels from its sampled outputs, and returns the problem of the scaled layer."""
         if layer.name not in self.readers:
             return problem
-        outputs = problem.activation(problem.targets)
-        sizes = _sizes(outputs)  # (groups, O)
+        step = math.ceil(problem.targets.shape[1] / ROWS)
+        sizes = _sizes(problem.activation(problem.targets[:, ::step]))  # (groups, O)
         readers = [self.network.weighted(name).geometry for name in self.readers[layer.name]]
         depthwise = all(reader.groups == sizes.numel() > 1 for reader in readers)
         grown = (sizes.max() / sizes) ** (1.0 if depthwise else self.exponent)
@@ -106,7 +106,7 @@ class Migration:
             return values
         bounds = clamp_bounds(self.network.layers[producer].result)
         high = math.inf if bounds is None else bounds[1]
-        return (value.clamp(max=high) for value in self._scaled(producer, values))
+        return map(lambda value: value.clamp(max=high), self._scaled(producer, values))
 
     def kept(self, name: str, fit: Piece) -> Piece:
         """The layer's fit with the layer's scales, if it has any."""
@@ -119,7 +119,7 @@ class Migration:
 
     def _scaled(self, name: str, values: Iterator[Tensor]) -> Iterator[Tensor]:
         geometry = self.network.weighted(name).geometry
-        return (value * geometry.along_channels(self.scales[name]) for value in values)
+        return map(lambda value: value * geometry.along_channels(self.scales[name]), values)
 
     def _producer(self, name: str) -> str | None:
         """The layer whose scaled channels this layer reads."""
@@ -132,9 +132,8 @@ class Migration:
 
 def _sizes(outputs: Tensor) -> Tensor:
     """The QUANTILE of each channel (groups, O) of outputs (groups, R, O)."""
-    rows = outputs[:, :: math.ceil(outputs.shape[1] / ROWS)]
-    beyond = max(1, round((1 - QUANTILE) * rows.shape[1]))
-    return rows.topk(beyond, dim=1).values[:, -1]
+    beyond = max(1, round((1 - QUANTILE) * outputs.shape[1]))
+    return outputs.topk(beyond, dim=1).values[:, -1]
 
 
 def along_inputs(scales: Tensor, geometry: Geometry, weight: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from calque.graph.network import value_of
 from calque.graph.signature import rows, select
 from calque.job import Job
 from calque.stages import float_outputs
+from calque.store import Kept, Store
 from calque.tensors import root, shared_tensors
 from calque.trial import Extremes
 
@@ -59,18 +60,25 @@ class Outliers:
         return f"calibration {rows} {self.least:.3g} in {self.place}, {times}"
 
 
-def healthy(job: Job) -> tuple[Job, list[list[Tensor]], dict[fx.Node, Extremes]]:
+def healthy(job: Job, store: Store) -> tuple[Job, list[Sequence[Tensor]], dict[fx.Node, Extremes]]:
     """The job without the rows that alone decide a range; on what is left, the float network's outputs and extremes.
 
     The outputs are leaves by batch; extremes are those of tensors that may get a grid.
 
     Each is named by a CalibrationWarning and in the job's notes; a block of rows in another unit is named, too, and kept.
 
+    Args:
+        store: keeps the outputs.
+
     Raises:
         CalibrationError: a batch that the network fails on.
     """
+
+    def keep(leaves: Iterable[Tensor]) -> Kept:
+        return Kept(store, leaves)
+
     watch = _Watch(job)
-    references = float_outputs(job, watch.run)
+    references = float_outputs(job, watch.run, keep)
     dropped: set[int] = set()
     notes = []
     for node in watch.judged:
@@ -87,7 +95,7 @@ def healthy(job: Job) -> tuple[Job, list[list[Tensor]], dict[fx.Node, Extremes]]
         warn(note)
     job = replace(job, notes=(*job.notes, *notes))
     extremes = watch.ends(dropped)
-    return (*_dropped(job, references, dropped), extremes) if dropped else (job, references, extremes)
+    return (*_dropped(job, references, dropped, keep), extremes) if dropped else (job, references, extremes)
 
 
 def few(extremes: Tensor, place: str) -> Outliers | None:
@@ -140,9 +148,13 @@ def _without(extremes: Tensor, dropped: Iterable[int]) -> Tensor:
     return left
 
 
-def _dropped(job: Job, references: list[list[Tensor]], dropped: set[int]) -> tuple[Job, list[list[Tensor]]]:
+def _dropped(
+    job: Job, references: list[Sequence[Tensor]], dropped: set[int], keep: Callable[[Iterable[Tensor]], Kept]
+) -> tuple[Job, list[Sequence[Tensor]]]:
     """The job and the outputs without these rows."""
-    batches, outputs, start = [], [], 0
+    batches: list[Batch] = []
+    outputs: list[Sequence[Tensor]] = []
+    start = 0
     for batch, leaves in zip(job.batches, references, strict=True):
         count = rows(batch)
         kept = torch.tensor([index for index in range(count) if start + index not in dropped], dtype=torch.int64)
@@ -152,7 +164,7 @@ def _dropped(job: Job, references: list[list[Tensor]], dropped: set[int]) -> tup
             outputs.append(leaves)
         elif len(kept):
             batches.append(select(batch, kept))
-            outputs.append([leaf[kept] if _has_rows(leaf, count) else leaf for leaf in leaves])
+            outputs.append(keep(leaf[kept] if _has_rows(leaf, count) else leaf for leaf in leaves))
     return replace(job, batches=batches), outputs
 
 

@@ -16,8 +16,9 @@ from joblib.parallel import LokyBackend
 from torch import Tensor, fx
 
 from calque.arithmetic import activation_limits, affine_grid
-from calque.calibration import Execution, real_tokens
+from calque.calibration import real_tokens
 from calque.checkpoint import PROBLEMS, Checkpoint, Piece
+from calque.execution import Execution
 from calque.files import temporary_folder
 from calque.graph import Geometry, Layer
 from calque.graph.layers import Activation
@@ -25,7 +26,7 @@ from calque.job import Job
 from calque.processes import Owner, end_with
 from calque.ranges import TensorSample, activation_range, off_ties, search_range
 from calque.solvers.adaquant import Draw, Linear
-from calque.solvers.layer import Settings, fit_from_piece, fit_to_piece, solve_each
+from calque.solvers.layer import Settings, fit_from_piece, fit_to_piece, solve_each_
 from calque.solvers.problem import Fit, Grid, LayerProblem, layer_problem, output_error
 from calque.solvers.table import fit_table
 from calque.solvers.whole import whole_inputs
@@ -156,7 +157,7 @@ def _tasks(
     weighted = job.network.weighted(layer.name)
     source = layer.node.args[0]
     assert isinstance(source, fx.Node)
-    pairs = zip(execution.values(source), execution.values(layer.node), strict=True)
+    pairs = map(lambda *both: both, execution.values(source), execution.values(layer.node))
     problem = layer_problem(
         weighted.geometry, weighted.weight, weighted.bias, layer.activate, pairs,
         inputs=job.inputs, generator=job.generator(layer.name), masks=job.masks, sizes=job.sizes,
@@ -246,7 +247,7 @@ def fit_task(task: Task) -> None:
         )
     generators = {bits: torch.Generator().manual_seed(seed) for bits, _, seed in task.choices}
     rows = _rows(task, tensors, piece.facts["batches"])
-    fits = solve_each(problem, grid, generators, task.settings, rows=rows)
+    fits = solve_each_(problem, grid, generators, task.settings, rows=rows)
     for bits, key, _ in task.choices:
         task.results.put(key, fit_to_piece(fits[bits]))
 

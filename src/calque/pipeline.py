@@ -39,7 +39,7 @@ from calque.search import check_budget, search
 from calque.smoothing import smooth
 from calque.spec import Bits, Placement, Plan
 from calque.stages import build
-from calque.store import parse_bytes
+from calque.store import Store, parse_bytes
 from calque.summary import summarize
 
 log = logging.getLogger(__name__)
@@ -165,14 +165,14 @@ def quantize(
         axes = merged(found_axes, given_axes)
         asked |= {"loss": loss, "dynamic": {name: [*where] for name, where in sorted(axes.items())}}
         checkpoint = open_pieces(run, job, asked)
-        with alone(checkpoint):
+        with alone(checkpoint), job.outputs_store() as store:
             ready = kept_result(checkpoint, budget, moved_to(model, target))
             if ready is not None:
                 return ready
             job = replace(job, checkpoint=checkpoint)
             kept = asked_layers(network, plan, override or {})
             result = _quantized(
-                model, job, choices, entries, kept=kept, budget=budget, loss=loss, started=started, watch=watch
+                model, job, choices, entries, store, kept=kept, budget=budget, loss=loss, started=started, watch=watch
             )
             result.facts |= {"dynamic": axes, "equal_axes": equal_axes(batches)}
             keep_result(checkpoint, budget, result)
@@ -184,6 +184,7 @@ def _quantized(
     job: Job,
     choices: Choices,
     entries: Mapping[str, Bits],
+    store: Store,
     *,
     kept: Collection[str],
     budget: Budget | None,
@@ -194,14 +195,13 @@ def _quantized(
     """The method, on a captured network: inputs, ranges, bits, fits, report.
 
     Args:
-        model: the user's.
-        kept: layers whose bits the user asked for.
-        started: when the call began.
+        model: the user's.  store: for the float network's outputs.
+        kept: layers whose bits the user asked for.  started: when the call began.
     """
     captured = time.perf_counter()
     watch.begin("float pass")
     tensors = {name: entry for name, entry in entries.items() if name not in job.network.layers}
-    job, references, extremes = healthy(job)
+    job, references, extremes = healthy(job, store)
     float_pass = time.perf_counter() - captured
     if job.recipe.migration:
         smoothed, moved = smooth(job, choices)

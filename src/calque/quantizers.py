@@ -10,6 +10,8 @@ from calque.arithmetic import EXACT_FLOAT32, activation_limits, fake_quantize, f
 from calque.errors import SpecError
 from calque.graph import Geometry
 
+TOGETHER = 2**21  # values of a layer's input at a time, where only a few rows are needed
+
 
 @dataclass(frozen=True)
 class Settled:
@@ -240,6 +242,30 @@ def _largest_sum(codes: Tensor, low: int, high: int) -> int:
     rows = codes.flatten(1)
     positive, negative = (part.sum(1, dtype=torch.int64) for part in (rows.clamp(min=0), rows.clamp(max=0)))
     return int(torch.maximum(high * positive + low * negative, -low * positive - high * negative).max())
+
+
+class InPieces(nn.Module):
+    """A quantized layer behind grids, executed on a few rows at a time: what it needs besides its result is small.
+
+    Its sums are exact wherever its input is on a grid, so that the result is the same to the last bit. Elsewhere all rows are
+    executed together.
+    """
+
+    def __init__(self, layer: QuantizedLayer, *grids: Quantizer):
+        super().__init__()
+        self.layer, self.grids = layer, nn.Sequential(*grids)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.layer.bias_scale is None or x.numel() <= TOGETHER:
+            return self.layer(self.grids(x))  # type: ignore[no-any-return]  # nn.Module has no types here
+        size = max(1, TOGETHER // x[0].numel())
+        first, *rest = torch.split(x, size)
+        y = self.layer(self.grids(first))
+        found: Tensor = y.new_empty(len(x), *y.shape[1:])
+        found[:size] = y
+        for start, piece in enumerate(rest, 1):
+            found[start * size : (start + 1) * size] = self.layer(self.grids(piece))
+        return found
 
 
 def _recount(layer: nn.Module, keys: Any) -> None:

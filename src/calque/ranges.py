@@ -47,25 +47,23 @@ class TensorSample:
     @classmethod
     def of(cls, batches: Iterable[Tensor], *, count: int, inputs: int, generator: torch.Generator) -> "TensorSample":
         """The sample of about `count` values of tensors (N, ...) with `inputs` rows in all, the same share of each."""
-        lows, highs, values = [], [], []
-        for batch in batches:
+
+        def seen(batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             flat = batch.reshape(batch.shape[0], -1)
             low, high = flat.aminmax(dim=1)
-            lows.append(low)
-            highs.append(high)
             share = max(1, count * batch.shape[0] // inputs)
             if batch.numel() <= share:
-                values.append(flat.reshape(-1))
-                continue
+                return low, high, flat.reshape(-1)
             picked = torch.randint(batch.numel(), (share,), generator=generator)
-            values.append(flat.reshape(-1)[picked.to(batch.device)])
-        low, high = torch.cat(lows), torch.cat(highs)
-        return cls(low.min(), high.max(), low.mean(), high.mean(), torch.cat(values))
+            return low, high, flat.reshape(-1)[picked.to(batch.device)]
+
+        low, high, values = map(torch.cat, zip(*map(seen, batches), strict=True))
+        return cls(low.min(), high.max(), low.mean(), high.mean(), values)
 
 
 def extremes(values: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """The least and the largest of all values."""
-    low, high = zip(*(value.aminmax() for value in values), strict=True)
+    low, high = zip(*map(torch.aminmax, values), strict=True)
     return torch.stack(low).min(), torch.stack(high).max()
 
 

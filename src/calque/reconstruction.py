@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, fx
 
-from calque.calibration import Execution
+from calque.execution import Execution
 from calque.graph.blocks import Block, find_blocks
 from calque.job import Job
 from calque.model import QuantizedModel, link_requantization
@@ -59,7 +59,7 @@ def _fit(job: Job, model: QuantizedModel, block: Block, shadow: Execution, refer
         generator=job.generator(f"block {block.end.name}"), fixed_codes=fixed,
     )  # fmt: skip
     _put(module, fit)
-    shadow.put(end, [_value(module, source, end, x) for x in shadow.values(source)])
+    shadow.put(end, map(lambda x: _value(module, source, end, x), shadow.values(source)))
 
 
 def _put(module: fx.GraphModule, fit: BlockFit) -> None:

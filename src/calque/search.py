@@ -250,7 +250,7 @@ def search(
     tensors: Mapping[str, Bits],
     budget: Budget,
     loss: tuple[str, Loss],
-    references: list[list[Tensor]],
+    references: Sequence[Sequence[Tensor]],
 ) -> Found:
     """The best network under the budget.
 

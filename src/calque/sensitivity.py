@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from calque.calibration import call_node, rows_at_a_time
+from calque.calibration import rows_at_a_time
 from calque.checkpoint import Checkpoint, Piece
+from calque.execution import call_node
 from calque.graph import Batch
 from calque.graph.signature import flatten, have_rows, layout_of, rows, select, split
 from calque.losses import Loss

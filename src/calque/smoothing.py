@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, fx
 
 from calque.arithmetic import SMALLEST_SCALE, affine_grid, binary_unit, fake_quantize, per_channel, weight_limits
-from calque.calibration import Execution, real_tokens
+from calque.calibration import real_tokens
+from calque.execution import Execution
 from calque.factors import Group, multiply_inputs
 from calque.graph import Network, WeightedLayer
 from calque.graph.network import AVERAGE_POOLS, MAX_POOLS, is_movement, is_spatial_mean
@@ -108,11 +109,12 @@ def _bits(choices: Mapping[str, Sequence[Bits]], names: Group) -> Bits:
 
 def _rows(values: Iterator[Tensor], batches: int, generator: torch.Generator) -> Tensor:
     """About ROWS random rows (R, K), as many of each batch."""
-    parts = []
-    for value in values:
+
+    def some(value: Tensor) -> Tensor:
         rows = value.reshape(-1, value.shape[-1])
-        parts.append(rows[torch.randint(len(rows), (-(-ROWS // batches),), generator=generator).to(rows.device)])
-    return torch.cat(parts)
+        return rows[torch.randint(len(rows), (-(-ROWS // batches),), generator=generator).to(rows.device)]
+
+    return torch.cat([*map(some, values)])
 
 
 @torch.no_grad()

@@ -46,7 +46,7 @@ class Built:
     phases: Mapping[str, float] = field(default_factory=dict)
 
 
-def build(job: Job, entries: Mapping[str, Bits], loss: Loss, references: list[list[Tensor]]) -> Built:
+def build(job: Job, entries: Mapping[str, Bits], loss: Loss, references: Sequence[Sequence[Tensor]]) -> Built:
     """The network at these bits, by the job's recipe.
 
     Args:
@@ -81,7 +81,7 @@ def build(job: Job, entries: Mapping[str, Bits], loss: Loss, references: list[li
     return trained_end_to_end(job, Built(model, swept, phases=clock.phases), loss, references)
 
 
-def trained_end_to_end(job: Job, built: Built, loss: Loss, references: list[list[Tensor]]) -> Built:
+def trained_end_to_end(job: Job, built: Built, loss: Loss, references: Sequence[Sequence[Tensor]]) -> Built:
     """A built network distilled and its biases tuned, in place, as far as the job's recipe asks for it."""
     clock, recipe, model = _Clock(), job.recipe, built.model
     if recipe.distillation:
@@ -101,7 +101,7 @@ def _pieces(job: Job, plan: Plan) -> Checkpoint:
     return job.checkpoint.within(f"network-{zlib.crc32(identity):08x}")
 
 
-def distill_network(job: Job, model: QuantizedModel, loss: Loss, references: list[list[Tensor]]) -> Distilled:
+def distill_network(job: Job, model: QuantizedModel, loss: Loss, references: Sequence[Sequence[Tensor]]) -> Distilled:
     """Distills the float network in place, by the job's recipe; what was finished before is not done again."""
     how, module, checkpoint = job.recipe.distillation, model.graph_module, _pieces(job, model.plan)
     needs = checkpoint.needs(network=Piece(module.state_dict(), {}))
@@ -126,7 +126,7 @@ def distill_network(job: Job, model: QuantizedModel, loss: Loss, references: lis
 class _Judge:
     """How close outputs are to the float network's: taken from executions that compute them anyway, at no extra pass."""
 
-    def __init__(self, job: Job, references: list[list[Tensor]]):
+    def __init__(self, job: Job, references: Sequence[Sequence[Tensor]]):
         self.sizes, self.references = [rows(batch) for batch in job.batches], references
         self.loss = math.inf
 
@@ -160,7 +160,7 @@ def _normalize(job: Job, model: QuantizedModel, targets: Mapping[str, ChannelSta
         link_requantization(model.graph_module)
 
 
-def tune(job: Job, model: QuantizedModel, loss: Loss, references: list[list[Tensor]]) -> Tuned:
+def tune(job: Job, model: QuantizedModel, loss: Loss, references: Sequence[Sequence[Tensor]]) -> Tuned:
     """Tunes the biases in place, by the job's recipe."""
     steps = job.recipe.tuning.steps
     judge = {"run": loss, "kl": kl, "mse": mse}[job.recipe.tuning.loss]
@@ -180,26 +180,32 @@ def final_entries(job: Job, entries: Mapping[str, Bits], edges: list[Edge]) -> d
 
 
 @torch.no_grad()
-def float_outputs(job: Job, run: Callable[[list[Any]], Sequence[Any]] | None = None) -> list[list[Tensor]]:
+def float_outputs(
+    job: Job,
+    run: Callable[[list[Any]], Sequence[Any]] | None = None,
+    keep: Callable[[Iterable[Tensor]], Sequence[Tensor]] = list,
+) -> list[Sequence[Tensor]]:
     """The float network's output leaves on each calibration batch.
 
     Args:
         run: executes the network on flat inputs; by default its module does.
+        keep: what is returned in place of a batch's outputs.
 
     Raises:
         CalibrationError: a batch that the network fails on, or for whose infinite or huge values it returns NaN.
     """
-    outputs = []
+    kept = []
     for index, batch in enumerate(job.batches):
         try:
             leaves = flatten(batch)[0]
-            outputs.append(list(job.network.module(*leaves) if run is None else run(leaves)))
+            outputs = list(job.network.module(*leaves) if run is None else run(leaves))
         except RuntimeError as error:
             raise CalibrationError(
                 f"the network fails on calibration batch {index}: {str(error).splitlines()[0]}"
             ) from error
-        _refuse_endless(batch, outputs[-1], index)
-    return outputs
+        _refuse_endless(batch, outputs, index)
+        kept.append(keep(outputs))
+    return kept
 
 
 def _refuse_endless(batch: Batch, outputs: Iterable[object], position: int) -> None:
@@ -222,7 +228,7 @@ def _has_squares(leaf: object, *, but_infinite: bool = False) -> bool:
 
 
 @torch.no_grad()
-def measured_loss(job: Job, model: QuantizedModel, loss: Loss, references: list[list[Tensor]]) -> float:
+def measured_loss(job: Job, model: QuantizedModel, loss: Loss, references: Sequence[Sequence[Tensor]]) -> float:
     """The loss of the whole network on the calibration inputs, without labels."""
     total = 0.0
     for batch, exact in zip(job.batches, references, strict=True):

@@ -5,6 +5,7 @@ is the trained beta and gamma^2 (`trained_statistics`). On a small calibration s
 so the default is its own mean and variance of the same layer output on the same inputs: then it is a fixed point.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from calque.arithmetic import SMALLEST_SCALE, bias_codes, binary_unit, per_channel, smallest_weight_scale
-from calque.calibration import Execution, real_tokens
+from calque.arithmetic import SMALLEST_SCALE, TOGETHER, bias_codes, binary_unit, per_channel, smallest_weight_scale
+from calque.calibration import real_tokens
+from calque.execution import Execution
 from calque.graph import Batch, Geometry, Network, WeightedLayer
 from calque.graph.fold import folded
 from calque.model import grid_of, link_requantization
-from calque.quantizers import QuantizedLayer
+from calque.quantizers import InPieces, QuantizedLayer
 from calque.store import Store
 
-TOGETHER = 2**19  # values at a time: larger temporaries take most of the time to be mapped
 GAIN_LIMITS = (0.5, 2.0)  # a channel that became (nearly) constant must not be amplified
 
 
@@ -38,7 +39,9 @@ class ChannelStatistics:
     def of(cls, outputs: Iterable[Tensor], geometry: Geometry) -> "ChannelStatistics":
         """Exact statistics of the outputs (N, C, H, W) or (N, ..., C), accumulated in float64."""
         total, squares, count = None, None, 0
-        for output in outputs:
+
+        def add(output: Tensor) -> None:
+            nonlocal total, squares, count
             channels = (
                 output.flatten(2) if geometry.kind == "convolution" else output.reshape(1, -1, output.shape[-1]).mT
             )
@@ -53,6 +56,8 @@ class ChannelStatistics:
                 total = first if total is None else total + first
                 squares = second if squares is None else squares + second
                 count += n
+
+        deque(map(add, outputs), maxlen=0)  # a loop's variable would keep each output until the next one is there
         assert total is not None
         assert squares is not None
         mean = total / count
@@ -126,7 +131,7 @@ def para_normalize(
         else:
             layer = module.get_submodule(names[node])
             assert isinstance(layer, (QuantizedLayer, WeightedLayer))
-            raw = layer.alone() if isinstance(layer, QuantizedLayer) else layer
+            raw = InPieces(layer.alone()) if isinstance(layer, QuantizedLayer) else layer
             execution.put(node, execution.compute(node, raw))
             outputs = real_tokens(execution.values(node), masks or [None] * len(batches))
             now = ChannelStatistics.of(outputs, layer.geometry)
@@ -145,9 +150,12 @@ def para_normalize(
 def _moved(values: Iterable[Tensor], layer: Rescalable, corrected: Rescalable, gain: Tensor) -> Iterator[Tensor]:
     """The outputs of the corrected layer from those of the layer, whose bias was not on the same accumulator grid."""
     offset = _real_bias(corrected).double() - _real_bias(layer).double() * gain
-    for value in values:
+
+    def moved(value: Tensor) -> Tensor:
         factor, shift = (layer.geometry.along_channels(part.to(value.dtype)) for part in (gain, offset))
-        yield torch.addcmul(shift, value, factor)
+        return torch.addcmul(shift, value, factor)
+
+    return map(moved, values)
 
 
 def _real_bias(layer: Rescalable) -> Tensor:

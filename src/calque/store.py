@@ -2,9 +2,11 @@
 
 import ctypes
 import errno
+import os
 import re
 import sys
 import tempfile
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,7 @@ from calque.files import PREFIX, cannot_write
 
 SPACE = ". Values past the memory budget go there: set TMPDIR to a folder with more space, or raise the budget"
 MOST_MEMORY = 10**15  # bytes
+SMALL = 2**10  # bytes of a tensor that stays in memory: on disk it would hardly take less of it
 _UNITS = {"B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -49,13 +52,30 @@ def _trim() -> None:
         trim(0)
 
 
+def _resident() -> int:
+    """Bytes of the process in memory; 0 where nothing can be given back."""
+    if sys.platform != "linux":
+        return 0
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 @dataclass(frozen=True, slots=True)
 class _OnDisk:
     start: int  # byte in the file
     size: int  # bytes
     shape: torch.Size
+    stride: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+
+
+@dataclass(slots=True)
+class _Held:
+    """The memory of one or several tensors that are views of it: how many are kept, and the bytes that are counted for it."""
+
+    tensors: int
+    size: int
 
 
 class _Spill:
@@ -117,61 +137,111 @@ class _Spill:
 class Store:
     """Keeps tensors in memory up to a budget and on disk past it; a context manager that frees the disk.
 
+    Counted is memory, not tensors: views of one tensor are counted once, and a view of a part counts as the whole.
     On disk they are in one file of the temporary folder, which has no name there: nothing is left of it after a kill.
     """
 
     def __init__(self, memory: int):
         self.memory = memory
         self.resident = 0
-        self._freed = 0  # bytes since the allocator was last asked to give them back
+        self._held: dict[int, _Held] = {}  # by address
+        self._least = _resident()  # bytes of the process since the allocator was last asked to give some back
         self._spill: _Spill | None = None
 
     def __enter__(self) -> "Store":
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._held.clear()
         if self._spill is not None:
             self._spill.close()
+            _trim()
+
+    def lend(self, value: object) -> None:
+        """Says that a tensor is someone else's, who keeps it longer than the store: views of it count as nothing."""
+        if isinstance(value, Tensor):
+            self._held.setdefault(_address(value), _Held(0, 0)).tensors += 1
 
     def put(self, value: object) -> object:
-        """What to keep in place of `value`: itself, or where it is in the file.
+        """What to keep in place of `value`: itself, or where it is in the file; of a list or tuple, of each of its parts.
 
         Raises:
             OSError: the temporary folder, which is named, cannot hold it.
         """
+        if isinstance(value, (list, tuple)):
+            return type(value)([*map(self.put, value)])
         if not isinstance(value, Tensor):
             return value
-        if self.resident + value.nbytes <= self.memory or value.nbytes < 2**16:
-            self.resident += value.nbytes
-            return value
+        held, size = self._held.get(_address(value)), value.untyped_storage().nbytes()
+        if held is None and self.resident + size > self.memory and size >= SMALL:
+            return self._spilled(value)
+        if held is None:
+            held = self._held[_address(value)] = _Held(0, size)
+            self.resident += size
+        held.tensors += 1
+        return value
+
+    def _spilled(self, value: Tensor) -> _OnDisk:
         if self._spill is None:
             self._spill = _Spill()
-        start = self._spill.write(_bytes(value.contiguous().cpu()))
-        return _OnDisk(start, value.nbytes, value.shape, value.dtype, value.device)
+        order = sorted(range(value.dim()), key=value.stride, reverse=True)
+        if not value.permute(order).is_contiguous():  # holes or overlaps
+            value, order = value.contiguous(), list(range(value.dim()))
+        start = self._spill.write(_bytes(value.permute(order).cpu()))
+        return _OnDisk(start, value.nbytes, value.shape, value.stride(), value.dtype, value.device)
 
     def get(self, kept: object) -> Any:
         """The value that `put` was given."""
+        if isinstance(kept, (list, tuple)):
+            return type(kept)([*map(self.get, kept)])
         if not isinstance(kept, _OnDisk):
             return kept
         assert self._spill is not None
-        value = torch.empty(kept.shape, dtype=kept.dtype)
-        self._spill.read(kept.start, _bytes(value))
-        return value.to(kept.device)
+        memory = torch.empty(kept.size, dtype=torch.uint8)
+        self._spill.read(kept.start, _bytes(memory))
+        return memory.view(kept.dtype).as_strided(kept.shape, kept.stride).to(kept.device)
 
     def drop(self, kept: object) -> None:
         """Frees what `put` kept."""
-        if isinstance(kept, _OnDisk):
+        if isinstance(kept, (list, tuple)):
+            for part in kept:
+                self.drop(part)
+        elif isinstance(kept, _OnDisk):
             assert self._spill is not None
             self._spill.free(kept.start, kept.size)
         elif isinstance(kept, Tensor):
-            self.resident -= kept.nbytes
-            self._freed += kept.nbytes
+            held = self._held[_address(kept)]
+            held.tensors -= 1
+            if not held.tensors:
+                del self._held[_address(kept)]
+                self.resident -= held.size
 
     def give_back(self) -> None:
-        """Returns freed memory to the system once it is a good part of the budget."""
-        if self._freed > self.memory // 4:
-            self._freed = 0
+        """Returns what the allocator holds free to the system, once the process has grown by a good part of the budget."""
+        now = _resident()
+        if now - self._least > self.memory // 4:
             _trim()
+            self._least = now = _resident()
+        self._least = min(self._least, now)
+
+
+class Kept(Sequence[Any]):
+    """Values that a store keeps, each read anew whenever it is asked for."""
+
+    def __init__(self, store: Store, values: Iterable[object]):
+        self._store = store
+        self._kept = [store.put(value) for value in values]
+        store.give_back()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._store.get(self._kept[index])
+
+
+def _address(value: Tensor) -> int:
+    return value.untyped_storage().data_ptr()
 
 
 def _bytes(value: Tensor) -> memoryview:

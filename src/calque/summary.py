@@ -1,7 +1,7 @@
 """A finished run as a report: what was decided and gained, and what deserves attention."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 
@@ -28,7 +28,7 @@ def summarize(
     built: Built,
     found: Found | None,
     *,
-    references: list[list[Tensor]],
+    references: Sequence[Sequence[Tensor]],
     phases: Mapping[str, float],
     loss: str,
 ) -> Report:
@@ -61,7 +61,7 @@ def summarize(
     )  # fmt: skip
 
 
-def _fidelity(job: Job, result: QuantizedModel, references: list[list[Tensor]]) -> Fidelity | None:
+def _fidelity(job: Job, result: QuantizedModel, references: Sequence[Sequence[Tensor]]) -> Fidelity | None:
     """What quantization cost the outputs. Closed forms are fitted to all inputs in the end: what they chose between is gone."""
     fitted = job.recipe.solver == "closed_form" and job.recipe.steps > 0
     return held_out_fidelity(

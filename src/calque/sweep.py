@@ -10,20 +10,21 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from calque.arithmetic import activation_limits, affine_grid
-from calque.calibration import Execution, largest_output, real_tokens
+from calque.calibration import largest_output, real_tokens
 from calque.checkpoint import Checkpoint, Needs
+from calque.execution import Execution
 from calque.graph import Layer
 from calque.graph.network import find_shortcuts
 from calque.job import Job
 from calque.migration import Migration
 from calque.placement import Edge
-from calque.quantizers import QuantizedLayer, Quantizer
+from calque.quantizers import InPieces, QuantizedLayer, Quantizer
 from calque.ranges import TensorSample, activation_range, extremes, off_ties, search_range
 from calque.solvers.adaquant import Draw, Linear
-from calque.solvers.layer import fit_from_piece, fit_to_piece, integer_layer, placed, solve
+from calque.solvers.layer import fit_from_piece, fit_to_piece, integer_layer, placed, solve_
 from calque.solvers.problem import Fit, Grid, LayerProblem, layer_problem, output_error
 from calque.solvers.table import fit_table
 from calque.solvers.whole import whole_inputs
@@ -115,7 +116,7 @@ class Sweep:
     def _tensor(self, edge: Edge) -> None:
         """Gives a tensor its own grid and puts the quantized values on it."""
         quantizer = self._tensor_grid(edge)
-        self.shadow.put(edge.source, (quantizer(value) for value in self.shadow.values(edge.source)))
+        self.shadow.put(edge.source, map(quantizer, self.shadow.values(edge.source)))
 
     def _tensor_grid(self, edge: Edge) -> Quantizer:
         """The grid of a tensor that no layer owns."""
@@ -159,10 +160,8 @@ class Sweep:
         quantizer, module = self._modules(layer, fit, bits.weight)
         self.swept.layers[layer.name] = module
         edge = self.input_edges.get(layer.name)
-        if edge is not None and edge.kind != "tensor" and quantizer is not None:
-            stand_in: nn.Module = nn.Sequential(quantizer, module)
-        else:
-            stand_in = module
+        own = [] if edge is None or edge.kind == "tensor" or quantizer is None else [quantizer]
+        stand_in = InPieces(module, *own)
         self.shadow.put(layer.node, self.shadow.compute(layer.node, stand_in))
         if self.recipe.statistics in ("float", "guarded") and not self.network.is_table(layer.name):
             outputs = self.migration.outputs(layer.name, real_tokens(self._targets(layer), self.job.masks))
@@ -178,14 +177,14 @@ class Sweep:
         shortcut = self.shortcuts.get(layer.name)
         if shortcut is None:
             return outputs
-        pairs = zip(self.reference.values(shortcut), self.shadow.values(shortcut), strict=True)
-        return (output + (exact - quantized) for output, (exact, quantized) in zip(outputs, pairs, strict=True))
+        exact, quantized = self.reference.values(shortcut), self.shadow.values(shortcut)
+        return map(lambda x, y, output: (x - y).add_(output), exact, quantized, outputs)
 
     def _problem(self, layer: Layer, targets: Iterator[Tensor] | None) -> LayerProblem:
         """The layer's problem; without targets (a layer further on) its own outputs on the quantized prefix serve."""
         weighted = self.migration.weighted(layer.name)
         values = self.shadow.values(layer.node.all_input_nodes[0])
-        pairs = ((x, weighted(x)) for x in values) if targets is None else zip(values, targets, strict=True)
+        pairs = map(lambda x: (x, weighted(x)), values) if targets is None else map(lambda *both: both, values, targets)
         return layer_problem(
             weighted.geometry, weighted.weight, weighted.bias, layer.activate, pairs,
             inputs=self.job.inputs, generator=self.job.generator(layer.name), masks=self.job.masks,
@@ -219,7 +218,7 @@ class Sweep:
         if ready is not None:
             return placed(problem, ready, grid, bits.weight, tied or (ready.codes, ready.scale))
         settings = self.recipe.settings(self.recipe.steps)
-        return solve(
+        return solve_(
             problem, grid, bits.weight, settings, self.job.generator(layer.name), learn_grid=learn_grid, tied=tied,
             rows=self._rows(layer) if self.recipe.patches == "all" else None,
         )  # fmt: skip
@@ -238,7 +237,7 @@ class Sweep:
         """Remembers a layer with fewer equations than unknowns, and one whose fit gained nothing."""
         weighted = self.network.weighted(layer.name)
         count = weighted.geometry.positions
-        equations = sum(value.shape[0] * count(value) for value in self.reference.values(layer.node))
+        equations = sum(map(lambda value: value.shape[0] * count(value), self.reference.values(layer.node)))
         unknowns = weighted.geometry.grouped(weighted.weight).shape[-1]
         if equations < unknowns:
             self.swept.weak[layer.name] = (equations, unknowns)

@@ -12,12 +12,13 @@ Sources: GPTQ (2210.17323), Qronos (2505.11695), GPTAQ (2504.02692) for the corr
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from calque.solvers.problem import Fit, Grid, LayerProblem, round_to_nearest
+from calque.solvers.problem import Fit, Grid, LayerProblem, round_to_nearest, rows_together
 from calque.solvers.rounding import Metric, descend, gptq, initial_scale, refitted_groups, refitted_scale
 
 RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # of the mean power of an input
@@ -45,11 +46,19 @@ class Moments:
     @classmethod
     def of(cls, x: Tensor, targets: Tensor) -> "Moments":
         """Of inputs (groups, R, K) and targets (groups, R, O)."""
-        mean, output = x.mean(1, keepdim=True), targets.mean(1, keepdim=True)
-        centred = x - mean
-        return cls(
-            centred.mT @ centred / x.shape[1], centred.mT @ (targets - output) / x.shape[1], mean.mT, output, x.shape[1]
-        )
+        mean = x.mean(1, keepdim=True)
+        return cls._about(mean, x - mean, targets)
+
+    @classmethod
+    def of_(cls, x: Tensor, targets: Tensor) -> "Moments":
+        """`of`; the inputs are overwritten."""
+        mean = x.mean(1, keepdim=True)
+        return cls._about(mean, x.sub_(mean), targets)
+
+    @classmethod
+    def _about(cls, mean: Tensor, centred: Tensor, targets: Tensor) -> "Moments":
+        output, count = targets.mean(1, keepdim=True), targets.shape[1]
+        return cls(centred.mT @ centred / count, centred.mT @ (targets - output) / count, mean.mT, output, count)
 
     def merged(self, other: "Moments") -> "Moments":
         """Of both sets of rows together."""
@@ -81,18 +90,23 @@ class _Clips:
     docs/experiments.md.)
 
     Attributes:
-        x: inputs (groups, R, K).  targets, bounds: (groups, R, O), before and after the activation.
+        x: inputs (groups, R, K).  targets: (groups, R, O), before the activation.
     """
 
     x: Tensor
     targets: Tensor
-    bounds: Tensor
+    activation: Callable[[Tensor], Tensor]
 
     def followed(self, moments: Moments, weight: Tensor) -> Moments:
         """The moments once clipped targets follow the layer with that weight (groups, K, O), and the bias that suits it."""
-        output = self.x @ weight + (moments.outputs - moments.inputs.mT @ weight)
-        beyond = torch.where(self.targets < self.bounds, output.minimum(self.bounds), output.maximum(self.bounds))
-        moved = torch.where(self.targets == self.bounds, self.targets, beyond)
+        moved = (self.x @ weight).add_(moments.outputs - moments.inputs.mT @ weight)
+        together = rows_together(moved)
+        for output, targets in zip(
+            torch.split(moved, together, 1), torch.split(self.targets, together, 1), strict=True
+        ):
+            bounds = self.activation(targets)
+            beyond = torch.where(targets < bounds, output.minimum(bounds), output.maximum(bounds))
+            output.copy_(torch.where(targets == bounds, targets, beyond))
         mean = moved.mean(1, keepdim=True)
         moved -= mean
         cross = (self.x.mT @ moved - moments.inputs @ moved.sum(1, keepdim=True)) / self.x.shape[1]
@@ -113,15 +127,16 @@ class ClosedForm:
     @torch.no_grad()
     def __init__(self, problem: LayerProblem, grid: Grid | None, rounds: int):
         self.problem, self.grid, self.rounds = problem, grid, rounds
-        x = problem.patches if grid is None else grid.quantize(problem.patches)
-        fitted, held_out = x[:, problem.fitted], x[:, problem.held_out]
-        self.targets = problem.targets[:, problem.fitted]
-        moments = Moments.of(fitted, self.targets)
+        fitted, rows = len(problem.fitted), torch.cat([problem.fitted, problem.held_out])
+        together = torch.equal(rows, torch.arange(problem.patches.shape[1], device=rows.device))
+        self.all_targets = problem.targets if together else problem.targets[:, rows]
+        self.targets, self.held_out_targets = self.all_targets[:, :fitted], self.all_targets[:, fitted:]
+        moments = Moments.of_(_on_grid(problem.patches, problem.fitted, grid), self.targets)
         power = moments.power.diagonal(dim1=1, dim2=2)
         self.order = power.argsort(1, descending=True)
         index = self.order[:, None]
-        self.x = fitted.gather(2, index.expand_as(fitted))
-        self.held_out = held_out.gather(2, index.expand_as(held_out))
+        self.all_x = _on_grid(problem.patches, rows, grid, self.order)
+        self.x, self.held_out = self.all_x[:, :fitted], self.all_x[:, fitted:]
         self.moments = moments.ordered(self.order)
         self.inverse = self.order.argsort(1)
         self.weight = problem.weight.gather(2, index.expand_as(problem.weight)).mT.contiguous()
@@ -139,16 +154,13 @@ class ClosedForm:
         scale = self._initial(self.weight, self.moments.power, bits)
         start = round_to_nearest(problem, self._stored(scale), self.grid, bits)
         ridge, error = self._best_ridge(bits)
-        held_out = problem.targets[:, problem.held_out]
-        everything = self.moments.merged(Moments.of(self.held_out, held_out))
+        everything = self.moments.merged(Moments.of(self.held_out, self.held_out_targets))
         if problem.clipped:
-            clips = _Clips(self.x, self.targets, problem.activation(self.targets))
-            moved, best = self._followed(self.moments, ridge, clips)
+            moved, best = self._followed(self.moments, ridge, _Clips(self.x, self.targets, problem.activation))
             clipped = self._trials(moved, (ridge,), bits)[0]
             if clipped < error:
                 error = clipped
-                x, targets = torch.cat([self.x, self.held_out], 1), torch.cat([self.targets, held_out], 1)
-                everything = _Clips(x, targets, problem.activation(targets)).followed(everything, best)
+                everything = _Clips(self.all_x, self.all_targets, problem.activation).followed(everything, best)
         if not error < start.after:
             return start
         codes, scale, bias = self._rounded(everything, ridge, bits)
@@ -250,6 +262,17 @@ class ClosedForm:
 
     def _error(self, codes: Tensor, scale: Tensor, bias: Tensor) -> float:
         return self.problem.held_out_error(self.held_out, (codes * scale).mT, bias)
+
+
+def _on_grid(patches: Tensor, rows: Tensor, grid: Grid | None, order: Tensor | None = None) -> Tensor:
+    """Some rows of patches (groups, R, K), rounded to the grid, with the inputs in an order (groups, K); one copy is made."""
+    found = patches.new_empty(len(patches), len(rows), patches.shape[2])
+    together = rows_together(patches)
+    for part, into in zip(torch.split(rows, together), torch.split(found, together, 1), strict=True):
+        x = patches[:, part]
+        x = x if order is None else x.gather(2, order[:, None].expand_as(x))
+        into.copy_(x if grid is None else grid.quantize(x))
+    return found
 
 
 def _bias(moments: Moments, codes: Tensor, scale: Tensor) -> Tensor:

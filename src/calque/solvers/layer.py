@@ -31,7 +31,7 @@ class Settings:
     solver: Solver = "adaquant"
 
 
-def solve(
+def solve_(
     problem: LayerProblem,
     grid: Grid | None,
     bits: int,
@@ -45,13 +45,14 @@ def solve(
     """The layer at `bits`, on held-out rows never worse than with its weights rounded to nearest.
 
     Args:
+        problem: its rows are left in the layer's own units.
         grid: where the fit of the input's grid starts; None where the input is float.
         learn_grid: whether the grid may move.
         tied: codes (groups, O, K) and scales of an earlier call of the same module; its codes are kept.
         rows: what each step of AdaQuant sees; see `fit_layer`.
     """
     units = Units.of(problem)
-    problem, grid, rows = units.problem(problem), units.grid(grid), units.rows(rows)
+    problem, grid, rows = units.problem_(problem), units.grid(grid), units.rows(rows)
     if tied is not None:
         tied = tied[0], units.weights(tied[1])
     return units.real(_solve(problem, grid, bits, settings, generator, learn_grid=learn_grid, tied=tied, rows=rows))
@@ -68,7 +69,7 @@ def _solve(
     tied: tuple[Tensor, Tensor] | None,
     rows: tuple[Draw, Linear] | None,
 ) -> Fit:
-    """`solve` in the layer's own units."""
+    """`solve_` in the layer's own units."""
     if settings.solver == "closed_form" and tied is None and settings.steps:
         return ClosedForm(problem, grid, rounds=settings.steps).fit(bits)
     if tied is None:
@@ -86,7 +87,7 @@ def _solve(
     )  # fmt: skip
 
 
-def solve_each(
+def solve_each_(
     problem: LayerProblem,
     grid: Grid | None,
     generators: Mapping[int, torch.Generator],
@@ -94,12 +95,16 @@ def solve_each(
     *,
     rows: tuple[Draw, Linear] | None = None,
 ) -> dict[int, Fit]:
-    """The layer at each of the bits that `generators` names, as `solve` fits it; the closed forms share their moments."""
+    """The layer at each of the bits that `generators` names, as `solve_` fits it; the closed forms share their moments."""
+    units = Units.of(problem)
+    problem, grid, rows = units.problem_(problem), units.grid(grid), units.rows(rows)
     if settings.solver == "closed_form" and settings.steps:
-        units = Units.of(problem)
-        shared = ClosedForm(units.problem(problem), units.grid(grid), rounds=settings.steps)
+        shared = ClosedForm(problem, grid, rounds=settings.steps)
         return {bits: units.real(shared.fit(bits)) for bits in generators}
-    return {bits: solve(problem, grid, bits, settings, generator, rows=rows) for bits, generator in generators.items()}
+    return {
+        bits: units.real(_solve(problem, grid, bits, settings, generator, learn_grid=True, tied=None, rows=rows))
+        for bits, generator in generators.items()
+    }
 
 
 def placed(problem: LayerProblem, ready: Fit, grid: Grid | None, bits: int, weight: tuple[Tensor, Tensor]) -> Fit:

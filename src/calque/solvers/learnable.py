@@ -21,7 +21,7 @@ from calque.arithmetic import (
     weight_codes,
     weight_limits,
 )
-from calque.calibration import call_node
+from calque.execution import call_node
 from calque.graph import Geometry
 from calque.quantizers import QuantizedLayer, Quantizer
 from calque.solvers.through import learn_through, quantize_through, weights_through

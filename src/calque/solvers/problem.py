@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from calque.arithmetic import NEGLIGIBLE, binary_unit, by_input, fake_quantize, weight_limits
+from calque.arithmetic import NEGLIGIBLE, TOGETHER, binary_unit, by_input, fake_quantize, weight_limits
 from calque.graph import Geometry
 
 CONSTANT = 1e-30  # of the squared unit of outputs: the power of those that are the same everywhere
@@ -44,8 +44,13 @@ class LayerProblem:
     @property
     def clipped(self) -> bool:
         """Whether the activation clips some target and does nothing else: what it returns, it returns unchanged."""
-        once = self.activation(self.targets)
-        return bool((once != self.targets).any()) and torch.equal(self.activation(once), once)
+        clips = False
+        for targets in torch.split(self.targets, rows_together(self.targets), 1):
+            once = self.activation(targets)
+            clips |= bool((once != targets).any())
+            if not torch.equal(self.activation(once), once):
+                return False
+        return clips
 
     def error(self, inputs: Tensor, weight: Tensor, bias: Tensor, rows: Tensor) -> float:
         """Squared error after the activation, over that of the targets about their channel means or `SILENT` of their power
@@ -68,6 +73,11 @@ class LayerProblem:
         error = (output - target).square().mean(dtype=torch.float64)
         least = (SILENT * targets.square().mean(dtype=torch.float64)).clamp(min=CONSTANT)
         return (error / torch.maximum(power, least)).item()
+
+
+def rows_together(values: Tensor) -> int:
+    """How many rows of values (groups, R, K) an elementwise function gets at once: no copy of all of them is made."""
+    return max(1, TOGETHER // values[:, 0].numel())
 
 
 def sample_positions(
@@ -118,29 +128,39 @@ def layer_problem(
     width = groups * (length + outputs)
     room = inputs * per_input(POSITIONS, width, inputs)
     patches, targets = weight.new_empty(groups, room, length), weight.new_empty(groups, room, outputs)
-    owners = []
-    start = filled = 0
-    for (x, output), mask, size in zip(pairs, masks, itertools.repeat(None) if sizes is None else sizes, strict=False):
+
+    def sampled(
+        both: tuple[Tensor, Tensor], mask: Tensor | None, size: int | None
+    ) -> tuple[int, Tensor, Tensor, Tensor]:
+        """Of a batch: its rows, how many positions of each count, and the patches and outputs there."""
+        x, output = both
         if geometry.kind == "linear" and size is not None and x.shape[0] > size and x.shape[0] % size == 0:
             x, output = x.reshape(size, -1, x.shape[-1]), output.reshape(size, -1, output.shape[-1])
         available = geometry.positions(output)
         usable = mask is not None and mask.shape == (x.shape[0], available) and mask.any(1).all()
-        sampled = per_input(available, width, inputs)
-        drawn, counts = sample_positions(x.shape[0], available, sampled, generator, mask if usable else None)
+        share = per_input(available, width, inputs)
+        drawn, counts = sample_positions(x.shape[0], available, share, generator, mask if usable else None)
         positions, real = drawn.to(x.device), counts.flatten().nonzero()[:, 0].to(x.device)
         rows = geometry.channels_last(output)  # (N, positions, C_out)
         chosen = rows.gather(1, positions[:, :, None].expand(-1, -1, rows.shape[-1]))
-        part = slice(filled, filled + len(real))
+        found = geometry.patches(x, weight, positions), chosen.reshape(-1, groups, outputs).transpose(0, 1)
+        if len(real) < positions.numel():
+            found = found[0][:, real], found[1][:, real]
+        return x.shape[0], counts.sum(1), *found
+
+    owners = []
+    start = filled = 0
+    for count, kept, some, outputs_there in map(
+        sampled, pairs, masks, itertools.repeat(None) if sizes is None else sizes
+    ):
+        part = slice(filled, filled + some.shape[1])
         if part.stop > patches.shape[1]:  # rows that are no inputs
             patches, targets = (
                 torch.cat([each, each.new_empty(groups, part.stop, each.shape[2])], 1) for each in (patches, targets)
             )
-        found = geometry.patches(x, weight, positions), chosen.reshape(-1, groups, outputs).transpose(0, 1)
-        patches[:, part], targets[:, part] = (
-            each if len(real) == positions.numel() else each[:, real] for each in found
-        )
-        owners.append(torch.arange(start, start + x.shape[0]).repeat_interleave(counts.sum(1)))
-        start, filled = start + x.shape[0], part.stop
+        patches[:, part], targets[:, part] = some, outputs_there
+        owners.append(torch.arange(start, start + count).repeat_interleave(kept))
+        start, filled = start + count, part.stop
     owner = torch.cat(owners).to(weight.device)
     last = owner >= start - max(1, start // HELD_OUT) if start > 1 else torch.zeros_like(owner, dtype=torch.bool)
     everything = torch.arange(filled, device=weight.device)

@@ -25,7 +25,7 @@ class Rows:
     """
 
     inputs: list[Any]
-    references: list[Any]
+    references: Sequence[Any]
     count: int
     whole: tuple[int, ...] | None = ()
 
@@ -77,7 +77,7 @@ def hold_out(batches: Sequence[Batch], references: Sequence[Sequence[Any]]) -> t
         references: the float network's output leaves on each batch.
     """
     whole = [
-        Rows(flatten(batch)[0], list(reference), rows(batch), _whole(batch))
+        Rows(flatten(batch)[0], reference, rows(batch), _whole(batch))
         for batch, reference in zip(batches, references, strict=True)
     ]
     total = sum(part.count for part in whole)

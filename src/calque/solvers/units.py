@@ -32,6 +32,14 @@ class Units:
     def problem(self, problem: LayerProblem) -> LayerProblem:
         """The problem in these units."""
         patches, targets = self._pair(problem.patches, problem.targets)
+        return self._with(problem, patches, targets)
+
+    def problem_(self, problem: LayerProblem) -> LayerProblem:
+        """The same with the memory of the problem's rows, which may be a good part of the budget."""
+        pairs = (problem.patches, self.x), (problem.targets, self.y)
+        return self._with(problem, *(rows if unit == 1 else rows.div_(unit) for rows, unit in pairs))
+
+    def _with(self, problem: LayerProblem, patches: Tensor, targets: Tensor) -> LayerProblem:
         return replace(
             problem, patches=patches, targets=targets, weight=self.weights(problem.weight), bias=_over(problem.bias, self.y),
             activation=self._activation(problem.activation),
