@@ -411,7 +411,7 @@ def test_biases_are_tuned_behind_a_distillation(trained: networks.Residual, cali
 
     q = calque.quantize(trained, calibration, bits="w2a4", recipe=both)
 
-    assert list(q.report.phases)[-2:] == ["distillation", "biases"]
+    assert list(q.report.phases)[-3:] == ["distillation", "biases", "fidelity"]
     assert q.report.tuned[1] <= q.report.tuned[0]
 
 
