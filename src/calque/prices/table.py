@@ -11,6 +11,7 @@ from calque.spec import Bits
 
 Sums = tuple[tuple[int, ...], ...]  # [group][choice]
 COSTS = ("size", "bops")
+VERSION = 2  # of the JSON; since 2 "size" is bytes of the file, before of the packed parameters
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,11 @@ class Prices:
         choices: per group, bits as text.
         increases: per group and choice, the measured increase of the loss over base_loss, as measured: noise may make it
             negative, a network that broke not finite.
-        costs: "size" in bytes, "bops" in bit-operations, per group and choice.
+        costs: "size" in bytes of the exported file (nodes, names and metadata included, predicted and an upper bound), "bops" in
+            bit-operations, per group and choice.
         fixed: the part of each cost that no choice changes.
-        floats: what the float32 network costs, by "size", "bops" and "activation_memory"; shares of a budget refer to it.
+        floats: what the float32 network costs, by "size" (its parameters' bytes), "bops" and "activation_memory"; shares of a
+            budget refer to it.
         steps: activation memory. Per execution step the fixed bytes, and per group index the bytes of each choice.
 
     Raises:
@@ -82,6 +85,7 @@ class Prices:
     def to_json(self) -> str:
         """The prices as JSON; `from_json` restores them exactly."""
         plain = {
+            "version": VERSION,
             **{name: getattr(self, name) for name in ("loss", "base", "groups", "choices")},
             "base_loss": _number_out(self.base_loss),
             "increases": [[_number_out(value) for value in row] for row in self.increases],
@@ -92,15 +96,23 @@ class Prices:
 
     @classmethod
     def from_json(cls, text: str) -> "Prices":
-        """The prices that `to_json` wrote. Raises: SpecError."""
+        """The prices that `to_json` wrote. Raises: SpecError; also for an older calque's, whose sizes were not the file's."""
         try:
-            return cls(**_fields(json.loads(text)))
+            plain = json.loads(text)
+            version = plain.pop("version", 1)
+            found = cls(**_fields(plain))
         except SpecError:
             raise
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise SpecError(
                 f"not a file of prices: {type(error).__name__}: {error}. Write it with Prices.to_json."
             ) from error
+        if "size" in found.costs and version != VERSION:
+            raise SpecError(
+                f"sizes in prices of version {version!r} are not bytes of the file, as those of version {VERSION} are. Measure "
+                "them again with this calque."
+            )
+        return found
 
 
 def _fields(plain: dict[str, Any]) -> dict[str, Any]:
