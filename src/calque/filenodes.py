@@ -16,7 +16,7 @@ TABLES = {2: 560, 3: 780, 5: 780, 6: 780, 7: 1100}  # what decodes fields of cod
 FOLDED_FROM, FOLDED_TO = 8192, 524_288  # bytes that torch.onnx reads at most to compute a constant, and writes
 AXIS, TO = 13, 10  # bytes of these attributes
 OPERATOR = 1000  # of an operator that is not in the table: it may become a dozen nodes
-NUMBER, LISTED = 16, 8  # of a constant number that an operator reads, and of one in a list
+NUMBER, LISTED = 16, 8  # of a constant number in arithmetic, and of one in a list
 SIZE, READ_SIZE = 80, 40  # of an operator on sizes, and where another operator reads a size
 PIECE = 70  # of a piece that a tensor is taken apart to or joined of
 WINDOW, FREE_WINDOWS = 450, 1800  # of a place of an uneven adaptive pool; of an axis of free size
@@ -29,10 +29,10 @@ _MEASURED: dict[int, str] = {
     60: "softmax.int gelu cat permute transpose.int t unsqueeze squeeze squeeze.dim squeeze.dims masked_fill.Scalar elu celu "
     "leaky_relu prelu log_softmax.int log_sigmoid clamp clamp_min clamp_max hardsigmoid tril triu sqrt rsqrt reciprocal "
     "pow.Tensor_Scalar gt.Scalar lt.Scalar ge.Scalar le.Scalar ne.Scalar gt.Tensor lt.Tensor ge.Tensor le.Tensor eq.Tensor "
-    "to.dtype index_select",
+    "to.dtype index_select select.int view reshape _unsafe_view unflatten.int",
     90: "mean.dim layer_norm flatten.using_ints split.Tensor chunk softplus relu6 hardtanh silu amax amin sum.dim_IntList "
-    "where.self argmax cumsum topk tile addcmul select.int",
-    140: "slice.Tensor view reshape _unsafe_view unflatten.int expand expand_as repeat pad constant_pad_nd flip glu logsumexp "
+    "where.self argmax cumsum topk tile addcmul",
+    140: "slice.Tensor expand expand_as repeat pad constant_pad_nd flip glu logsumexp "
     "max.dim min.dim prod.dim_int stack split_with_sizes unbind.int einsum movedim.int instance_norm full full_like zeros "
     "zeros_like ones ones_like new_zeros new_ones arange arange.start pixel_shuffle pixel_unshuffle",
     200: "max_pool2d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d gather argsort scatter.src roll lerp.Scalar diff",
@@ -54,10 +54,11 @@ def operator_bytes(node: fx.Node) -> int:
         return SIZE
     arguments = [*node.args[1:], *node.kwargs.values()]
     lists = sum(len(argument) for argument in arguments if isinstance(argument, (list, tuple)))
-    numbers = sum(isinstance(argument, (int, float)) for argument in arguments)
+    numbers = sum(isinstance(argument, (int, float)) for argument in arguments if _name(node).endswith(".Tensor"))
     names = sum(len(f"module.{each.target}") for each in node.all_input_nodes if each.op == "get_attr")
-    sizes = READ_SIZE * sum(map(_is_number, node.all_input_nodes))
-    return (known or OPERATOR) + NUMBER * numbers + LISTED * lists + names + sizes + _beyond(node)
+    sizes = sum(map(_is_number, node.all_input_nodes))
+    read = READ_SIZE * sizes if sizes > 1 else 0  # a single one is -1 in a constant shape
+    return (known or OPERATOR) + NUMBER * numbers + LISTED * lists + names + read + _beyond(node)
 
 
 def guessed_operators(network: Network) -> list[str]:
