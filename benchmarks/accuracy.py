@@ -135,7 +135,7 @@ class Bench:
     def options(self, bits: str) -> dict[str, Any]:
         """What the label of a row stands for, as arguments of `quantize`."""
         if bits == UNIFORM:
-            size = self.quantize(bits="w4a4", recipe="nearest", seed=0).report.size
+            size = self.quantize(bits="w4a4", recipe="nearest", seed=0).report.file_size
             return {"bits": WEIGHTS, "budget": calque.Budget(size=size), "first_last": "w8a8"}
         if bits.endswith("%"):
             return {"bits": SHARES, "budget": calque.Budget(size=bits)}
@@ -231,10 +231,10 @@ def table(rows: list[Row]) -> str:
         "",
         "Written by `python -m benchmarks.accuracy`; every row is one call of `calque.quantize` at the recipe's defaults",
         "and, where all bits can be exported, one file. KL(float || quantized) in nats and top-1 agreement with the float",
-        "network on test inputs. Budgets are shares of the float32 bytes, with the candidates "
+        "network on test inputs. Budgets bound the file by a share of the float32 bytes, with the candidates "
         + ", ".join(SHARES)
         + ";",
-        f"*{UNIFORM}*: the bytes of the uniform plan with 8-bit ends, which stay, and the candidates {', '.join(WEIGHTS)}",
+        f"*{UNIFORM}*: the file's bytes of the uniform plan with 8-bit ends, which stay, and the candidates {', '.join(WEIGHTS)}",
         "for the other layers. At fixed bits the recipe advanced is sequential with biases tuned. *loss*: rise over the base",
         "precision on calibration inputs, the sum of the prices and as the network was built. *bytes*: packed codes,",
         "12 bytes per channel and what stays float. *= exact*, *= simulated*: top-1 (for images: output values) of ONNX",

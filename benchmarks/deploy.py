@@ -159,7 +159,7 @@ HEADINGS = ("plan", "ends", "bytes", "packed", "over", "allowed", "score PyTorch
 INTRODUCTION = f"""# Exported files in their runtimes
 
 Written by `python -m benchmarks.deploy`: recipe {RECIPE}, placement `integer`, {CALIBRATION} calibration inputs; 18 %:
-of the float32 bytes, on {", ".join(SHARES)}; w4: weights alone. *packed*: codes at their bits, 12 bytes
+of the float32 bytes for the file, on {", ".join(SHARES)}; w4: weights alone. *packed*: codes at their bits, 12 bytes
 per output channel, what stays float; *over*: the file without its metadata over that, *allowed*: 5 %,
 1.5 kB per layer and 20 kB. *integer kernels*: of all convolutions and matrix products with weights. *= exact*, *=
 simulated*: top-1 (for images: output

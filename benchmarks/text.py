@@ -188,7 +188,7 @@ def write_table(path: Path) -> None:
         "`inputs`, 1379 test pairs; *SQNR* of the embeddings; Spearman x 100 of the pairs' similarity "
         f"(float {', '.join(floats)}). All linear layers, both operands of the attention products and the embeddings are "
         "quantized (*linear layers*: neither products nor embeddings); first and last linear layer at 8 bits; 18 %: of the "
-        f"float32 bytes, on {', '.join(SHARES)}. *in the runtime*: ONNX Runtime, Spearman, SQNR, and how far its "
+        f"float32 bytes for the file, on {', '.join(SHARES)}. *in the runtime*: ONNX Runtime, Spearman, SQNR, and how far its "
         "embeddings are from the exact integer evaluation and from the PyTorch module (32 sentences). *ms*: one sentence on one "
         f"thread, in turns with the float32 file. {'; '.join(facts)}.",
         "",

@@ -570,9 +570,8 @@ def report_of(folder: str = "run") -> Report:
 @pytest.mark.parametrize(
     ("option", "values"),
     [
-        ("--size", ("0.3", "0.15")),
-        ("--size", ("900B", "300B")),
-        ("--size", ("25%", "11%")),
+        ("--size", ("3.3kB", "3.05kB")),
+        ("--size", ("3300B", "3040B")),
         ("--bops", ("0.06", "0.016")),
         ("--bops", ("400K", "100K")),
         ("--activation-memory", ("0.26", "0.2")),
@@ -612,7 +611,7 @@ def test_the_dual_form_makes_the_network_smaller_where_more_may_be_lost(work: Pa
 def test_prices_are_in_the_loss_that_was_named(work: Path) -> None:
     names = []
     for loss in ("kl", "mse", "user_net:distance"):
-        assert under_budget("--size", "0.2", "--loss", loss, output=f"run-{loss[-3:]}") == 0
+        assert under_budget("--size", "3100B", "--loss", loss, output=f"run-{loss[-3:]}") == 0
         prices = json.loads(Path(f"run-{loss[-3:]}", "prices.json").read_text())
         names.append((prices["loss"], report_of(f"run-{loss[-3:]}").loss))
 
@@ -621,7 +620,7 @@ def test_prices_are_in_the_loss_that_was_named(work: Path) -> None:
 
 def test_workers_do_not_change_the_result(work: Path) -> None:
     for workers in ("1", "2"):
-        assert under_budget("--size", "0.2", "--workers", workers, output=f"run{workers}") == 0
+        assert under_budget("--size", "3100B", "--workers", workers, output=f"run{workers}") == 0
 
     one, other = (load(f"run{workers}/q.safetensors", networks.small()).state_dict() for workers in ("1", "2"))
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -633,7 +632,7 @@ def test_a_printed_recipe_can_be_edited_and_passed_back(work: Path, capsys: pyte
     edited = text.replace('name = "advanced"', 'name = "mine"').replace("search_steps = 100", "search_steps = 3")
     Path("r.toml").write_text(re.sub(r"(?m)^steps = \d+", "steps = 4", edited))
 
-    assert under_budget("--size", "0.2", "--recipe", "r.toml") == 0
+    assert under_budget("--size", "3100B", "--recipe", "r.toml") == 0
 
     assert find_recipe("advanced") == Recipe.parse(text)
     assert report_of().recipe == "mine"
@@ -642,15 +641,15 @@ def test_a_printed_recipe_can_be_edited_and_passed_back(work: Path, capsys: pyte
 
 
 def test_a_plan_of_another_budget_is_quantized(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert under_budget("--size", "0.2") == 0
-    assert run(["plan", "run", "--size", "0.10,0.13,0.18"]) == 0
-    (path,) = Path("run/plans").glob("*0.13*")
+    assert under_budget("--size", "3100B") == 0
+    assert run(["plan", "run", "--size", "3050B,3150B,3300B"]) == 0
+    (path,) = Path("run/plans").glob("*3150B*")
 
     assert quantize("--plan", str(path), "--weights", "weights.safetensors", output="again") == 0
 
     solved, made = Plan.load(path), Plan.load("again/plan.toml")
     assert {name: made[name] for name in solved} == dict(solved)
-    assert report_of("again").size <= 0.13 * report_of("again").float_size
+    assert report_of("again").file_size <= 3150
     assert (Path("run") / "plans").is_dir()
 
 
@@ -670,9 +669,9 @@ def test_one_bar_shows_every_phase_of_a_run_under_a_budget(
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("TERM", "xterm")
 
-    assert under_budget("--size", "0.2") == 0
+    assert under_budget("--size", "3100B") == 0
     loud = capsys.readouterr().err
-    assert under_budget("--size", "0.2", "--overwrite", "--quiet") == 0
+    assert under_budget("--size", "3100B", "--overwrite", "--quiet") == 0
 
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", loud)
     assert re.findall(r"(\w+) (\d+)/(\d+)\W+?(\d+)%", plain)[-1] == ("biases", "2", "2", "100")
@@ -707,22 +706,22 @@ def test_one_bar_shows_every_phase_of_a_run_under_a_budget(
         (["--max-loss", "1", "--minimize", "latency"], r"minimize=.latency. needs"),
         (["--max-loss", "x", "--minimize", "size"], "max-loss"),
         ([], "several bits are candidates that a budget chooses from"),
-        (["--size", "0.2", "--bits", "w4a4,,w8a8"], "bits are written"),
-        (["--size", "0.2", "--bits", ""], "bits are written"),
-        (["--size", "0.2", "--plan", "plan.toml"], "budget and plan exclude each other"),
-        (["--size", "0.2", "--workers", "0"], "workers must be an int from 1 to 4,096"),
-        (["--size", "0.2", "--workers", "two"], "workers"),
-        (["--size", "0.2", "--loss", "hinge"], "loss is"),
-        (["--size", "0.2", "--loss", "user_net:nothing"], "user_net has no nothing"),
-        (["--size", "0.2", "--loss", "user_net:value"], "must be a function. Got int"),
-        (["--size", "0.2", "--loss", "user_net:words_loss"], "a loss returns one float number. Got str"),
-        (["--size", "0.2", "--loss", "user_net:raises_loss"], "raises_loss raised RuntimeError: no luck"),
-        (["--size", "0.2", "--loss", "user_net:score"], "score raised"),
-        (["--size", "0.2", "--loss", "user_net:rows_loss"], "a loss returns one float number. Got torch.float32"),
-        (["--size", "0.2", "--recipe", "damaged.toml"], "does not parse"),
-        (["--size", "0.2", "--recipe", "images.npy"], "images.npy"),
-        (["--size", "0.2", "--override", "0=w9"], "bits must be an int"),
-        (["--size", "0.2", "--memory", "-1MB"], "a size is written"),
+        (["--size", "3100B", "--bits", "w4a4,,w8a8"], "bits are written"),
+        (["--size", "3100B", "--bits", ""], "bits are written"),
+        (["--size", "3100B", "--plan", "plan.toml"], "budget and plan exclude each other"),
+        (["--size", "3100B", "--workers", "0"], "workers must be an int from 1 to 4,096"),
+        (["--size", "3100B", "--workers", "two"], "workers"),
+        (["--size", "3100B", "--loss", "hinge"], "loss is"),
+        (["--size", "3100B", "--loss", "user_net:nothing"], "user_net has no nothing"),
+        (["--size", "3100B", "--loss", "user_net:value"], "must be a function. Got int"),
+        (["--size", "3100B", "--loss", "user_net:words_loss"], "a loss returns one float number. Got str"),
+        (["--size", "3100B", "--loss", "user_net:raises_loss"], "raises_loss raised RuntimeError: no luck"),
+        (["--size", "3100B", "--loss", "user_net:score"], "score raised"),
+        (["--size", "3100B", "--loss", "user_net:rows_loss"], "a loss returns one float number. Got torch.float32"),
+        (["--size", "3100B", "--recipe", "damaged.toml"], "does not parse"),
+        (["--size", "3100B", "--recipe", "images.npy"], "images.npy"),
+        (["--size", "3100B", "--override", "0=w9"], "bits must be an int"),
+        (["--size", "3100B", "--memory", "-1MB"], "a size is written"),
     ],
 )
 def test_a_wrong_option_under_a_budget_is_one_line(
@@ -746,23 +745,23 @@ def test_a_wrong_option_under_a_budget_is_one_line(
 
 
 def test_resume_goes_on_and_a_finished_run_refuses_it(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert under_budget("--size", "0.2", "--resume") == 0  # nothing there yet: it starts
-    assert under_budget("--size", "0.2", "--resume") == 1
+    assert under_budget("--size", "3100B", "--resume") == 0  # nothing there yet: it starts
+    assert under_budget("--size", "3100B", "--resume") == 1
     assert "has a finished run (calque report run). Replace it with --overwrite" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("refused", [("--size", "0.01"), ("--latency", "nofile.csv=4")])
 def test_what_was_refused_at_once_leaves_no_unfinished_run(refused: tuple[str, str], work: Path) -> None:
-    assert under_budget("--size", "0.2", *refused) == 1
-    assert under_budget("--size", "0.2") == 0
+    assert under_budget("--size", "3100B", *refused) == 1
+    assert under_budget("--size", "3100B") == 0
 
 
 def test_another_run_in_a_finished_folder_leaves_no_plans_of_the_old_one(work: Path) -> None:
-    assert under_budget("--size", "0.2") == 0
+    assert under_budget("--size", "3100B") == 0
     assert run(["plan", "run"]) == 0
     assert Path("run/pareto.csv").is_file()
 
-    assert under_budget("--size", "0.3", "--overwrite") == 0
+    assert under_budget("--size", "3.3kB", "--overwrite") == 0
 
     assert not Path("run/pareto.csv").exists()
     assert not Path("run/pareto.png").exists()
@@ -786,7 +785,7 @@ def test_a_signal_says_how_to_go_on_and_leaves_nothing_half_written(
     os.rename("images.npy", "my images.npy")
     command = [
         sys.executable, "-m", "calque", "quantize", "user_net:build", "--calibration", "my images.npy", "--bits",
-        "w8a8,w4a4", "--size", "0.2", "--override", "[0]=w4a4", "--recipe", "quick.toml", "-o", "run it's", "--workers", "2",
+        "w8a8,w4a4", "--size", "3100B", "--override", "[0]=w4a4", "--recipe", "quick.toml", "-o", "run it's", "--workers", "2",
     ]  # fmt: skip
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, start_new_session=True,

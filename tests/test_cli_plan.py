@@ -48,7 +48,18 @@ def test_a_list_of_sizes_gives_a_plan_for_each(folder: Path, capsys: pytest.Capt
 
     printed = capsys.readouterr().out.splitlines()
     assert code == 0
-    assert printed[0].split() == ["budget", "bytes", "of", "float", "Mbit-ops", "loss", "increase", "bits"]
+    assert printed[0].split() == [
+        "budget",
+        "bytes",
+        "on",
+        "disk",
+        "of",
+        "float",
+        "Mbit-ops",
+        "loss",
+        "increase",
+        "bits",
+    ]
     assert [line.split("  ")[0] for line in printed[2:5]] == ["size 0.10", "size 13%", "size 6kB"]
     assert [float(row["size"]) <= limit for row, limit in zip(curve(folder), (3300, 4290, 6000), strict=True)] == [
         True
@@ -136,7 +147,7 @@ def test_an_infeasible_budget_among_others_is_named(folder: Path, capsys: pytest
     assert run(["plan", str(folder), "--size", "0.05,0.2"]) == 0
 
     printed = capsys.readouterr()
-    assert "infeasible, size 0.05: size at most 1,650" in printed.err
+    assert "infeasible, size 0.05: file size at most 1,650 bytes" in printed.err
     assert len(curve(folder)) == 1
 
 
@@ -188,7 +199,7 @@ def test_measured_finalists_are_marked_in_the_table_the_curve_and_the_picture(
     assert run(["plan", str(finished), "--size", "3000B,4500B,6000B"]) == 0
 
     printed = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert printed[0] == "budget bytes of float Mbit-ops loss increase measured bits"
+    assert printed[0] == "budget bytes on disk of float Mbit-ops loss increase measured bits"
     assert printed[3] == "size 4500B 4,500 13.6% 160.0 0.01 +0.0125 w4a4 x4"
     assert printed[5] == "chosen 4,500 13.6% 160.0 0.01 +0.0125 w4a4 x4"
     assert printed[6] == "finalist 2 4,900 14.8% 208.0 0.009 -0.002 w4a4 x3, w8a8 x1"
@@ -237,7 +248,15 @@ def test_damaged_prices_are_named(folder: Path, capsys: pytest.CaptureFixture[st
     (folder / "prices.json").write_text("{")
 
     assert run(["plan", str(folder)]) == 1
-    assert "prices.json is damaged: not a file of prices" in capsys.readouterr().err
+    assert "prices.json cannot be used: not a file of prices" in capsys.readouterr().err
+
+
+def test_prices_of_an_older_calque_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = folder / "prices.json"
+    path.write_text(path.read_text().replace('"version": 2,', ""))
+
+    assert run(["plan", str(folder)]) == 1
+    assert "sizes in prices of version 1 are not bytes of the file" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(

@@ -419,7 +419,7 @@ def test_under_a_budget_only_the_winner_is_distilled(trained: networks.Residual,
     steps: list[str] = []
 
     q = calque.quantize(
-        trained, calibration, bits=("w4a4", "w2a4"), budget=calque.Budget(size=0.3), recipe=QUICK,
+        trained, calibration, bits=("w4a4", "w2a4"), budget=calque.Budget(size=0.85), recipe=QUICK,
         progress=lambda phase, done, total: steps.append(phase),
     )  # fmt: skip
 

@@ -144,7 +144,7 @@ def test_every_phase_that_a_run_tells_of_is_foreseen(name: str, search: bool) ->
         recipe = replace(recipe, distillation=replace(recipe.distillation, minutes=0, steps=2))
     options: dict[str, Any] = {"bits": "w4a4"}
     if search:
-        options = {"bits": ("w8a8", "w4a4", "w2a4"), "budget": calque.Budget(size=0.2)}
+        options = {"bits": ("w8a8", "w4a4", "w2a4"), "budget": calque.Budget(size=0.85)}
     network = capture(networks.seeded(networks.Residual()), {"image": networks.images(4, seed=0)}, {})
     calque.quantize(
         networks.seeded(networks.Residual()), networks.images(40, seed=0), recipe=recipe,

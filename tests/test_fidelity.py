@@ -112,7 +112,7 @@ def test_the_worst_output_is_named_and_scores_keep_their_kl() -> None:
 @pytest.mark.filterwarnings("ignore::calque.errors.CaptureWarning")
 def test_a_budget_and_parts_have_it_too(trained: networks.Residual, calibration: Tensor) -> None:
     budgeted = calque.quantize(
-        trained, calibration, bits=("w8a8", "w2a4"), budget=calque.Budget(size=0.2), recipe=LIGHT
+        trained, calibration, bits=("w8a8", "w2a4"), budget=calque.Budget(size=0.85), recipe=LIGHT
     )
     model, x = networks.seeded(Branching()), networks.images(60, seed=1)
     partly = calque.quantize(model, x, bits="w4a8", recipe="nearest", placement="inputs")

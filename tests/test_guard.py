@@ -366,7 +366,7 @@ def test_under_a_budget_the_decisions_hold_for_every_candidate() -> None:
     model, batch = Joined(), (INPUTS, 1000 * torch.randn(96, 4, generator=torch.Generator().manual_seed(0)))
 
     q = calque.quantize(
-        model, batch, bits=("w8a8", "w4a8"), budget=calque.Budget(size=0.3), recipe="nearest", placement="integer"
+        model, batch, bits=("w8a8", "w4a8"), budget=calque.Budget(size=4000), recipe="nearest", placement="integer"
     )
 
     assert kept(model, q, batch) > 10

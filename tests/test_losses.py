@@ -219,7 +219,7 @@ def test_a_run_hands_its_loss_the_networks_own_outputs() -> None:
         b=torch.nn.Linear(72, 3),
     )
     q = calque.quantize(
-        net, networks.images(20, seed=0), bits=("w8a8", "w4a4"), budget=calque.Budget(size=0.9),
+        net, networks.images(20, seed=0), bits=("w8a8", "w4a4"), budget=calque.Budget(size="20kB"),
         recipe="nearest", loss=on_logits,
     )  # fmt: skip
 

@@ -308,7 +308,7 @@ def test_a_run_of_the_parallel_flavour_under_a_budget_is_the_same_in_a_folder_an
 
     def run(folder: Path | None) -> dict[str, Tensor]:
         q = calque.quantize(
-            model, INPUTS, bits=("w8a8", "w3a4"), budget=calque.Budget(size=0.3), recipe=replace(QUICK, finalists=1),
+            model, INPUTS, bits=("w8a8", "w3a4"), budget=calque.Budget(size=0.92), recipe=replace(QUICK, finalists=1),
             run=folder,
         )  # fmt: skip
         return {name: layer.codes for name, layer in q.layers.items()}

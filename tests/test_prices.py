@@ -219,7 +219,7 @@ def test_a_peak_of_memory_is_kept_at_every_step() -> None:
     [
         (
             Budget(size=0.05),
-            r"size at most 130 \(0.05 of float32\): the smallest feasible is 170 \(0.0653847 of float32\)",
+            r"file size at most 130 bytes \(0.05 of float32\): the smallest feasible is 170 bytes \(0.0653847 of float32\)",
         ),
         (
             Budget(activation_memory=103),
@@ -294,6 +294,16 @@ def test_prices_that_do_not_fit_together_are_refused(changes: dict[str, Any], me
 def test_a_damaged_file_of_prices_is_refused(text: str) -> None:
     with pytest.raises(SpecError, match="not a file of prices"):
         Prices.from_json(text)
+
+
+def test_sizes_of_an_older_version_are_refused_and_other_costs_are_not() -> None:
+    sizes = json.loads(PRICES.to_json())
+    others = {**sizes, "costs": {"bops": sizes["costs"]["bops"]}}
+    del sizes["version"], others["version"]
+
+    with pytest.raises(SpecError, match="of version 1 are not bytes of the file"):
+        Prices.from_json(json.dumps(sizes))
+    assert Prices.from_json(json.dumps(others)).costs == {"bops": PRICES.costs["bops"]}
 
 
 def test_the_costs_of_a_given_plan_are_those_that_the_program_counts() -> None:

@@ -43,7 +43,7 @@ def pools() -> Iterator[list[int]]:
 def quantized(run: Path | None, workers: int) -> dict[str, torch.Tensor]:
     q = calque.quantize(
         networks.seeded(networks.Residual()), networks.images(64, seed=0), bits=("w8a8", "w4a4", "w2a4"),
-        budget=calque.Budget(size=0.15), recipe=RECIPE, run=run, workers=workers,
+        budget=calque.Budget(size=0.83), recipe=RECIPE, run=run, workers=workers,
     )  # fmt: skip
     return q.state_dict()
 

@@ -248,7 +248,7 @@ def test_each_field_of_the_tuning_changes_a_network_that_has_something_to_gain(
 
 def searched(recipe: Recipe) -> QuantizedModel:
     net = networks.seeded(networks.Residual())
-    budget = calque.Budget(size=0.17)
+    budget = calque.Budget(size=0.82)
     return calque.quantize(
         net, networks.images(60, seed=0), bits=("w8a8", "w4a4", "w2a4"), budget=budget, recipe=recipe
     )

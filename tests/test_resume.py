@@ -27,7 +27,7 @@ SEARCH = replace(
     ADVANCED, name="search", steps=8, search_steps=5, priced_inputs=64, finalists=2,
     tuning=replace(ADVANCED.tuning, steps=5),
 )  # fmt: skip
-CANDIDATES, BUDGET = ("w8a8", "w4a4", "w2a4"), calque.Budget(size=0.15)
+CANDIDATES, BUDGET = ("w8a8", "w4a4", "w2a4"), calque.Budget(size=0.83)
 BLOCKS = replace(QUICK, block_steps=5, tuning=replace(ADVANCED.tuning, steps=5))
 CASES: dict[str, dict[str, Any]] = {
     "fixed bits": {"bits": "w4a4", "recipe": QUICK},

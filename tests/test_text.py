@@ -309,9 +309,9 @@ def test_weights_alone_leave_products_float(trained: Encoder) -> None:
 
 def test_budget_includes_tables(trained: Encoder) -> None:
     bits = ("w8a8", "w4a8", "w3a8")
-    q = quantized(trained, bits=bits, budget=calque.Budget(size="20%"))
+    q = quantized(trained, bits=bits, budget=calque.Budget(size="52%"))
 
-    assert q.report.size <= 0.2 * q.report.float_size
+    assert q.report.file_size <= 0.52 * q.report.float_size
     assert q.plan["words"].activation is None
     assert {q.plan["words"].weight, q.plan["positions"].weight} <= {3, 4, 8}
 

@@ -90,7 +90,7 @@ def test_scores_of_classes_in_another_unit_leave_the_codes_of_weights() -> None:
 @pytest.mark.filterwarnings("ignore:fewer calibration rows")
 def test_choices_under_a_budget_do_not_depend_on_units(recipe: str) -> None:
     def plan(powers: tuple[int, int]) -> dict[str, object]:
-        budget = calque.Budget(size=0.28)
+        budget = calque.Budget(size=3450)
         found = calque.quantize(
             small(*powers), INPUTS * 2.0 ** powers[0], bits=("w8a8", "w4a4"), budget=budget, recipe=SHORT[recipe]
         )

@@ -5,7 +5,7 @@ from functools import partial
 
 import calque
 from benchmarks.peers.adapter import COMMON, Method, Problem, Result, main
-from benchmarks.peers.network import CANDIDATES, END_BITS, layers, parse, prepare, weight_bytes
+from benchmarks.peers.network import CANDIDATES, END_BITS, layers, parse, prepare
 from calque.costs import CHANNEL_BYTES
 from calque.recipe import RECIPES
 
@@ -20,19 +20,27 @@ def quantize(problem: Problem, recipe: str) -> Result:
 
 
 def mixed(problem: Problem, recipe: str) -> Result:
-    """Bits of weights by the integer program, in no more bytes than the same bits everywhere take; activations' are fixed."""
-    model = prepare(problem.model)
-    limit, channels = weight_bytes(model, problem.bits), sum(len(layer.weight) for layer in layers(model).values())
-    activation = parse(problem.bits).activation
+    """Bits of weights by the integer program, in no larger file than with the same bits everywhere; activations' are fixed."""
+    channels = sum(len(layer.weight) for layer in layers(prepare(problem.model)).values())
+    activation, ends = parse(problem.bits).activation, f"w{END_BITS}a{END_BITS}"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", calque.errors.CalibrationWarning)
+        everywhere = calque.quantize(
+            problem.model,
+            problem.calibration,
+            bits=problem.bits,
+            first_last=ends,
+            recipe="nearest",
+            placement="integer",
+        )
+        limit = everywhere.report.file_size
         quantized = calque.quantize(
             problem.model, problem.calibration, bits=[f"w{weight}a{activation}" for weight in CANDIDATES],
-            budget=calque.Budget(size=limit + CHANNEL_BYTES * channels), first_last=f"w{END_BITS}a{END_BITS}",
+            budget=calque.Budget(size=limit), first_last=ends,
             recipe=recipe, placement="integer", seed=problem.seed,
         )  # fmt: skip
     bits = "".join(layer.bits[1] for layer in quantized.report.layers[1:-1])
-    settings = f"bits of weights by the integer program, recipe {recipe}: {bits}; at most {limit:,} bytes"
+    settings = f"bits of weights by the integer program, recipe {recipe}: {bits}; a file of at most {limit:,} bytes"
     return Result(quantized, COMMON, settings, quantized.report.size - CHANNEL_BYTES * channels)
 
 

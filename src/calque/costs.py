@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from calque.graph import Batch, Geometry, Network, WeightedLayer
+from calque.filecosts import file_costs
+from calque.graph import Batch, Geometry, Network
 from calque.graph.network import is_movement, result_of
 from calque.graph.signature import flatten, select
 from calque.placement import place
@@ -39,8 +40,9 @@ class Costs:
     """Costs of every choice of every layer, for one input.
 
     Attributes:
-        size, bops: by layer, bytes in the file and bit-operations of each choice.
-        float_size, float_bops, float_memory: the float32 network's; `fixed_size` is what no choice changes.
+        size, bops: by layer, bytes in the file (see `file_costs`) and bit-operations of each choice.
+        fixed_size: bytes in the file that no choice changes.
+        float_size, float_bops, float_memory: the float32 network's; of its size the parameters alone.
         steps: bytes of activations that are alive together.
     """
 
@@ -56,25 +58,21 @@ class Costs:
 def costs(network: Network, choices: Mapping[str, Sequence[Bits]], placement: Placement, batch: Batch) -> Costs:
     """The costs of the layers' choices.
 
-    Size is what the file stores: packed codes, CHANNEL_BYTES per output channel, and everything that stays float. A layer that
-    shares its weights with an earlier one stores its channels alone: both have the same bits.
-
     Args:
         choices: by layer; the bits of tensors that are not the default, as their only choice.
         batch: inputs of the size that is counted; one row of them.
     """
-    other_size = 4 * values_outside_layers(network)
     shapes = value_shapes(network, batch)
-    size, bops, macs = {}, {}, {}
+    bops, macs = {}, {}
     for name, layer in network.layers.items():
         weighted = network.weighted(name)
-        codes = 0 if name in network.shared else weighted.weight.numel()
         macs[name] = weighted.geometry.macs(shapes[layer.node].numel(), weighted.weight)
-        size[name] = tuple(_size(weighted, codes, bits) for bits in choices[name])
         bops[name] = tuple(macs[name] * (b.weight or FLOAT_BITS) * (b.activation or FLOAT_BITS) for b in choices[name])
     steps = activation_steps(network, choices, placement, shapes)
+    size, fixed_size = file_costs(network, choices, placement)
+    whole = 4 * values_outside_layers(network) + float_size(network)
     return Costs(
-        size, bops, steps, other_size, other_size + float_size(network), sum(macs.values()) * FLOAT_BITS**2,
+        size, bops, steps, fixed_size, whole, sum(macs.values()) * FLOAT_BITS**2,
         max(step for step, _ in activation_steps(network, {}, placement, shapes)),
     )  # fmt: skip
 
@@ -95,13 +93,6 @@ def float_size(network: Network) -> int:
         if earlier is None or not torch.equal(layer.bias, network.weighted(earlier).bias):
             total += layer.bias.numel()
     return 4 * total
-
-
-def _size(layer: WeightedLayer, codes: int, bits: Bits) -> int:
-    if bits.weight is None:
-        return 4 * (codes + layer.bias.numel())
-    groups = 1 if bits.group is None else layer.weight.shape[1] // bits.group
-    return layer_size(codes, layer.weight.shape[0], bits.weight, layer.geometry, groups)
 
 
 @torch.no_grad()

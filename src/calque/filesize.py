@@ -3,12 +3,11 @@
 An upper bound: what the exporter may share, fold or drop is counted where that cannot be known from the network alone.
 """
 
-import operator
 from collections.abc import Iterable, Mapping
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
+from calque.filenodes import AXIS, HEAD, TABLES, TO, VALUE, constant_bytes, node_bytes, operator_bytes, tensor_bytes
 from calque.graph import Network, WeightedLayer
 from calque.graph.network import (
     ADDITIONS,
@@ -20,29 +19,11 @@ from calque.graph.network import (
     is_symbolic,
     value_of,
 )  # fmt: skip
+from calque.graph.paths import joined, leaf_paths, output_names
 from calque.placement import Edge, place
-from calque.spec import Bits, Placement
+from calque.spec import FLOAT, Bits, Placement
 
-VALUE = "abc"  # stands for the exporter's short names of values
-HEAD = 650  # of the file: versions, recipe, names of domains, form of the graph, checksums of grids and float tensors
-TABLES = {2: 560, 3: 780, 5: 780, 6: 780, 7: 1100}  # what decodes fields of codes, once for each width in a file
-FOLDED_FROM, FOLDED_TO = 8192, 524_288  # bytes that torch.onnx reads at most to compute a constant, and writes
-AXIS, TO = 13, 10  # bytes of these attributes
-OPERATOR = 160  # of an operator that is not in the table: it may become several nodes
-NUMBER = 16  # of a constant number, which an operator reads
-
-aten = torch.ops.aten
-_NODES: dict[object, int] = {  # bytes, as measured
-    **dict.fromkeys((aten.dropout.default, aten.alias.default, aten.detach.default, aten.contiguous.default,
-                     aten.clone.default, aten.feature_dropout.default, operator.getitem), 0),
-    **dict.fromkeys((aten.relu.default, aten.sigmoid.default, aten.tanh.default, aten.matmul.default, aten.add.Tensor,
-                     aten.mul.Tensor, aten.sub.Tensor, aten.div.Tensor, aten.eq.Scalar, aten.logical_not.default), 28),
-    **dict.fromkeys((aten.softmax.int, aten.gelu.default, aten.cat.default, aten.permute.default, aten.transpose.int,
-                     aten.unsqueeze.default, aten.masked_fill.Scalar), 50),
-    **dict.fromkeys((aten.mean.dim, aten.adaptive_avg_pool2d.default, aten.layer_norm.default, aten.flatten.using_ints,
-                     aten.split.Tensor, aten.chunk.default), 75),
-    **dict.fromkeys((aten.relu6.default, aten.hardtanh.default, aten.silu.default), 90),
-}  # fmt: skip
+INTERFACE, AXIS_FORM = 60, 14  # bytes of an input or output besides its name, and of an axis
 
 
 def file_size(network: Network, plan: Mapping[str, Bits], placement: Placement, computed: Iterable[str] = ()) -> int:
@@ -53,8 +34,9 @@ def file_size(network: Network, plan: Mapping[str, Bits], placement: Placement, 
         computed: layers whose bias scales are exactly products of two scales: only these are not stored.
     """
     edges = place(network, plan, placement)
-    stored = set(network.layers) - set(computed)
-    layers = sum(layer_bytes(network, name, plan[name], stored_scale=name in stored) for name in network.layers)
+    known = set(computed)
+    grids = {reader: edge.name for edge in edges for reader in edge.readers if reader in known}
+    layers = sum(layer_bytes(network, name, plan[name], grid=grids.get(name)) for name in network.layers)
     return fixed_bytes(network, [plan]) + layers + sum(edge_bytes(network, edge) for edge in edges)
 
 
@@ -64,20 +46,33 @@ def fixed_bytes(network: Network, plans: Iterable[Mapping[str, Bits]]) -> int:
     Args:
         plans: whose bits the file may have.
     """
+    plans = list(plans)
     chosen = [(name, plan[name]) for plan in plans for name in network.layers]
     decoded = [(name, bits.weight) for name, bits in chosen if bits.weight in TABLES and bits.group is None]
     shapes = {tuple(network.weighted(name).weight.shape) for name, _ in decoded}
     total = HEAD + sum(TABLES[width] for width in {width for _, width in decoded} if width) + 45 * len(shapes)
-    for node in network.nodes():
-        value = value_of(node)
-        if node.op == "placeholder" and value is not None:
-            total += 40 + len(node.name) + 14 * value.dim()
-        elif node.op == "output":
-            leaves = [value_of(leaf) for leaf in node.all_input_nodes]
-            total += sum(60 + 14 * leaf.dim() for leaf in leaves if leaf is not None)
-    constants, computed = _constants(network)
+    asked = {name for plan in plans for name, bits in plan.items() if bits == FLOAT and name not in network.layers}
+    total += sum(len(f'"{name}":"float",') for name in asked) + _interface(network)
+    constants, computed = constant_bytes(network)
     operators = (node for node in network.nodes() if node.op == "call_function" and node not in computed)
-    return total + sum(constants) + sum(map(_operator_bytes, operators))
+    return total + sum(constants) + sum(map(operator_bytes, operators))
+
+
+def _interface(network: Network) -> int:
+    """Inputs and outputs with their names, which the nodes that read or make them repeat, and those of their free axes."""
+    total = 0
+    (output,) = network.module.graph.find_nodes(op="output")
+    leaves = [value_of(leaf) if isinstance(leaf, fx.Node) else None for leaf in output.args[0]]
+    paths = zip(leaf_paths(network.out_spec), leaves, strict=True)
+    names = iter(output_names([path for path, leaf in paths if leaf is not None]))
+    results = [(next(names), 1, leaf) for leaf in leaves if leaf is not None]
+    given = zip(leaf_paths(network.in_spec.child(1)), network.module.graph.find_nodes(op="placeholder"), strict=True)
+    inputs = [(joined(path), len(node.users), value_of(node)) for path, node in given]
+    for name, uses, value in [*inputs, *results]:
+        if value is not None:
+            axes = sum(AXIS_FORM + is_symbolic(size) * len(name) for size in value.shape)
+            total += INTERFACE + (1 + uses) * len(name) + axes
+    return total
 
 
 def edge_bytes(network: Network, edge: Edge) -> int:
@@ -86,15 +81,17 @@ def edge_bytes(network: Network, edge: Edge) -> int:
     codes, scale = f"{edge.name}/codes", f"{edge.name}/scale"
     first, again = _quantizer(codes, scale, clipped=short), _quantizer(VALUE, scale, clipped=short)
     entry = len(edge.product or edge.name) + len('"":"a8",') if edge.kind in ("tensor", "operand") else 0
-    constants = _tensor(scale, (), 4) + _tensor(VALUE, (), 1)
+    constants = tensor_bytes(scale, (), 4) + tensor_bytes(VALUE, (), 1)
     return first + again * _repetitions(network, edge) + constants + entry
 
 
 def _quantizer(codes: str, scale: str, *, clipped: bool) -> int:
-    clip = _node("Min", VALUE, VALUE, codes) if clipped else 0
+    clip = node_bytes("Min", VALUE, VALUE, codes) if clipped else 0
     raw = VALUE if clipped else codes
     return (
-        _node("QuantizeLinear", VALUE, scale, VALUE, raw) + clip + _node("DequantizeLinear", codes, scale, VALUE, VALUE)
+        node_bytes("QuantizeLinear", VALUE, scale, VALUE, raw)
+        + clip
+        + node_bytes("DequantizeLinear", codes, scale, VALUE, VALUE)
     )
 
 
@@ -128,42 +125,44 @@ def _is_layer(network: Network, node: fx.Node, *, folded: bool) -> bool:
     return (linear and value is not None and value.dim() != 2) == folded
 
 
-def layer_bytes(network: Network, name: str, bits: Bits, *, stored_scale: bool = True) -> int:
+def layer_bytes(network: Network, name: str, bits: Bits, *, grid: str | None = None) -> int:
     """A layer: codes as they are stored, scales, biases and zero points, nodes, its entries in the metadata.
 
     A layer that shares its weights with an earlier one has its own scales, biases and nodes alone.
 
     Args:
-        stored_scale: its bias scale is not the product of two scales, as rounded, and has to be stored.
+        grid: of the input, by whose scale the layer's own is multiplied at load; None where that product is stored.
     """
     layer, node = network.weighted(name), network.layers[name].node
     own = name not in network.shared
     total = len(f'"{name}":"w8a8g128","layer {name}":"01234567",')
     if bits.weight is None:
-        weight = _tensor(f"module.{name}.weight", layer.weight.shape, 4 * layer.weight.numel()) if own else 0
+        weight = tensor_bytes(f"module.{name}.weight", layer.weight.shape, 4 * layer.weight.numel()) if own else 0
         return (
             total
             + weight
-            + _tensor(f"module.{name}.bias", layer.bias.shape, 4 * layer.bias.numel())
+            + tensor_bytes(f"module.{name}.bias", layer.bias.shape, 4 * layer.bias.numel())
             + _applied(layer, node, name)
         )
     if bits.group is not None:
         return total + _grouped(layer, name, bits.weight, bits.group, own=own)
     total += _codes(layer, name, bits.weight, own=own)
     channels, scale = len(layer.weight), f"{name}/scale"
-    total += _tensor(scale, (channels, 1), 4 * channels) + _applied(layer, node, name)
+    total += tensor_bytes(scale, (channels, 1), 4 * channels) + _applied(layer, node, name)
     if layer.geometry.kind == "embedding":
-        return total + 2 * (_node("Gather", scale, VALUE, VALUE) + 14) + _node("Cast", VALUE, VALUE) + TO
+        return total + 2 * (node_bytes("Gather", scale, VALUE, VALUE) + 14) + node_bytes("Cast", VALUE, VALUE) + TO
     if bits.activation is None:
-        nodes = _node("Cast", VALUE, VALUE) + TO + _node("Mul", VALUE, scale, VALUE)
-        return total + nodes + _tensor(f"{name}/bias", layer.bias.shape, 4 * layer.bias.numel())
-    bias = _tensor(f"{name}/bias/codes", (channels,), 4 * channels)
-    bias += _node("DequantizeLinear", f"{name}/bias/codes", VALUE, VALUE) + AXIS
-    product = _node("Mul", f"{name}.input/scale", scale, VALUE)
-    stored = _tensor(f"{name}/bias/scale", (channels,), 4 * channels) + len(f"{name}/bias/scale")
-    zeros = _tensor(VALUE, (channels,), channels)
-    weight = _node("DequantizeLinear", f"{name}/codes" if bits.weight == 8 else VALUE, scale, VALUE, VALUE) + AXIS
-    return total + bias + (stored if stored_scale else product) + zeros + weight
+        nodes = node_bytes("Cast", VALUE, VALUE) + TO + node_bytes("Mul", VALUE, scale, VALUE)
+        return total + nodes + tensor_bytes(f"{name}/bias", layer.bias.shape, 4 * layer.bias.numel())
+    bias = tensor_bytes(f"{name}/bias/codes", (channels,), 4 * channels)
+    bias += node_bytes("DequantizeLinear", f"{name}/bias/codes", VALUE, VALUE) + AXIS
+    stored = f"{name}/bias/scale"
+    product = tensor_bytes(stored, (channels,), 4 * channels) + len(stored)
+    if grid is not None:
+        product = node_bytes("Mul", f"{grid}/scale", scale, VALUE)
+    zeros = tensor_bytes(VALUE, (channels,), channels)
+    weight = node_bytes("DequantizeLinear", f"{name}/codes" if bits.weight == 8 else VALUE, scale, VALUE, VALUE) + AXIS
+    return total + bias + product + zeros + weight
 
 
 def _grouped(layer: WeightedLayer, name: str, bits: int, group: int, *, own: bool) -> int:
@@ -171,27 +170,27 @@ def _grouped(layer: WeightedLayer, name: str, bits: int, group: int, *, own: boo
     outputs, inputs = layer.weight.shape
     packed = outputs * inputs * (4 if bits <= 4 else 8) // 8
     codes, scale, bias = f"{name}/codes", f"{name}/scale", f"{name}/bias"
-    nodes = _node("MatMulNBits", VALUE, codes, scale, bias, VALUE, name) + 90
-    stored = _tensor(codes, (outputs, inputs // group, packed), packed) if own else 0
-    scales = _tensor(scale, (outputs, inputs // group), 4 * outputs * inputs // group)
-    return nodes + stored + scales + _tensor(bias, (outputs,), 4 * outputs)
+    nodes = node_bytes("MatMulNBits", VALUE, codes, scale, bias, VALUE, name) + 90
+    stored = tensor_bytes(codes, (outputs, inputs // group, packed), packed) if own else 0
+    scales = tensor_bytes(scale, (outputs, inputs // group), 4 * outputs * inputs // group)
+    return nodes + stored + scales + tensor_bytes(bias, (outputs,), 4 * outputs)
 
 
 def _codes(layer: WeightedLayer, name: str, bits: int, *, own: bool) -> int:
     """Packed codes and the nodes that decode them."""
     count = layer.weight.numel()
     if bits in (4, 8):
-        copied = _node("Reshape", VALUE, VALUE, VALUE) if not own else 0
-        nodes = copied if bits == 8 else _node("Cast", f"{name}/codes", VALUE) + TO
-        return nodes + (_tensor(f"{name}/codes", layer.weight.shape, -(-count * bits // 8)) if own else 0)
+        copied = node_bytes("Reshape", VALUE, VALUE, VALUE) if not own else 0
+        nodes = copied if bits == 8 else node_bytes("Cast", f"{name}/codes", VALUE) + TO
+        return nodes + (tensor_bytes(f"{name}/codes", layer.weight.shape, -(-count * bits // 8)) if own else 0)
     parts = [width for width in (4, 2, 1) if bits & width]
     rows = -(-count // 8)
-    nodes = len(parts) * (_node("Cast", f"{name}/packed0", VALUE) + TO + _node("Gather", VALUE, VALUE, VALUE))
-    nodes += (len(parts) - 1) * _node("Add", VALUE, VALUE, VALUE) + _node("Reshape", VALUE, VALUE, VALUE)
-    nodes += _node("Cast", VALUE, VALUE) + TO if len(parts) > 1 else 0
+    nodes = len(parts) * (node_bytes("Cast", f"{name}/packed0", VALUE) + TO + node_bytes("Gather", VALUE, VALUE, VALUE))
+    nodes += (len(parts) - 1) * node_bytes("Add", VALUE, VALUE, VALUE) + node_bytes("Reshape", VALUE, VALUE, VALUE)
+    nodes += node_bytes("Cast", VALUE, VALUE) + TO if len(parts) > 1 else 0
     if count % 8:
-        nodes += _node("Reshape", VALUE, VALUE, VALUE) + _node("Slice", VALUE, VALUE, VALUE, VALUE) + 20
-    return nodes + (sum(_tensor(f"{name}/packed0", (rows, 2, 2), rows * width) for width in parts) if own else 0)
+        nodes += node_bytes("Reshape", VALUE, VALUE, VALUE) + node_bytes("Slice", VALUE, VALUE, VALUE, VALUE) + 20
+    return nodes + (sum(tensor_bytes(f"{name}/packed0", (rows, 2, 2), rows * width) for width in parts) if own else 0)
 
 
 def _applied(layer: WeightedLayer, node: fx.Node, name: str) -> int:
@@ -200,97 +199,12 @@ def _applied(layer: WeightedLayer, node: fx.Node, name: str) -> int:
     if geometry.kind == "convolution":
         given = (tuple(geometry.stride) != (1, 1), any(geometry.padding), tuple(geometry.dilation) != (1, 1))
         lists = sum(width * asked for width, asked in zip((18, 21, 20), given, strict=True))
-        return _node("Conv", VALUE, VALUE, VALUE, VALUE, name) + lists + (14 if geometry.groups > 1 else 0)
+        return node_bytes("Conv", VALUE, VALUE, VALUE, VALUE, name) + lists + (14 if geometry.groups > 1 else 0)
     if geometry.kind == "embedding":
-        return _node("Mul", VALUE, VALUE, VALUE, name)
-    product = _node("MatMul", VALUE, VALUE, VALUE, VALUE, name) + 14
+        return node_bytes("Mul", VALUE, VALUE, VALUE, name)
+    product = node_bytes("MatMul", VALUE, VALUE, VALUE, VALUE, name) + 14
     if value is None or value.dim() == 2:
         return product
     free = sum(map(is_symbolic, value.shape))
-    reshapes = 2 * (_node("Reshape", VALUE, VALUE, VALUE) + 40)
+    reshapes = 2 * (node_bytes("Reshape", VALUE, VALUE, VALUE) + 40)
     return product + reshapes + (140 if free > 1 else 0)
-
-
-def _operator_bytes(node: fx.Node) -> int:
-    """The nodes that torch.onnx writes for an operator, with their small constants."""
-    value = value_of(node)
-    if value is None and not isinstance(node.meta.get("val"), (list, tuple)):
-        return OPERATOR // 2  # a size, or arithmetic on sizes
-    if node.target is aten.slice.Tensor and _shape(node.all_input_nodes[0]) == _shape(node):
-        return 0
-    numbers = NUMBER * sum(isinstance(argument, (int, float)) for argument in node.args[1:])
-    names = sum(len(f"module.{each.target}") for each in node.all_input_nodes if each.op == "get_attr")
-    return names + (_NODES[node.target] + numbers if _NODES.get(node.target) else _NODES.get(node.target, OPERATOR))
-
-
-def _shape(node: fx.Node) -> list[str]:
-    value = value_of(node)
-    return [] if value is None else [str(size) for size in value.shape]
-
-
-def _constants(network: Network) -> tuple[list[int], set[fx.Node]]:
-    """Bytes of each different tensor that stays float or whole, and the operators on constants that are computed at export."""
-    sources: dict[fx.Node, frozenset[fx.Node]] = {}
-    values: dict[fx.Node, Tensor] = {}
-    interpreter = fx.Interpreter(network.module)
-    for node in network.nodes():
-        if node.op == "get_attr":
-            found = interpreter.fetch_attr(str(node.target))
-            if isinstance(found, Tensor):
-                sources[node], values[node] = frozenset([node]), found
-        elif node.op == "call_function" and all(each in sources for each in node.all_input_nodes):
-            found = _value(node, values)
-            if found is not None:
-                sources[node] = frozenset().union(*(sources[each] for each in node.all_input_nodes))
-                values[node] = found
-    kept: dict[tuple[object, ...], int] = {}
-    computed: set[fx.Node] = set()
-    for node in sources:
-        if all(user in sources for user in node.users):
-            continue
-        whole = {each: values[each].nbytes for each in sources[node]}
-        read, made = sum(whole.values()), values[node].nbytes
-        folded = made <= read or (read <= FOLDED_FROM and made <= FOLDED_TO)
-        computed |= {node} if folded else set()
-        for each in [node] if folded else whole:
-            tensor = values[each].detach().cpu().contiguous()
-            content = (tensor.dtype, tensor.shape, tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-            kept[content] = _tensor(
-                f"module.{each.target}" if each.op == "get_attr" else VALUE, tensor.shape, tensor.nbytes
-            )
-    for node in reversed(list(sources)):  # what only computed operators read is not written either
-        if node.users and all(user in computed for user in node.users):
-            computed.add(node)
-    return list(kept.values()), computed
-
-
-@torch.no_grad()
-def _value(node: fx.Node, values: Mapping[fx.Node, Tensor]) -> Tensor | None:
-    """What an operator on constants returns; None where that is no tensor."""
-    tags = getattr(node.target, "tags", ())
-    if torch.Tag.nondeterministic_seeded in tags:  # drawn anew in every run
-        return None
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda each: values[each])
-    assert callable(node.target)
-    found = node.target(*args, **kwargs)
-    return found if isinstance(found, Tensor) else None
-
-
-def _node(kind: str, *names: str) -> int:
-    inside = 2 + len(kind) + sum(2 + len(name) for name in names)
-    return 1 + _varint(inside) + inside
-
-
-def _tensor(name: str, shape: Iterable[int], size: int) -> int:
-    """Bytes of a constant.
-
-    Args:
-        size: of its values.
-    """
-    inside = sum(1 + _varint(length) for length in shape) + 4 + len(name) + 1 + _varint(size) + size
-    return 1 + _varint(inside) + inside
-
-
-def _varint(number: int) -> int:
-    """How many bytes a number takes in a protobuf."""
-    return max(1, -(-number.bit_length() // 7))

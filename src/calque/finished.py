@@ -82,10 +82,10 @@ def kept_result(checkpoint: Checkpoint, budget: Budget | None, model: nn.Module)
         return None
     try:
         result = load(checkpoint.path(_key(budget)), model)
-    except LoadError as error:
+        result.prices = None if prices is None else Prices.from_json(prices.facts["prices"])
+    except (LoadError, SpecError) as error:
         log.info("the result is made again: %s", error)
         return None
-    result.prices = None if prices is None else Prices.from_json(prices.facts["prices"])
     return result
 
 

@@ -1,6 +1,6 @@
 """Which tensors of a network are put on a grid, and which layers read which grid."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,8 +64,8 @@ def _layer_edges(network: Network, bits: Mapping[str, Bits], placement: Placemen
             raise SpecError(
                 f'tensors have grids of their own in the placement "integer" only. Got bits for {asked[0]}.'
             )
-        return [_input_edge(network, [name], _bits_of(bits, name)) for name in quantized]
-    readers = _readers_by_root(network, quantized)
+        return [input_edge(network, [name], _bits_of(bits, name)) for name in quantized]
+    readers = readers_by_root(network, quantized)
     shared = shared_tensors(network)
     skipped = needless_tensors(network, bits)
     edges = []
@@ -73,7 +73,7 @@ def _layer_edges(network: Network, bits: Mapping[str, Bits], placement: Placemen
         names = readers.get(node, [])
         name = shared.get(node)
         widths = {_bits_of(bits, reader) for reader in names}
-        if names and len(widths) == 1 and name not in bits and _is_exclusive(node, network, names):
+        if names and len(widths) == 1 and name not in bits and is_exclusive(node, network, names):
             edges.append(Edge(_input_name(network, names), node, widths.pop(), tuple(names), "sole"))
             continue
         own = None
@@ -107,7 +107,8 @@ def _bits_of(bits: Mapping[str, Bits], name: str) -> int:
     return activation
 
 
-def _readers_by_root(network: Network, names: list[str]) -> dict[fx.Node, list[str]]:
+def readers_by_root(network: Network, names: Iterable[str]) -> dict[fx.Node, list[str]]:
+    """Where the inputs of these layers come from, back through operators that only move values, with the layers of each."""
     readers: dict[fx.Node, list[str]] = {}
     for name in names:
         source = network.layers[name].node.args[0]
@@ -116,7 +117,7 @@ def _readers_by_root(network: Network, names: list[str]) -> dict[fx.Node, list[s
     return readers
 
 
-def _is_exclusive(node: fx.Node, network: Network, names: list[str]) -> bool:
+def is_exclusive(node: fx.Node, network: Network, names: list[str]) -> bool:
     """Whether nothing but these layers reads the node, movements aside, and no integer operator made it."""
     makers = [node, *node.all_input_nodes]  # the node may be the clip behind an add
     if any(list(operands_on_grids(maker)) for maker in makers if result_of(maker) is node):
@@ -136,7 +137,8 @@ def _input_name(network: Network, readers: list[str]) -> str:
     return tensor_name(network, f"{readers[0]}.input")
 
 
-def _input_edge(network: Network, readers: list[str], bits: int) -> Edge:
+def input_edge(network: Network, readers: list[str], bits: int) -> Edge:
+    """A grid right in front of these layers, which read one node."""
     source = network.layers[readers[0]].node.args[0]
     assert isinstance(source, fx.Node)
     return Edge(_input_name(network, readers), source, bits, tuple(readers), "input")
@@ -147,4 +149,4 @@ def _requantizers(network: Network, readers: list[str], bits: Mapping[str, Bits]
     groups: dict[tuple[object, int], list[str]] = {}
     for name in readers:
         groups.setdefault((network.layers[name].node.args[0], _bits_of(bits, name)), []).append(name)
-    return [_input_edge(network, names, width) for (_, width), names in groups.items()]
+    return [input_edge(network, names, width) for (_, width), names in groups.items()]

@@ -71,7 +71,7 @@ class Finalist:
     """An allocation that was built and measured as a whole network.
 
     Attributes:
-        plan: layer -> bits, as text.  size: bytes.
+        plan: layer -> bits, as text.  size: bytes of its file at most, as the budget counts them.
         predicted, measured: rise of the loss over the base precision's: the sum of the prices, and of the network as built on
             the calibration inputs (below zero where it is better than the base, whose layers are only rounded).
     """
@@ -97,6 +97,7 @@ class Report:
         distilled: the loss on held-out inputs and their mixtures before and after distillation, and the steps that reproduce it.
         tuned: the loss on held-out inputs before and after bias tuning.
         file_size: bytes that the file for ONNX Runtime and OpenVINO takes at most, predicted; None where there is not one file.
+        file_limit: bytes that a budget allows the file.
         fidelity: how close the outputs are to the float network's, on held-out calibration inputs; None in reports of older runs.
         notes: what stays float, what was changed or deserves attention, one sentence each.
     """
@@ -117,6 +118,7 @@ class Report:
     tuned: tuple[float, float] | None = None
     distilled: Distilled | None = None
     file_size: int | None = None
+    file_limit: int | None = None
     fidelity: Fidelity | None = None
 
     @property
@@ -164,8 +166,8 @@ class Report:
         )
         for finalist in self.finalists:
             lines.append(
-                f"{'chosen' if finalist.chosen else 'tried '} {count_bits(finalist.plan.values())}: {finalist.size:,} bytes, "
-                f"{self.loss} +{finalist.predicted:.4g} predicted, {finalist.measured:+.4g} measured"
+                f"{'chosen' if finalist.chosen else 'tried '} {count_bits(finalist.plan.values())}: at most {finalist.size:,} "
+                f"bytes on disk, {self.loss} +{finalist.predicted:.4g} predicted, {finalist.measured:+.4g} measured"
             )
         if self.distilled is not None:
             lines.append(str(self.distilled))
@@ -174,13 +176,17 @@ class Report:
         if self.fidelity is not None:
             lines.append(str(self.fidelity))
         share = self.size / self.float_size
-        on_disk = (
-            "" if self.file_size is None else f"; about {self.file_size:,} bytes on disk, with scales, nodes and names"
-        )
-        lines.append(f"{self.size:,} bytes, {share:.1%} of the float network's {self.float_size:,}{on_disk}")
+        lines.append(f"{self.size:,} bytes, {share:.1%} of the float network's {self.float_size:,}{self._on_disk()}")
         lines.append(", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.phases.items()))
         lines.extend(f"note: {note}" for note in self.notes)
         return "\n".join(lines)
+
+    def _on_disk(self) -> str:
+        """What the file takes, and what it may take, as the end of a sentence."""
+        if self.file_size is None:
+            return ""
+        limit = "" if self.file_limit is None else f"; the budget allows {self.file_limit:,}"
+        return f"; about {self.file_size:,} bytes on disk, with scales, nodes and names{limit}"
 
 
 _SIZE, _SECONDS = whole(0, COUNT), number(0)

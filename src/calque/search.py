@@ -234,6 +234,7 @@ class Found:
         built: the best finalist.
         finalists: all that were measured, the chosen one marked.
         prices: from which other budgets can be solved without measuring again.
+        limit: bytes that the file may take, where the budget limits them.
         phases: seconds.
     """
 
@@ -242,6 +243,7 @@ class Found:
     prices: Prices
     phases: Mapping[str, float]
     notes: tuple[str, ...]
+    limit: int | None = None
 
 
 def search(
@@ -273,7 +275,7 @@ def search(
         measured = measured_loss(job, built.model, loss[1], references) - prices.base_loss
         cases.append((built, Finalist(dict(solution.plan), solution.costs["size"], solution.increase, measured)))
         log.info(
-            "finalist of %d bytes: rise %.3e predicted, %.3e measured",
+            "finalist of %d bytes on disk: rise %.3e predicted, %.3e measured",
             solution.costs["size"],
             solution.increase,
             measured,
@@ -287,7 +289,8 @@ def search(
         notes += (f"no finalist keeps the loss budget of {budget.loss:g}: the best rises by {best.measured:.3g}.",)
     spent = sum(sum(case.phases.values()) for case, _ in cases) - sum(built.phases.values())
     built = trained_end_to_end(job, built, loss[1], references)
-    return Found(built, marked, prices, {"prices": priced - started, "other finalists": spent}, notes)
+    phases = {"prices": priced - started, "other finalists": spent}
+    return Found(built, marked, prices, phases, notes, budget.limits(prices.floats).get("size"))
 
 
 def _best(cases: list[tuple[Built, Finalist]], budget: Budget) -> tuple[Built, Finalist]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from calque.costs import float_size, values_outside_layers
 from calque.errors import warn
 from calque.fidelity import Fidelity, held_out_fidelity
+from calque.filenodes import guessed_operators
 from calque.filesize import file_size
 from calque.floats import float_operators
 from calque.graph import Network
@@ -48,16 +49,19 @@ def summarize(
     }
     other = 4 * values_outside_layers(network)
     searched = {} if found is None else found.phases
+    on_disk = file_size(network, dict(result.plan.items()), job.placement, _computed_scales(result))
+    limit = None if found is None else found.limit
     started = time.perf_counter()
     fidelity = _fidelity(job, result, references)
     measured = {"fidelity": time.perf_counter() - started}
     return Report(
         recipe.name, job.placement, job.seed, job.inputs, _layers(built, found), tensors, float_size(network) + other, other,
-        {**phases, **searched, **built.phases, **measured}, tuple(_notes(model, job, built, found)),
+        {**phases, **searched, **built.phases, **measured},
+        (*_notes(model, job, built, found), *_file_notes(network, on_disk, limit)),
         {"calque": version("calque"), "torch": torch.__version__}, loss=loss,
         finalists=() if found is None else found.finalists, distilled=built.distilled,
         tuned=None if tuned is None else (tuned.before, tuned.after), fidelity=fidelity,
-        file_size=file_size(network, dict(result.plan.items()), job.placement, _computed_scales(result)),
+        file_size=on_disk, file_limit=limit,
     )  # fmt: skip
 
 
@@ -132,6 +136,24 @@ def _notes(model: nn.Module, job: Job, built: Built, found: Found | None) -> lis
         cases = ", ".join(f"{name} ({rows_} rows for {unknowns})" for name, (rows_, unknowns) in swept.weak.items())
         notes.append(f"fewer calibration rows than unknowns per output, so that a fit may over-fit: {cases}.")
         warn(notes[-1] + " Pass more inputs; held-out ones guard the fit.")
+    return notes
+
+
+def _file_notes(network: Network, on_disk: int, limit: int | None) -> list[str]:
+    """Why the file may be larger than a budget allows."""
+    if limit is None:
+        return []
+    notes = []
+    if on_disk > limit:
+        notes.append(
+            f"the file may take {on_disk:,} bytes, more than the budget's {limit:,}. Lower the size by as much."
+        )
+    guessed = guessed_operators(network)
+    if guessed:
+        notes.append(
+            f"the bytes of these operators in the file are guessed, so that the budget may be exceeded: {', '.join(guessed)}. "
+            "Compare the exported file with it."
+        )
     return notes
 
 

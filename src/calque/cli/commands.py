@@ -138,7 +138,9 @@ def quantize_command(
         str | None, typer.Option(help="w8a8 (default), w4, w4g32, ...; a comma list under a budget")
     ] = None,
     plan: Annotated[Path | None, typer.Option(help="TOML file with the bits of every layer")] = None,
-    size: Annotated[str | None, typer.Option(help="budget: a fraction of the float32 model, or 300kB")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="budget of the exported file: a fraction of the float32 model, or 300kB")
+    ] = None,
     bops: Annotated[str | None, typer.Option(help="budget of bit-operations: a fraction, or 3.5G")] = None,
     activation_memory: Annotated[
         str | None, typer.Option(help="budget of live activations: a fraction, or 300kB")

@@ -24,9 +24,9 @@ from calque.report import table_lines
 from calque.spec import Bits, Plan
 
 SWEEP = 15  # sizes that are tried where no option names any
-HEADINGS = ("budget", "bytes", "of float", "Mbit-ops", "loss increase", "bits")
+HEADINGS = ("budget", "bytes on disk", "of float", "Mbit-ops", "loss increase", "bits")
 LABELS = {
-    "size": "size, bytes",
+    "size": "size of the file, bytes",
     "bops": "bit-operations",
     "activation_memory": "peak activation memory, bytes",
     "latency": "latency, ms",
@@ -50,7 +50,9 @@ class Point:
 
 def plan_command(
     run: Annotated[Path, typer.Argument(help="the folder of a run under a budget", metavar="RUN")],
-    size: Annotated[str | None, typer.Option(help="sizes: fractions of the float32 model, or 300kB,1.2MB")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="sizes of the file: fractions of the float32 model, or 300kB,1.2MB")
+    ] = None,
     bops: Annotated[str | None, typer.Option(help="bit-operations: fractions, or 200M,3.5G")] = None,
     activation_memory: Annotated[str | None, typer.Option(help="live activations: fractions, or 300kB")] = None,
     latency: Annotated[str | None, typer.Option(help="by your table: table.csv=4.0 (milliseconds)")] = None,
@@ -124,7 +126,7 @@ def read_prices(folder: Path) -> Prices:
     try:
         return Prices.from_json(path.read_text(encoding="utf-8"))
     except (SpecError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is damaged: {error}") from error
+        raise InputError(f"{path} cannot be used: {error}") from error
 
 
 def parse_budgets(
@@ -233,7 +235,7 @@ def file_name(name: str) -> str:
 
 
 def curve_csv(prices: Prices, points: list[Point], finalists: list[Point]) -> str:
-    """The plans' costs (bytes, bit-operations, milliseconds) and predicted increases as CSV, one line per budget.
+    """The plans' costs (bytes of the file, bit-operations, milliseconds) and predicted increases as CSV, one line per budget.
 
     The finalists follow, each with its name in the column `finalist`, which is empty for a budget.
     """

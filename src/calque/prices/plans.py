@@ -15,6 +15,7 @@ from calque.prices.table import Prices
 UNITS = 40  # the largest price is 2^40 to 2^41 units: sums stay exact, and the smallest prices keep their digits
 MOST_PLANS = 1000  # of one call
 DIGITS = 6  # of a limit in a message
+TITLES = {"size": "file size"}  # of a quantity in a message, where that is not its name
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +25,8 @@ class Solution:
     Attributes:
         plan: layer -> bits.
         increase: of the loss, predicted: the sum of the prices, each raised to zero where noise made it negative.
-        costs: "size" in bytes and "bops", with the fixed parts; "activation_memory" in bytes, the peak; "latency" in
-            nanoseconds where the budget has a table.
+        costs: "size" in bytes of the file at most and "bops", with the fixed parts; "activation_memory" in bytes, the peak;
+            "latency" in nanoseconds where the budget has a table.
     """
 
     plan: dict[str, str]
@@ -168,7 +169,7 @@ def _constraints(program: _Program, budget: Budget) -> list[Constraint]:
     constraints = []
     for name, limit in budget.limits(program.prices.floats).items():
         describe = _description(name, program.prices.floats.get(name))
-        title = name.replace("_", " ")
+        title = TITLES.get(name, name.replace("_", " "))
         distinct = {tuple(map(tuple, costs)): costs for costs in _table(program, name)}
         constraints += [Constraint(title, costs, limit, describe) for costs in distinct.values()]
     if budget.loss is not None:
@@ -178,14 +179,15 @@ def _constraints(program: _Program, budget: Budget) -> list[Constraint]:
 
 
 def _description(name: str, whole: int | None) -> Callable[[int], str]:
-    """How a message writes a sum: milliseconds, or the number and its share of float32, rounded up."""
+    """How a message writes a sum: milliseconds, or the number and its share of float32, rounded up; for size in bytes."""
     if name == "latency":
         in_milliseconds = _in_units(Fraction(1, NANOSECONDS))
         return lambda value: f"{in_milliseconds(value)} ms"
+    unit = " bytes" if name == "size" else ""
     if not whole:
-        return "{:,}".format
+        return lambda value: f"{value:,}{unit}"
     share = _in_units(Fraction(1, whole))
-    return lambda value: f"{value:,} ({share(value)} of float32)"
+    return lambda value: f"{value:,}{unit} ({share(value)} of float32)"
 
 
 def _in_units(unit: Fraction) -> Callable[[int], str]:

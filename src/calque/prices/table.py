@@ -12,6 +12,7 @@ from calque.spec import Bits, written_bits
 
 Sums = tuple[tuple[int, ...], ...]  # [group][choice]
 COSTS = ("size", "bops")
+VERSION = 2  # of the JSON; since 2 "size" is bytes of the file, before of the packed parameters
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,11 @@ class Prices:
         choices: per group, bits as text.
         increases: per group and choice, the measured increase of the loss over base_loss, as measured: noise may make it
             negative, a network that broke not finite.
-        costs: "size" in bytes, "bops" in bit-operations, per group and choice.
+        costs: "size" in bytes of the exported file (nodes, names and metadata included, predicted and an upper bound), "bops" in
+            bit-operations, per group and choice.
         fixed: the part of each cost that no choice changes.
-        floats: what the float32 network costs, by "size", "bops" and "activation_memory"; shares of a budget refer to it.
+        floats: what the float32 network costs, by "size" (its parameters' bytes), "bops" and "activation_memory"; shares of a
+            budget refer to it.
         steps: activation memory. Per execution step the fixed bytes, and per group index the bytes of each choice.
 
     Raises:
@@ -83,6 +86,7 @@ class Prices:
     def to_json(self) -> str:
         """The prices as JSON; `from_json` restores them exactly."""
         plain = {
+            "version": VERSION,
             **{name: getattr(self, name) for name in ("loss", "base", "groups", "choices")},
             "base_loss": _number_out(self.base_loss),
             "increases": [[_number_out(value) for value in row] for row in self.increases],
@@ -93,12 +97,18 @@ class Prices:
 
     @classmethod
     def from_json(cls, content: str) -> "Prices":
-        """The prices that `to_json` wrote. Raises: SpecError."""
+        """The prices that `to_json` wrote. Raises: SpecError; also for an older calque's, whose sizes were not the file's."""
         try:
             plain = parse_json(content)
             _check_prices("prices", plain)
         except SpecError as error:
             raise SpecError(f"not a file of prices: {error} Write it with Prices.to_json.") from error
+        version = plain.pop("version", 1)
+        if "size" in plain["costs"] and version != VERSION:
+            raise SpecError(
+                f"sizes in prices of version {version} are not bytes of the file, as those of version {VERSION} are. Measure "
+                "them again with this calque."
+            )
         return cls(**_fields(plain))
 
 
@@ -127,7 +137,8 @@ _check_prices = record(
         "choices": sequence(sequence(written_bits)), "increases": sequence(sequence(_price)),
         "costs": mapping(sequence(sequence(_cost))), "fixed": mapping(_cost), "floats": mapping(_cost),
         "steps": sequence(record({"fixed": _cost, "groups": _row_by_group})),
-    }
+    },
+    {"version": _cost},
 )  # fmt: skip
 
 
