@@ -153,7 +153,7 @@ def sentences() -> list[dict[str, Tensor]]:
     return [{"words": part, "attention_mask": torch.ones_like(part)} for part in (words, words[:, :7])]
 
 
-MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], list[object]]]] = {
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], object]]] = {
     "residual": (networks.Residual, images),
     "small": (networks.small, images),
     "depthwise": (Depthwise, images),
@@ -165,7 +165,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], list[object]]]] = 
     "recurrent": (Recurrent, images),
     "encoder": (Encoder, images),
     "long names": (LongNames, images),
-}  # type: ignore[dict-item]  # lists of batches, of whichever form
+}
 
 
 @pytest.mark.parametrize("bits", ["w8a8", "w3a4", "w4"])

@@ -274,12 +274,8 @@ def search(
         built = build(untuned, entries, loss[1], references)
         measured = measured_loss(job, built.model, loss[1], references) - prices.base_loss
         cases.append((built, Finalist(dict(solution.plan), solution.costs["size"], solution.increase, measured)))
-        log.info(
-            "finalist of %d bytes on disk: rise %.3e predicted, %.3e measured",
-            solution.costs["size"],
-            solution.increase,
-            measured,
-        )
+        size, predicted = solution.costs["size"], solution.increase
+        log.info("finalist of %d bytes on disk: rise %.3e predicted, %.3e measured", size, predicted, measured)
     built, best = _best(cases, budget)
     marked = tuple(replace(finalist, chosen=finalist is best) for _, finalist in cases)
     notes: tuple[str, ...] = ()

@@ -50,9 +50,7 @@ class Point:
 
 def plan_command(
     run: Annotated[Path, typer.Argument(help="the folder of a run under a budget", metavar="RUN")],
-    size: Annotated[
-        str | None, typer.Option(help="sizes of the file: fractions of the float32 model, or 300kB,1.2MB")
-    ] = None,
+    size: Annotated[str | None, typer.Option(help="of the file: fractions of float32, or 300kB,1.2MB")] = None,
     bops: Annotated[str | None, typer.Option(help="bit-operations: fractions, or 200M,3.5G")] = None,
     activation_memory: Annotated[str | None, typer.Option(help="live activations: fractions, or 300kB")] = None,
     latency: Annotated[str | None, typer.Option(help="by your table: table.csv=4.0 (milliseconds)")] = None,
