@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -153,7 +154,7 @@ def sentences() -> list[dict[str, Tensor]]:
     return [{"words": part, "attention_mask": torch.ones_like(part)} for part in (words, words[:, :7])]
 
 
-MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], object]]] = {
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], list[Any]]]] = {
     "residual": (networks.Residual, images),
     "small": (networks.small, images),
     "depthwise": (Depthwise, images),
