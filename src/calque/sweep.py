@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from calque.arithmetic import activation_limits, affine_grid
@@ -177,14 +178,16 @@ class Sweep:
         shortcut = self.shortcuts.get(layer.name)
         if shortcut is None:
             return outputs
-        exact, quantized = self.reference.values(shortcut), self.shadow.values(shortcut)
-        return map(lambda x, y, output: (x - y).add_(output), exact, quantized, outputs)
+        lost = map(torch.sub, self.reference.values(shortcut), self.shadow.values(shortcut))
+        return map(lambda difference, output: difference.add_(output), lost, outputs)
 
     def _problem(self, layer: Layer, targets: Iterator[Tensor] | None) -> LayerProblem:
         """The layer's problem; without targets (a layer further on) its own outputs on the quantized prefix serve."""
         weighted = self.migration.weighted(layer.name)
         values = self.shadow.values(layer.node.all_input_nodes[0])
-        pairs = map(lambda x: (x, weighted(x)), values) if targets is None else map(lambda *both: both, values, targets)
+        pairs = (
+            map(lambda x: (x, weighted(x)), values) if targets is None else map(lambda y, x: (x, y), targets, values)
+        )
         return layer_problem(
             weighted.geometry, weighted.weight, weighted.bias, layer.activate, pairs,
             inputs=self.job.inputs, generator=self.job.generator(layer.name), masks=self.job.masks,
