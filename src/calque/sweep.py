@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from calque.arithmetic import activation_limits, affine_grid
@@ -178,7 +177,7 @@ class Sweep:
         shortcut = self.shortcuts.get(layer.name)
         if shortcut is None:
             return outputs
-        lost = map(torch.sub, self.reference.values(shortcut), self.shadow.values(shortcut))
+        lost = map(Tensor.sub, self.reference.values(shortcut), self.shadow.values(shortcut))
         return map(lambda difference, output: difference.add_(output), lost, outputs)
 
     def _problem(self, layer: Layer, targets: Iterator[Tensor] | None) -> LayerProblem:
