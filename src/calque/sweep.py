@@ -184,9 +184,8 @@ class Sweep:
         """The layer's problem; without targets (a layer further on) its own outputs on the quantized prefix serve."""
         weighted = self.migration.weighted(layer.name)
         values = self.shadow.values(layer.node.all_input_nodes[0])
-        pairs = (
-            map(lambda x: (x, weighted(x)), values) if targets is None else map(lambda y, x: (x, y), targets, values)
-        )
+        alone = map(lambda x: (x, weighted(x)), values)
+        pairs = alone if targets is None else map(lambda y, x: (x, y), targets, values)
         return layer_problem(
             weighted.geometry, weighted.weight, weighted.bias, layer.activate, pairs,
             inputs=self.job.inputs, generator=self.job.generator(layer.name), masks=self.job.masks,
