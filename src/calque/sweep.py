@@ -177,14 +177,15 @@ class Sweep:
         shortcut = self.shortcuts.get(layer.name)
         if shortcut is None:
             return outputs
-        exact, quantized = self.reference.values(shortcut), self.shadow.values(shortcut)
-        return map(lambda x, y, output: (x - y).add_(output), exact, quantized, outputs)
+        lost = map(Tensor.sub, self.reference.values(shortcut), self.shadow.values(shortcut))
+        return map(lambda difference, output: difference.add_(output), lost, outputs)
 
     def _problem(self, layer: Layer, targets: Iterator[Tensor] | None) -> LayerProblem:
         """The layer's problem; without targets (a layer further on) its own outputs on the quantized prefix serve."""
         weighted = self.migration.weighted(layer.name)
         values = self.shadow.values(layer.node.all_input_nodes[0])
-        pairs = map(lambda x: (x, weighted(x)), values) if targets is None else map(lambda *both: both, values, targets)
+        alone = map(lambda x: (x, weighted(x)), values)
+        pairs = alone if targets is None else map(lambda y, x: (x, y), targets, values)
         return layer_problem(
             weighted.geometry, weighted.weight, weighted.bias, layer.activate, pairs,
             inputs=self.job.inputs, generator=self.job.generator(layer.name), masks=self.job.masks,
