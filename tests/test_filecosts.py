@@ -1,7 +1,7 @@
 """A budget on size bounds the file: sums over layers are no less than a plan's prediction, and that no less than the file."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -154,7 +154,7 @@ def sentences() -> list[dict[str, Tensor]]:
     return [{"words": part, "attention_mask": torch.ones_like(part)} for part in (words, words[:, :7])]
 
 
-MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], list[object]]]] = {
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Sequence[object]]]] = {
     "residual": (networks.Residual, images),
     "small": (networks.small, images),
     "depthwise": (Depthwise, images),
@@ -167,7 +167,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], list[object]]]] = 
     "recurrent": (Recurrent, images),
     "encoder": (Encoder, images),
     "long names": (LongNames, images),
-}  # type: ignore[dict-item]  # lists of batches, of whichever form
+}
 
 
 @pytest.mark.parametrize("bits", ["w8a8", "w3a4", "w4"])
