@@ -1,9 +1,8 @@
 """A budget on size bounds the file: sums over layers are no less than a plan's prediction, and that no less than the file."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -37,14 +36,15 @@ class Depthwise(nn.Module):
 
 
 class Attention(nn.Module):
-    """A table whose weights are the head's, positions, a mask of arithmetic on shapes and padding, two outputs."""
+    """A table whose weights may be the head's, positions, a mask of arithmetic on shapes and padding, two outputs."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, tied: bool = True) -> None:
         super().__init__()
         self.words, self.places = nn.Embedding(32, 16), nn.Embedding(12, 16)
         self.query, self.key, self.value, self.mix = (nn.Linear(16, 16) for _ in range(4))
         self.norm, self.head = nn.LayerNorm(16), nn.Linear(16, 32)
-        self.head.weight = self.words.weight
+        if tied:
+            self.head.weight = self.words.weight
 
     def forward(self, words: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
         rows, count = words.shape
@@ -154,11 +154,12 @@ def sentences() -> list[dict[str, Tensor]]:
     return [{"words": part, "attention_mask": torch.ones_like(part)} for part in (words, words[:, :7])]
 
 
-MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], list[Any]]]] = {
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Sequence[object]]]] = {
     "residual": (networks.Residual, images),
     "small": (networks.small, images),
     "depthwise": (Depthwise, images),
     "attention": (Attention, sentences),
+    "two tables": (lambda: Attention(tied=False), sentences),
     "twice": (Twice, images),
     "branches": (Branches, images),
     "branches of any size": (Branches, sizes),
@@ -214,7 +215,7 @@ def test_no_plan_is_predicted_larger_than_its_layers_add_up_to(
 RUNS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "residual": ("residual", ("w8a8", "w4a4", "w2a4"), "7400B"),
     "depthwise": ("depthwise", ("w8a8", "w4a8", "w4a4"), "4800B"),
-    "attention": ("attention", ("w8a8", "w4a8"), "16kB"),
+    "attention": ("two tables", ("w8a8", "w4a8"), "16kB"),
     "groups": ("attention", ("w8", "w4g16", "w4"), "11kB"),
     "shared weights": ("twice", ("w8a8", "w4a4"), "6400B"),
     "branches": ("branches", ("w8a8", "w8a4", "w4a4"), "8200B"),

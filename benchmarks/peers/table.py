@@ -51,9 +51,9 @@ cross-layer equalization, which AIMET and Brevitas advise for them, passes no Re
 method that fits weights; NNCF quantizes activations to 8 bits.
 
 Methods named *mixed* choose 8, 4, 3 or 2 bits for the weights of each layer between the first and the last, in no more bytes
-than the bits that head the section take everywhere (packed weights, scales and biases not counted; calque's budget bounds the
-file since), activations at the bits that head it. Beside them: the same bits everywhere. The settings list the bits in the order
-of the layers.
+than the bits that head the section take everywhere (packed weights, scales and biases not counted; calque's budget
+bounds the file since), activations at the bits that head it. Beside them: the same bits everywhere. The
+settings list the bits in the order of the layers.
 
 Model Compression Toolkit's gradient PTQ without Hessian scores runs with a regularization of 1e-6, not its default of 0.01. That
 term is a sum over all weights beside a mean of relative errors: on resnet20 W4A4 it starts at 2,500 where the errors are .003,

@@ -226,6 +226,7 @@ check_report: Check = record(
     {
         "versions": mapping(text), "loss": text, "finalists": sequence(_FINALIST), "tuned": optional(sequence(measured, 2)),
         "distilled": optional(_DISTILLED), "fidelity": optional(_FIDELITY), "file_size": optional(_SIZE),
+        "file_limit": optional(_SIZE),
     },
 )  # fmt: skip
 

@@ -267,6 +267,7 @@ def _requantize_moved(
         origin = next(known for known, quantizer in quantizers.items() if quantizer is grid)
         with graph.inserting_after(node):
             again = graph.call_module(str(origin.target), (node,))
+            again.meta = dict(node.meta)  # its shape, which pools behind it are written by
         for reader in readers:
             reader.replace_input_with(node, again)
         quantizers[again], highest[again] = grid, highest[origin]
