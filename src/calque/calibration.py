@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses import FakeTensor
 
 from calque.errors import CalibrationError, warn
+from calque.fields import shown
 from calque.graph.signature import (
     MASK,
     Batch,
@@ -21,7 +21,7 @@ from calque.graph.signature import (
     split,
     values,
 )
-from calque.samples import batches_of
+from calque.samples import batches_of, unusual
 from calque.store import Store
 
 ROWS = 50  # rows that are executed at a time, at most
@@ -79,10 +79,13 @@ def _to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def _real(leaf: Tensor) -> Tensor:
-    """The tensor. Raises: CalibrationError, where it has a shape and no values."""
-    if isinstance(leaf, FakeTensor):
+    """The tensor. Raises: CalibrationError, where it is no plain one with values."""
+    problem = unusual(leaf)
+    if not problem and leaf.dim() > 1 and 0 in leaf.shape[1:]:
+        problem = f"of the shape {tuple(leaf.shape)}, which has no values"
+    if problem:
         raise CalibrationError(
-            "calibration inputs must have values. Got a FakeTensor; make them outside of FakeTensorMode."
+            f"calibration inputs must be plain tensors with values. Got one {problem}; convert it first."
         )
     return leaf
 
@@ -98,8 +101,8 @@ def _check(batches: list[Batch]) -> None:
             if not isinstance(leaf, Tensor):
                 if leaf != first:
                     raise CalibrationError(
-                        f"arguments that are no tensors must be the same in every batch. Batch {position}: {leaf!r}; "
-                        f"batch 0: {first!r}."
+                        f"arguments that are no tensors must be the same in every batch. Batch {position}: {shown(leaf)}; "
+                        f"batch 0: {shown(first)}."
                     )
                 continue
             if leaf.dim() != first.dim() or leaf.dtype != first.dtype:
