@@ -1,4 +1,4 @@
-# make setup | demo | lint | types | docs | doctest | test | clean
+# make setup | demo | lint | types | docs | doctest | test | campaign | clean
 .DEFAULT_GOAL := test
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -11,7 +11,7 @@ CODE := $(wildcard src tests benchmarks)
 # What the suite leaves out. The real tasks of ../shared run where it is there and skip where it is not.
 MARKS ?= not slow and not gpu
 
-.PHONY: setup demo lint types docs doctest test clean
+.PHONY: setup demo lint types docs doctest test campaign clean
 
 setup: $(STAMP)
 
@@ -49,6 +49,10 @@ doctest: setup
 # pytest runs last: its closing line is the last line of the output.
 test: lint types docs doctest demo
 	$(PY) -m pytest -m "$(MARKS)" --cov --cov-report=term
+
+# What may never go wrong, tried for ten minutes; writes docs/reliability.md.
+campaign: setup
+	nice $(PY) -m tests.campaign
 
 clean:
 	rm -rf site dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage src/*.egg-info

@@ -22,7 +22,8 @@ from onnx import numpy_helper
 import calque
 import networks
 from calque.cli import run
-from calque.cli.inputs import InputError, load_calibration, parse_axes, parse_overrides
+from calque.cli.inputs import InputError, parse_axes, parse_overrides
+from calque.cli.readers import load_calibration
 from calque.cli.weights import load_weights
 from calque.errors import SpecError
 from calque.recipe import ADVANCED, Recipe, find_recipe

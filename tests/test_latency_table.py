@@ -171,8 +171,8 @@ def test_noisy_entries_are_noted() -> None:
         ({"bits": ()}, "bits are a tuple of choices"),
         ({"bits": ("a8",)}, "bits are a tuple of choices"),
         ({"bits": ("4",)}, "bits are written"),
-        ({"threads": 0}, "threads must be an int >= 1. Got 0"),
-        ({"batch": 0}, "batch must be an int >= 1. Got 0"),
+        ({"threads": 0}, "threads must be an int from 1 to 1,024. Got 0"),
+        ({"batch": 0}, "batch must be an int from 1 to 1,000,000. Got 0"),
         ({"batch": 4096}, "batch is at most the rows"),
     ],
 )

@@ -8,8 +8,8 @@ import pytest
 ROOMS = (
     "errors",
     "processes",
-    "files",
     "fields",
+    "files",
     "spec",
     "budget",
     "allocation",

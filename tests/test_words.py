@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import calque
 import networks
 from calque.calls import CallForm
-from calque.cli.inputs import InputError, load_calibration
+from calque.cli.inputs import InputError
+from calque.cli.readers import load_calibration
 from calque.cli.weights import load_weights
 from calque.errors import CalibrationError, CaptureError, SpecError
 from calque.graph.trace import trace

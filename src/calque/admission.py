@@ -10,7 +10,8 @@ from torch.export import ExportedProgram
 from torch.nn.parameter import UninitializedParameter
 
 from calque.errors import CalibrationError, CaptureError, SpecError
-from calque.files import require_regular
+from calque.fields import shown
+from calque.files import path_of, require_regular
 from calque.graph import Batch
 from calque.graph.copies import private_copy
 from calque.graph.rewrite import silent_tracing
@@ -29,6 +30,8 @@ _WRAPPERS = {
     "OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module",
     "FullyShardedDataParallel": "module",
 }  # fmt: skip
+
+LONGEST_SHOWN = 300  # characters of a path in a message
 
 
 def require_original(model: object) -> None:
@@ -50,7 +53,7 @@ def require_quantized(q: object, call: str) -> None:
         return
     received = f"{type(q).__name__}."
     if isinstance(q, (str, os.PathLike)):
-        received = f"the path {os.fspath(q)!r}: are the arguments swapped?"
+        received = f"the path {os.fspath(q)!r:.{LONGEST_SHOWN}}: are the arguments swapped?"
     elif isinstance(q, nn.Module):
         received = f"the float network {type(q).__name__}: quantize it first."
     raise SpecError(f"{call} takes as q what calque.quantize or calque.load returned. Got {received}")
@@ -89,10 +92,9 @@ def file_to_read(path: object, call: str) -> Path:
 
 def require_path(path: object, call: str) -> Path:
     """The path. Raises: SpecError, where it is none; says whether arguments are swapped."""
-    if isinstance(path, (str, os.PathLike)):
-        return Path(path)
-    swapped = ": are the arguments swapped?" if isinstance(path, nn.Module) else "."
-    raise SpecError(f"{call} takes as path a str or Path. Got {type(path).__name__}{swapped}")
+    if isinstance(path, nn.Module):
+        raise SpecError(f"{call} takes as path a str or Path. Got {type(path).__name__}: are the arguments swapped?")
+    return path_of(path, call)
 
 
 def require_inputs(model: object, calibration: object) -> None:
@@ -106,7 +108,8 @@ def require_inputs(model: object, calibration: object) -> None:
         raise CalibrationError(f"calibration is inputs of the network. Got the module {type(calibration).__name__}.")
     if isinstance(calibration, (str, os.PathLike)):
         raise CalibrationError(
-            f"calibration is the inputs themselves, not a file's name. Got {os.fspath(calibration)!r}; load it first: "
+            "calibration is the inputs themselves, not a file's name. "
+            f"Got {os.fspath(calibration)!r:.{LONGEST_SHOWN}}; load it first: "
             "torch.load(path), or torch.from_numpy(numpy.load(path))."
         )
 
@@ -159,7 +162,7 @@ def _instead(value: object) -> str:
         states = [key for key, entry in value.items() if isinstance(entry, Mapping)]
         known = next((key for key in states if "state" in str(key) or "model" in str(key)), None)
         if known is not None:
-            return f"{received} with an entry {known!r}; build the network, load it (model.load_state_dict) and pass the network."
+            return f"{received} with an entry {shown(known)}; build the network, load it (model.load_state_dict) and pass that."
     if isinstance(value, (str, os.PathLike)):
         return f"{received}, a file's name; build the network, load its weights (model.load_state_dict) and pass the network."
     if isinstance(value, Tensor):
@@ -203,6 +206,11 @@ def _problems(model: nn.Module) -> Iterator[str]:
 
 def _odd_parameters(what: str, module: nn.Module) -> Iterator[str]:
     for name, parameter in module.named_parameters(recurse=False):
+        if parameter.is_meta and not isinstance(parameter, UninitializedParameter):
+            yield (
+                f"{name} of {what} is on the device meta, where it has no values. Make the network on another device, or move it "
+                'with to_empty(device="cpu") and load its weights.'
+            )
         if isinstance(parameter, UninitializedParameter):
             yield f"{name} of {what} has no shape yet. Call the network once with an input, then pass it."
         elif type(parameter) not in (nn.Parameter, Tensor) and type(parameter.data) is not Tensor:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from calque.errors import SpecError
-from calque.fields import ENDLESS, shown
+from calque.fields import ENDLESS, choice, shown
+from calque.files import require_file
 from calque.spec import Bits
 
 FilePath = str | os.PathLike[str]
@@ -77,10 +78,10 @@ class Budget:
         if (self.loss is None) != (self.minimize is None):
             raise SpecError(
                 "loss and minimize come together: which cost to make small, and what the loss may increase by. "
-                f"Got loss={self.loss!r}, minimize={self.minimize!r}."
+                f"Got loss={shown(self.loss)}, minimize={shown(self.minimize)}."
             )
-        if self.minimize is not None and self.minimize not in get_args(Minimized):
-            raise SpecError(f"minimize is one of {', '.join(get_args(Minimized))}. Got {self.minimize!r}.")
+        if self.minimize is not None:
+            choice(*get_args(Minimized))("minimize", self.minimize)
         if self.loss is not None and not (_is_number(self.loss) and math.isfinite(self.loss) and self.loss >= 0):
             raise SpecError(f"loss must be a finite number >= 0. Got {shown(self.loss)}.")
         if self.minimize == "latency" and self.latency is None:
@@ -109,7 +110,7 @@ class Budget:
                 )
             found[name] = math.floor(amount * floats[name]) if is_share else math.floor(amount)
             if found[name] < 1:
-                raise SpecError(f"{name} must allow at least one unit. Got {given!r}.")
+                raise SpecError(f"{name} must allow at least one unit. Got {shown(given)}.")
         if self.latency is not None and math.isfinite(self.latency[1]):
             found["latency"] = nanoseconds(self.latency[1])
         return found
@@ -155,7 +156,7 @@ def read_latency(table: FilePath | Latencies) -> dict[tuple[str, str], float]:
     if isinstance(table, Mapping):
         entries = ((f"latency of {key}", [*key, value]) for key, value in table.items())
         return _collected(entries, found)
-    return _collected(_lines(Path(table)), found)
+    return _collected(_lines(require_file(table)), found)
 
 
 def _collected(
@@ -187,7 +188,9 @@ def _lines(path: Path) -> Iterator[tuple[str, list[str]]]:
         try:
             header = [name.strip() for name in next(reader, [])]
             if header != HEADER:
-                raise SpecError(f"{path}, line 1: the header must be {','.join(HEADER)}. Got {','.join(header)!r}.")
+                raise SpecError(
+                    f"{path}, line 1: the header must be {','.join(HEADER)}. Got {shown(','.join(header))}."
+                )
             for fields in reader:
                 if any(field.strip() for field in fields):
                     yield f"{path}, line {reader.line_num}", fields
@@ -206,7 +209,7 @@ def nanoseconds(milliseconds: float) -> int:
 
 def _checked_latency(latency: Any, minimize: str | None) -> tuple[str | Latencies, float]:
     if not (isinstance(latency, (tuple, list)) and len(latency) == 2):
-        raise SpecError(f"latency is a pair: a table and its limit in milliseconds. Got {latency!r}.")
+        raise SpecError(f"latency is a pair: a table and its limit in milliseconds. Got {shown(latency)}.")
     table, limit = latency
     if not (
         _is_number(limit)

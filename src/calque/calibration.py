@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
 from calque.errors import CalibrationError, warn
+from calque.fields import shown
 from calque.graph.signature import (
     MASK,
     Batch,
@@ -20,7 +20,7 @@ from calque.graph.signature import (
     split,
     values,
 )
-from calque.samples import batches_of
+from calque.samples import batches_of, unusual
 
 ROWS = 50  # rows that are executed at a time, at most
 VALUES = 1_500_000  # input values at a time: with larger tensors most of the time goes into mapping fresh memory
@@ -77,10 +77,13 @@ def _to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def _real(leaf: Tensor) -> Tensor:
-    """The tensor. Raises: CalibrationError, where it has a shape and no values."""
-    if isinstance(leaf, FakeTensor):
+    """The tensor. Raises: CalibrationError, where it is no plain one with values."""
+    problem = unusual(leaf)
+    if not problem and leaf.dim() > 1 and 0 in leaf.shape[1:]:
+        problem = f"of the shape {tuple(leaf.shape)}, which has no values"
+    if problem:
         raise CalibrationError(
-            "calibration inputs must have values. Got a FakeTensor; make them outside of FakeTensorMode."
+            f"calibration inputs must be plain tensors with values. Got one {problem}; convert it first."
         )
     return leaf
 
@@ -96,8 +99,8 @@ def _check(batches: list[Batch]) -> None:
             if not isinstance(leaf, Tensor):
                 if leaf != first:
                     raise CalibrationError(
-                        f"arguments that are no tensors must be the same in every batch. Batch {position}: {leaf!r}; "
-                        f"batch 0: {first!r}."
+                        f"arguments that are no tensors must be the same in every batch. Batch {position}: {shown(leaf)}; "
+                        f"batch 0: {shown(first)}."
                     )
                 continue
             if leaf.dim() != first.dim() or leaf.dtype != first.dtype:

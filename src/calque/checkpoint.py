@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from calque.errors import SpecError
-from calque.files import FilePath, replace_file, sweep_drafts, sweep_folders, write_whole
+from calque.files import FilePath, path_of, replace_file, sweep_drafts, sweep_folders, write_whole
 
 if sys.platform != "win32":
     import fcntl
@@ -141,7 +141,7 @@ def open_run(run: FilePath, identity: Mapping[str, str]) -> Checkpoint:
         SpecError: the folder has the pieces of another run; what differs is named.
         OSError: the folder cannot be made.
     """
-    folder = Path(run)
+    folder = path_of(run, "run")
     folder.mkdir(parents=True, exist_ok=True)
     sweep_drafts(folder)
     owner = hashlib.blake2b(json.dumps(dict(identity), sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -39,11 +39,20 @@ def shown(value: object) -> str:
     if isinstance(value, int) and abs(value) >= LARGE:
         sign = "-" if value < 0 else ""
         return f"an int of about {sign}10^{round(value.bit_length() * math.log10(2))}"
-    if isinstance(value, (dict, list, tuple)):
+    if isinstance(value, (dict, list, tuple)) and not _is_short(value):
         kind = "an object" if isinstance(value, dict) else "a list"
         return f"{kind} of {len(value)}" if len(value) > 3 else f"{kind} of {len(value)} ({_inside(value)})"
-    text = repr(value)
+    text = repr(value).replace("\n", " ")  # arrays and networks have several lines
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
+
+
+def _is_short(value: Any) -> bool:
+    """Whether it is a list of words and numbers, which is best shown as it is."""
+    plain = isinstance(value, (list, tuple)) and all(
+        entry is None or isinstance(entry, (str, bool, float)) or (isinstance(entry, int) and abs(entry) < LARGE)
+        for entry in value
+    )
+    return plain and len(value) > 0 and len(repr(value)) <= SHOWN
 
 
 def _inside(value: Any) -> str:
@@ -161,8 +170,14 @@ def record(required: Mapping[str, Check], extra: Mapping[str, Check] | None = No
     return each
 
 
-def parse_json(content: str) -> Any:
-    """What a JSON text holds. Raises: SpecError, also for a key twice, for depth and for numbers of thousands of digits."""
+def parse_json(content: object, what: str = "this") -> Any:
+    """What a JSON text holds; `what` names it in errors.
+
+    Raises:
+        SpecError: no text, or none that parses; a key twice, depth, numbers of thousands of digits.
+    """
+    if not isinstance(content, str):
+        raise SpecError(f"{what} is read from a JSON text. Got {shown(content)}.")
     try:
         value = json.loads(content, object_pairs_hook=_unique)
     except RecursionError as error:
@@ -175,8 +190,10 @@ def parse_json(content: str) -> Any:
     return value
 
 
-def parse_toml(content: str, what: str) -> dict[str, Any]:
+def parse_toml(content: object, what: str) -> dict[str, Any]:
     """The table that a TOML text holds; `what` names it in errors. Raises: SpecError, also for depth and for huge numbers."""
+    if not isinstance(content, str):
+        raise SpecError(f"{what} is parsed from a TOML text. Got {shown(content)}.")
     try:
         table = tomllib.loads(content)
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits are a ValueError too

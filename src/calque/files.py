@@ -12,10 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from calque.errors import SpecError
+from calque.fields import shown
 from calque.processes import host, is_alive
 
 FilePath = str | os.PathLike[str]
 
+LONGEST_PATH = 4095  # bytes, on Linux
 DAY = 24 * 3600.0  # seconds: after so long nobody on another machine writes at a draft any more
 PREFIX = "calque-"
 NAME = 40  # characters of a file's name that its draft repeats
@@ -27,6 +30,39 @@ _KINDS = {
     stat.S_IFSOCK: "a socket",
 }  # fmt: skip
 _count = itertools.count()
+
+
+def path_of(path: object, what: str) -> Path:
+    """The path.
+
+    Args:
+        what: takes it, such as "load(path, model)".
+
+    Raises:
+        SpecError: none, or one that no file can have.
+    """
+    name = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
+    if not isinstance(name, str):
+        raise SpecError(f"{what} takes as path a str or Path. Got {type(path).__name__}.")
+    problem = "a NUL in it" if "\0" in name else f"{len(name):,} characters" if len(name) > LONGEST_PATH else ""
+    if problem:
+        raise SpecError(f"{what} takes as path one that a file can have. Got {shown(name)}, which has {problem}.")
+    return Path(name)
+
+
+def require_file(path: FilePath) -> Path:
+    """The path of a regular file, to be read: links followed.
+
+    Raises:
+        OSError: nothing there; or what no reader would come to an end with, such as a directory, a pipe or a device.
+        SpecError: no path.
+    """
+    found = path_of(path, "reading a file")
+    kind = stat.S_IFMT(found.stat().st_mode)
+    if kind != stat.S_IFREG:
+        number = errno.EISDIR if kind == stat.S_IFDIR else errno.EINVAL
+        raise OSError(number, f"is {_KINDS.get(kind, 'no regular file')}; a file is needed", str(path))
+    return found
 
 
 def write_whole(path: FilePath, content: bytes) -> None:

@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from calque.arithmetic import binary_unit
 from calque.errors import SpecError
+from calque.fields import shown
 
 Loss = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 """Of the float network's output leaves and the quantized one's, a scalar: the mean over the rows of the batch."""
@@ -84,8 +85,9 @@ def _floats(leaves: Sequence[object]) -> list[Tensor]:
 
 def check_loss(loss: object) -> None:
     """Raises SpecError where `loss` is neither a name nor a function."""
-    if loss not in (None, "kl", "mse") and not callable(loss):
-        raise SpecError(f'loss is "kl", "mse" or a function of the two networks\' outputs. Got {loss!r}.')
+    named = loss is None or (isinstance(loss, str) and loss in ("kl", "mse"))
+    if not named and not callable(loss):
+        raise SpecError(f'loss is "kl", "mse" or a function of the two networks\' outputs. Got {shown(loss)}.')
 
 
 def find_loss(

@@ -15,6 +15,7 @@ from torch import nn
 
 from calque.errors import CalibrationError, CaptureError, SpecError
 from calque.fidelity import Fidelity, Pair, fidelity
+from calque.fields import shown
 from calque.graph import Batch, Network, Signature, capture
 from calque.graph.batching import find_layout
 from calque.graph.copies import private_copy
@@ -254,7 +255,7 @@ def _overrides(
         matched = [full for full in names if fnmatchcase(full, pattern)]
         if not matched:
             raise SpecError(
-                f"override pattern {pattern!r} matches no layer of a part. The names are: {', '.join(names)}."
+                f"override pattern {shown(pattern)} matches no layer of a part. The names are: {', '.join(names)}."
             )
         for full in matched:
             path, name = names[full]

@@ -29,7 +29,7 @@ from calque.guard import guard
 from calque.job import EXAMPLE_ROWS, Job
 from calque.losses import LossName, OutputLoss, check_loss, find_loss
 from calque.model import QuantizedModel
-from calque.options import check_options
+from calque.options import check_options, find_device
 from calque.outliers import healthy
 from calque.parallel import Choices
 from calque.parts import PartlyQuantized, quantize_parts
@@ -227,7 +227,7 @@ def _quantized(
 def _target(model: nn.Module, device: str | torch.device | None) -> torch.device:
     """Where to compute."""
     first = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    return _device(device) if device is not None else first
+    return find_device(device) if device is not None else first
 
 
 def _captured(model: nn.Module, batch: Batch, found: DynamicAxes, given: DynamicAxes) -> Network:
@@ -283,12 +283,3 @@ def _decided(
     assert bits is None or isinstance(bits, str)
     entries = decide_bits(network, bits=bits, plan=plan, override=override, first_last=first_last)
     return {name: (entries[name],) for name in network.layers}, entries
-
-
-def _device(device: str | torch.device) -> torch.device:
-    try:
-        found = torch.device(device)
-        torch.zeros((), device=found)
-    except (RuntimeError, AssertionError) as error:
-        raise SpecError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return found

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from calque.errors import SpecError
+from calque.fields import shown
 
 Progress = Callable[[str, int, int], None]  # phase, steps done, steps in all
 
@@ -125,7 +126,7 @@ def check_progress(progress: object) -> None:
     """Raises SpecError where `progress` is neither a function, nor True, False or None."""
     if progress is not None and not isinstance(progress, bool) and not callable(progress):
         raise SpecError(
-            f"progress is a function of (phase, steps done, steps in all), True, False or None. Got {progress!r}."
+            f"progress is a function of (phase, steps done, steps in all), True, False or None. Got {shown(progress)}."
         )
 
 

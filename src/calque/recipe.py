@@ -123,6 +123,8 @@ class Recipe:
             raise SpecError(
                 'migration needs flavour = "sequential", patches = "sampled", statistics not "trained", and block_steps = 0.'
             )
+        for name, kind in TABLES.items():
+            require(type(getattr(self, name)) is kind, name, f"a {kind.__name__}", getattr(self, name))
         _check_rates(self.rates)
         if self.distillation and self.rates.unit != "relative":
             raise SpecError('distillation needs rates whose unit is "relative".')
@@ -221,4 +223,4 @@ def find_recipe(recipe: "str | Recipe | None") -> Recipe:
     if os.path.isfile(recipe):
         with naming(recipe):
             return Recipe.parse(read_text(recipe))
-    raise SpecError(f"recipe is one of {', '.join(RECIPES)}, or a TOML file. Got {recipe!r}.")
+    raise SpecError(f"recipe is one of {', '.join(RECIPES)}, or a TOML file. Got {shown(recipe)}.")

@@ -140,7 +140,7 @@ class Report:
     @classmethod
     def from_json(cls, content: str) -> "Report":
         """The report that `to_json` wrote. Raises: SpecError, with the field and its rule."""
-        table: dict[str, Any] = parse_json(content)
+        table: dict[str, Any] = parse_json(content, "a report")
         check_report("report", table)
         table["layers"] = tuple(LayerReport(**layer) for layer in table["layers"])
         table["tensors"] = {

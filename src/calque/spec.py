@@ -10,12 +10,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Literal
 
 from calque.errors import SpecError
 from calque.fields import inside, parse_toml, require, shown
-from calque.files import write_whole
+from calque.files import path_of, require_file, write_whole
 
 LOWEST_BITS, HIGHEST_BITS = 2, 8
 
@@ -90,7 +89,7 @@ FLOAT = Bits(None, None)
 
 def _instead(text: object) -> str:
     """What whoever wrote this may have meant."""
-    written = shown(text).lower()
+    written = shown(text).lower()  # short, whatever it is
     numbers = re.findall(r"\d+", written)
     if "," in written:
         return "; candidates for a budget are a tuple of strings"
@@ -122,6 +121,9 @@ def _bits_at(where: str, value: object) -> Bits:
 class Plan(Mapping[str, Bits]):
     """Which bits every layer and every quantized tensor has, by name.
 
+    Raises:
+        SpecError: no mapping of names and Bits.
+
     >>> plan = Plan({"conv1": Bits(8, 8), "add": Bits(None, 8)})
     >>> plan["conv1"].weight
     8
@@ -130,6 +132,16 @@ class Plan(Mapping[str, Bits]):
     """
 
     bits: Mapping[str, Bits]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.bits, Mapping):
+            raise SpecError(f"a plan is a dict of names and Bits. Got {shown(self.bits)}.")
+        pairs: list[tuple[object, object]] = list(self.bits.items())
+        for name, bits in pairs:
+            if not (isinstance(name, str) and isinstance(bits, Bits)):
+                raise SpecError(
+                    f"a plan is a dict of names and Bits. Got {shown(name)}: {shown(bits)}; see Bits.parse."
+                )
 
     def __getitem__(self, name: str) -> Bits:
         return self.bits[name]
@@ -167,12 +179,13 @@ class Plan(Mapping[str, Bits]):
         return cls({name: _bits_at(inside("plan", name), entry) for name, entry in table.items()})
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the plan to `path` as TOML, whole or not at all. Raises: OSError."""
-        write_whole(path, self.to_toml().encode())
+        """Writes the plan to `path` as TOML, whole or not at all. Raises: OSError; SpecError, where it is no path."""
+        write_whole(path_of(path, "Plan.save(path)"), self.to_toml().encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Plan":
         """The plan in the TOML file `path`. Raises: OSError, SpecError."""
+        path = path_of(path, "Plan.load(path)")
         with naming(path):
             return cls.parse(read_text(path))
 
@@ -180,7 +193,7 @@ class Plan(Mapping[str, Bits]):
 def read_text(path: str | os.PathLike[str]) -> str:
     """The text in a file. Raises: OSError; SpecError if it is none."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return require_file(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise SpecError(f"{os.fspath(path)} is not a text file in UTF-8: {error.reason}.") from error
 
@@ -237,7 +250,7 @@ def apply_overrides(
         matched = [name for name in [*entries, *tensors] if fnmatchcase(name, pattern)]
         if not matched:
             names = ", ".join([*entries, *tensors])
-            raise SpecError(f"override pattern {pattern!r} matches no layer or tensor. The names are: {names}.")
+            raise SpecError(f"override pattern {shown(pattern)} matches no layer or tensor. The names are: {names}.")
         suited = [name for name in matched if bits == FLOAT or (bits.weight is not None) == (name in entries)]
         if not suited:
             check_entry(matched[0], bits, is_layer=matched[0] in entries)

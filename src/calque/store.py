@@ -39,7 +39,7 @@ def parse_bytes(text: str | int) -> int:
         size = 0 if match is None else float(match[1]) * _UNITS[match[2]]
     if not 0 < size <= MOST_MEMORY:
         raise SpecError(
-            'a size is written as a number with a unit, such as "2GB" or "300MB", above 0 and at most 1,000,000 GB. '
+            'memory: a size is written as a number with a unit, such as "2GB" or "300MB", above 0 and at most 1,000,000 GB. '
             f"Got {shown(text)}."
         )
     return int(size)

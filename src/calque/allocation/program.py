@@ -8,6 +8,7 @@ import numpy as np
 from calque.allocation.reduction import Mask, Row, Whole, lowest, total
 from calque.allocation.search import best_choice
 from calque.errors import InfeasibleBudgetError, SpecError
+from calque.fields import shown
 
 Costs = Sequence[Sequence[int]]  # [layer][choice], whole numbers
 
@@ -83,7 +84,7 @@ def _check(
         if not fits or not all(0 <= chosen < width for chosen, width in zip(earlier, widths, strict=True)):
             raise SpecError(f"a forbidden tuple must be one choice per layer. Got {earlier}.")
     if type(distance) is not int or distance < 1:
-        raise SpecError(f"distance must be an int >= 1. Got {distance!r}.")
+        raise SpecError(f"distance must be an int >= 1. Got {shown(distance)}.")
 
 
 def _padded(costs: Costs, widths: list[int]) -> Whole:

@@ -6,6 +6,8 @@ import shutil
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -29,9 +31,7 @@ from calque.cli.folder import (
 )
 from calque.cli.inputs import (
     build_model,
-    check_device,
     evaluate_model,
-    load_calibration,
     parse_axes,
     parse_bits,
     parse_budget,
@@ -40,18 +40,22 @@ from calque.cli.inputs import (
 )
 from calque.cli.latency import latency_command
 from calque.cli.plan import plan_command
+from calque.cli.readers import load_calibration
 from calque.cli.signals import EndedError, ending_signals, shielded_workers
 from calque.cli.terminal import advice, complain, estimates, one_line, visible_warnings
 from calque.cli.weights import load_weights
 from calque.demo import BITS, DemoRow, run_demo
-from calque.errors import CalqueError
-from calque.files import temporary_folder, write_whole
+from calque.errors import CalibrationError, CalqueError
+from calque.fields import shown
+from calque.files import LONGEST_PATH, remove_folder, temporary_folder, write_whole
+from calque.options import find_device
 from calque.pipeline import quantize
 from calque.progress import Phase, watched
 from calque.recipe import RECIPES, find_recipe
 from calque.report import table_lines
 from calque.spec import Placement, Plan
 
+MISSPELT = 2  # the exit code of a command that cannot be read
 INTERRUPTED = 130  # the exit code of a command that Ctrl-C ended
 DEMO = "demo.json"  # the file that tells a demonstration's folder from others
 DEMO_PHASES = (  # about the seconds of each, the capture's among them
@@ -178,7 +182,8 @@ def quantize_command(
     budget = parse_budget(size, bops, activation_memory, latency, max_loss, minimize)
     candidates = None if bits is None else parse_bits(bits, several=budget is not None)
     judge = parse_loss(loss)
-    check_device(device)
+    if device is not None:
+        find_device(device)
     pieces = claim_pieces(output, overwrite=overwrite)
     arguments = [argument for argument in context.obj if argument not in ("--resume", "--overwrite")]
     with (
@@ -187,12 +192,13 @@ def quantize_command(
         shielded_workers(workers),
     ):
         scores = {} if evaluate is None else {"float": evaluate_model(evaluate, network)}
-        q = quantize(
-            network, inputs, bits=candidates, budget=budget, plan=known_plan, override=overrides, recipe=chosen,
-            placement=cast(Placement, placement),  # quantize checks it
-            first_last=None if first_last == "none" else first_last, loss=judge, dynamic=axes, run=pieces,
-            seed=seed, device=device, memory=memory, workers=workers, progress=False if quiet else None,
-        )  # fmt: skip
+        with _discarding(pieces, resume=resume):
+            q = quantize(
+                network, inputs, bits=candidates, budget=budget, plan=known_plan, override=overrides, recipe=chosen,
+                placement=cast(Placement, placement),  # quantize checks it
+                first_last=None if first_last == "none" else first_last, loss=judge, dynamic=axes, run=pieces,
+                seed=seed, device=device, memory=memory, workers=workers, progress=False if quiet else None,
+            )  # fmt: skip
         settings = Run(
             model, None if weights is None else str(weights.resolve()), str(calibration.resolve()), seed,
             shlex.join([ENTRY, *arguments]), scores, versions(), evaluate,
@@ -233,6 +239,11 @@ def report_command(run: Folder) -> None:
 def run(arguments: list[str]) -> int:
     """Runs one command; its exit code: 2 for one that is misspelt. Every error is one line on stderr."""
     command = typer.main.get_command(app)
+    unfit = next((text for text in arguments if "\0" in text or len(text) > LONGEST_PATH), None)
+    if unfit is not None:
+        problem = "a NUL in it" if "\0" in unfit else f"{len(unfit):,} characters; at most {LONGEST_PATH:,} are taken"
+        complain("error", f"an argument has {problem}: {shown(unfit)}.")
+        return MISSPELT
     try:
         with visible_warnings(), own_output():
             code = command.main(arguments or ["--help"], prog_name=ENTRY, standalone_mode=False, obj=arguments)
@@ -247,6 +258,17 @@ def run(arguments: list[str]) -> int:
         complain("error", one_line(error) if expected else f"unexpected {_trace(error)}")
         return int(getattr(error, "exit_code", 1))  # typer's usage errors have one: 2
     return code if isinstance(code, int) else 0
+
+
+@contextmanager
+def _discarding(pieces: Path, *, resume: bool) -> Iterator[None]:
+    """Leaves no unfinished run behind where the weights or inputs are to blame: it could only fail again."""
+    try:
+        yield
+    except CalibrationError:
+        if not resume:
+            remove_folder(pieces)
+        raise
 
 
 def _program() -> list[str]:

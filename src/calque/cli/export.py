@@ -9,7 +9,8 @@ import typer
 from torch import nn
 
 from calque.cli.folder import NETWORK, Run, read_run, trusted_run, write_start
-from calque.cli.inputs import build_model, evaluate_model, load_calibration
+from calque.cli.inputs import build_model, evaluate_model
+from calque.cli.readers import load_calibration
 from calque.cli.weights import load_weights
 from calque.errors import VerificationError
 from calque.export import OnnxModel, Target, Verification, export_onnx, verify

@@ -1,32 +1,21 @@
-"""What a command line names: Python references, weights, calibration files, axes and overrides."""
+"""What a command line names: Python references, axes, overrides, budgets, bits and losses."""
 
 import functools
 import importlib
 import os
-import re
 import sys
-import zipfile
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
-import numpy as np
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 
 from calque.budget import Budget
 from calque.errors import CalqueError
+from calque.fields import shown
 
+DIGITS = 4  # of an axis's number: what Python turns into an int ends far above
 SHOWN = 3  # names of a list that an error gives
-STATE = (
-    "weight",
-    "bias",
-    "running_mean",
-    "running_var",
-    "num_batches_tracked",
-)  # the last parts of names in a state dict
 
 
 class InputError(CalqueError):
@@ -41,7 +30,7 @@ def find_function(reference: str) -> Callable[..., object]:
     """
     module_name, colon, attribute = reference.partition(":")
     if not module_name or not colon or not attribute:
-        raise InputError(f"a function is written package.module:name. Got {reference!r}.")
+        raise InputError(f"a function is written package.module:name. Got {shown(reference)}.")
     folder = os.getcwd()
     if folder not in sys.path:
         sys.path.insert(0, folder)
@@ -50,7 +39,9 @@ def find_function(reference: str) -> Callable[..., object]:
     except Exception as error:  # whatever the user's module raises while it is imported
         absent = isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}.")
         hint = f". It is looked for in the current folder ({folder}) and in those of PYTHONPATH." if absent else ""
-        raise InputError(f"{module_name} cannot be imported: {type(error).__name__}: {error}{hint}") from error
+        raise InputError(
+            f"{reference}: {module_name} cannot be imported: {type(error).__name__}: {error}{hint}"
+        ) from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise InputError(f"{module_name} has no {attribute}. Check the name in {reference}.")
@@ -86,53 +77,6 @@ def evaluate_model(reference: str, model: nn.Module) -> float:
         raise InputError(f"{reference} must return a number. Got {type(result).__name__}.") from error
 
 
-def check_device(device: str | None) -> None:
-    """Raises: InputError if torch cannot compute on it."""
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise InputError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from error
-
-
-def load_calibration(path: Path) -> object:
-    """The inputs in an .npy, .npz, .safetensors or .pt file: a tensor, or tensors by argument name.
-
-    float64 arrays, NumPy's default, become float32.
-
-    Raises:
-        InputError: another kind of file, one that does not hold arrays, or one that holds weights.
-    """
-    readers = {
-        ".npy": _numpy,
-        ".npz": _numpy,
-        ".safetensors": read_safetensors,
-        ".pt": read_pickled,
-        ".pth": read_pickled,
-    }
-    if path.suffix not in readers:
-        raise InputError(f"a calibration file ends with {', '.join(readers)}. Got {path}.")
-    found = readers[path.suffix](path)
-    names = _weight_names(found)
-    if names:
-        raise InputError(
-            f"{path} holds weights, not inputs: {shortened(names)}. Pass it with --weights, and inputs with --calibration."
-        )
-    return torch.utils._pytree.tree_map(_single, found)
-
-
-def _weight_names(found: object) -> list[str]:
-    """The names in a state dict, or in a checkpoint that has one; none where something else was found."""
-    if not isinstance(found, Mapping) or not found:
-        return []
-    names = [str(name) for name in found]
-    ends = [name.rpartition(".")[1:] for name in names]
-    if all(last in STATE for _, last in ends) or any(
-        dot and last in STATE for dot, last in ends
-    ):  # no argument has a dot
-        return names
-    return next((inside for value in found.values() if (inside := _weight_names(value))), [])
-
-
 def parse_overrides(texts: Iterable[str]) -> dict[str, str | None]:
     """Pattern -> bits, None for "float".
 
@@ -143,7 +87,7 @@ def parse_overrides(texts: Iterable[str]) -> dict[str, str | None]:
     for text in texts:
         pattern, equals, bits = text.rpartition("=")
         if not equals or not pattern or not bits:
-            raise InputError(f"an override is written pattern=bits or pattern=float. Got {text!r}.")
+            raise InputError(f"an override is written pattern=bits or pattern=float. Got {shown(text)}.")
         result[pattern] = None if bits == "float" else bits
     return result
 
@@ -158,8 +102,8 @@ def parse_axes(texts: Iterable[str]) -> dict[str, dict[int, object]]:
     for text in texts:
         name, _, axes = text.rpartition(":")
         numbers = axes.split(",")
-        if not name or not all(number.isdecimal() for number in numbers):
-            raise InputError(f"dynamic axes are written argument:axis,axis, such as x:2,3. Got {text!r}.")
+        if not name or not all(number.isdecimal() and len(number) <= DIGITS for number in numbers):
+            raise InputError(f"dynamic axes are written argument:axis,axis, such as x:2,3. Got {shown(text)}.")
         result[name] = dict.fromkeys(map(int, numbers), torch.export.Dim.AUTO)
     return result
 
@@ -183,7 +127,7 @@ def parse_budget(
     if latency is not None:
         path, equals, limit = latency.rpartition("=")
         if not equals or not path:
-            raise InputError(f"a latency budget is written table.csv=milliseconds. Got {latency!r}.")
+            raise InputError(f"a latency budget is written table.csv=milliseconds. Got {shown(latency)}.")
         table = (path, _number(limit))
     return Budget(
         size=size, bops=bops, activation_memory=activation_memory, latency=table, loss=max_loss,
@@ -221,51 +165,7 @@ def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError as error:
-        raise InputError(f"{text!r} is not a number of milliseconds.") from error
-
-
-def _single(value: object) -> object:
-    return value.float() if isinstance(value, Tensor) and value.dtype == torch.float64 else value
-
-
-def _numpy(path: Path) -> object:
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return torch.from_numpy(loaded)
-        with loaded:
-            return {name: torch.from_numpy(loaded[name]) for name in loaded.files}
-    except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} does not hold plain NumPy arrays: {error}") from error
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    with open(path, "rb"):  # a path that cannot be read is an OSError, not a damaged file
-        pass
-    try:
-        return safetensors.torch.load_file(path)
-    except SafetensorError as error:
-        raise InputError(f"{path} is not a safetensors file, or is damaged: {error}.") from error
-
-
-def read_pickled(path: Path) -> object:
-    """What torch.save wrote, tensors alone; loading runs no code. Raises: InputError."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # whatever a file that is none of torch's makes torch.load raise
-        kind = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
-        if kind:
-            held = f"a Python object ({kind[1]}), as torch.save(model) writes it"
-        elif "TorchScript" in str(error):
-            held = "a TorchScript program"
-        else:
-            raise InputError(f"{path} is not a file of torch.save, or is damaged.") from error
-        raise InputError(
-            f"{path} holds {held}; calque loads tensors alone, which run no code. Save model.state_dict(), or a tensor for "
-            "--calibration."
-        ) from error
+        raise InputError(f"{shown(text)} is not a number of milliseconds.") from error
 
 
 def shortened(names: list[str]) -> str:

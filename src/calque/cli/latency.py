@@ -7,8 +7,9 @@ import typer
 
 from calque.cli.export import Trust
 from calque.cli.folder import NETWORK, PRICES, trusted_run
-from calque.cli.inputs import InputError, build_model, load_calibration, parse_bits
+from calque.cli.inputs import InputError, build_model, parse_bits
 from calque.cli.plan import read_prices
+from calque.cli.readers import load_calibration
 from calque.export import latency_table
 from calque.storage import load
 

@@ -5,7 +5,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from calque.cli.inputs import InputError, read_pickled, read_safetensors, shortened
+from calque.cli.inputs import InputError, shortened
+from calque.cli.readers import read_pickled, read_safetensors
+from calque.fields import shown
+from calque.samples import unusual
 
 # What wrappers put in front of every name: those for several devices, and torch.compile.
 WRAPPERS = ("module.", "_orig_mod.")
@@ -30,16 +33,18 @@ def load_weights(model: nn.Module, path: Path) -> list[str]:
     state, prefix = _unwrapped(state, expected)
     if prefix:
         notes.append(f'"{prefix}" in front of all names in {path} is left out.')
+    kinds = [f"{key} is {kind}" for key in expected if key in state and (kind := _unfit(state[key], expected[key]))]
     shapes = [
         f"{key} {list(state[key].shape)} for {list(expected[key].shape)}"
         for key in expected
-        if key in state and state[key].shape != expected[key].shape
+        if key in state and not kinds and state[key].shape != expected[key].shape
     ]
     problems = [
         f"{what}: {shortened(names)}"
         for what, names in (
             ("missing", [key for key in expected if key not in state]),
             ("unknown", [key for key in state if key not in expected]),
+            ("of another kind", kinds),
             ("of another shape", shapes),
         )
         if names
@@ -50,11 +55,25 @@ def load_weights(model: nn.Module, path: Path) -> list[str]:
     return notes
 
 
+def _unfit(tensor: Tensor, expected: Tensor) -> str:
+    """Why a tensor cannot take the place of another one, whatever its shape; "" where it can."""
+    problem = unusual(tensor)
+    if not problem and tensor.is_floating_point() != expected.is_floating_point():
+        problem = f"{tensor.dtype} for {expected.dtype}".replace("torch.", "")
+    return problem
+
+
 def _chosen(path: Path, found: object, expected: State) -> tuple[State, list[str]]:
     """The state dict, or the only one in a checkpoint, or the only one of several that fits."""
     state = _state(found)
     if state is not None:
         return state, []
+    odd = [key for key in found if not isinstance(key, str)] if isinstance(found, Mapping) else []
+    if odd:
+        raise InputError(
+            f"{path} must hold a state dict: names and tensors. It has the key {shown(odd[0])}, which is no name. Save "
+            "model.state_dict()."
+        )
     entries = {key: entry for key, value in _entries(found) if (entry := _state(value)) is not None}
     if not entries:
         raise InputError(f"{path} must hold a state dict: names and tensors. Save model.state_dict().")

@@ -1,13 +1,13 @@
 """An exported file as a module: called as the network that it was made from, executed by a runtime."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from calque.admission import file_to_read, require_quantized
 from calque.errors import VerificationError
 from calque.export.runtimes import DEFAULT, OnnxRuntime, Runtime, Target, check_target, open_runtime
 from calque.export.verify import load_proto
@@ -34,16 +34,16 @@ class OnnxModel(nn.Module):
         Raises:
             VerificationError: no ONNX file; one with another number of outputs than the network; a runtime that is not installed,
                 or cannot load it.
-            SpecError: an unknown target; a network quantized in parts, which are files of their own.
-            FileNotFoundError: no such file.
+            SpecError: an unknown target; no path; no quantized network, or one quantized in parts, which are files of their own.
+            OSError: no such file.
         """
         super().__init__()
+        path = file_to_read(path, "OnnxModel(path, q)")
+        require_quantized(model, "OnnxModel(path, q)")
         if isinstance(model, PartlyQuantized):
             raise whole_only(model, "OnnxModel", "OnnxModel(file, q.parts[path])")
         check_target(target)
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"there is no file {path}.")
-        proto = load_proto(Path(path))
+        proto = load_proto(path)
         self._model = (model,)  # no module of this one: it keeps its device and mode
         self._places = _places(model, [output.name for output in proto.graph.output])
         self._runtime: Runtime = (

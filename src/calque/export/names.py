@@ -7,6 +7,7 @@ import onnx
 from onnx import helper
 
 from calque.errors import ExportError, SpecError
+from calque.fields import shown
 from calque.graph import paths as tree_paths
 from calque.graph.network import value_of
 from calque.model import QuantizedModel
@@ -57,7 +58,9 @@ def interface(
     outputs = own.outputs if output_names is None else _checked("output", output_names, own.outputs)
     twice = next((name for name in outputs if name in inputs), None)
     if twice is not None and output_names is not None:
-        raise SpecError(f"output_names must differ from the names of the inputs ({', '.join(inputs)}). Got {twice!r}.")
+        raise SpecError(
+            f"output_names must differ from the names of the inputs ({', '.join(inputs)}). Got {shown(twice)}."
+        )
     return Interface(inputs, outputs, input_names is not None, output_names is not None).beside(())
 
 
@@ -78,7 +81,7 @@ def _checked(kind: str, given: Sequence[str], present: Sequence[str]) -> tuple[s
     """The names that were given."""
     rule = f"{kind}_names is a list with one distinct name for each {kind} ({', '.join(present)})"
     if not isinstance(given, (list, tuple)) or not all(isinstance(name, str) for name in given):
-        raise SpecError(f"{rule}. Got {given!r}.")
+        raise SpecError(f"{rule}. Got {shown(given)}.")
     if len(given) != len(present):
         raise SpecError(f"{rule}. Got {len(given)}: {', '.join(given) or 'none'}.")
     if len(set(given)) < len(given) or not all(name.strip() for name in given):

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import onnx
 import torch
@@ -15,7 +15,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from calque.admission import file_to_write, require_quantized
-from calque.errors import ExportError, SpecError
+from calque.errors import ExportError
 from calque.export.axes import name_axes
 from calque.export.compaction import drop_unread, fold_constants, share_constants, shorten
 from calque.export.identity import COMPACT, PREFIX, identity
@@ -24,7 +24,7 @@ from calque.export.names import interface, name_values
 from calque.export.nodes import MICROSOFT, Expander, Shape
 from calque.export.qonnx import QONNX_DOMAIN, QuantExpander
 from calque.export.rehearsal import origins, rehearse
-from calque.export.runtimes import Target
+from calque.export.runtimes import Target, check_name
 from calque.files import FilePath, write_whole
 from calque.graph.exclusive import exclusively
 from calque.graph.network import FlatInput, is_symbolic, value_of
@@ -74,8 +74,7 @@ def export_onnx(
     if isinstance(model, PartlyQuantized):
         raise whole_only(model, "export_onnx", "export_onnx(q.parts[path], file)")
     path = file_to_write(path, "export_onnx(q, path)")
-    if target not in get_args(Target):
-        raise SpecError(f"target is one of {', '.join(get_args(Target))}. Got {target!r}.")
+    check_name(target)
     names = interface(model, input_names, output_names)
     proto = _exported(_Flat(lower(model, fused=target != "qonnx")).eval(), model)
     behind_nodes = origins(proto)

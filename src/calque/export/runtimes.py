@@ -16,6 +16,7 @@ from torch import Tensor
 
 from calque.errors import SpecError, VerificationError
 from calque.export.feeds import feeds_of
+from calque.fields import shown
 from calque.files import temporary_folder
 
 Target = Literal["onnxruntime", "openvino", "qonnx"]
@@ -246,10 +247,15 @@ def open_runtime(proto: onnx.ModelProto, target: Target, threads: int | None = N
     return runtimes[target](proto, threads)
 
 
+def check_name(target: object) -> None:
+    """Raises SpecError where there is no such target."""
+    if not isinstance(target, str) or target not in get_args(Target):
+        raise SpecError(f"target is one of {', '.join(get_args(Target))}. Got {shown(target)}.")
+
+
 def check_target(target: str) -> None:
     """Raises: SpecError, where there is no such runtime; VerificationError, where its extra is not installed."""
-    if target not in get_args(Target):
-        raise SpecError(f"target is one of {', '.join(get_args(Target))}. Got {target!r}.")
+    check_name(target)
     if target != "onnxruntime":
         _extra(target, target)
 

@@ -17,14 +17,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from calque.admission import require_quantized
 from calque.budget import HEADER
 from calque.calibration import prepare
-from calque.errors import SpecError
+from calque.errors import CalibrationError, SpecError
 from calque.export.alone import Alone, write_alone
 from calque.export.latency import in_turns
 from calque.export.onnx import export_onnx
 from calque.export.runtimes import DEFAULT, OnnxRuntime
 from calque.export.surroundings import Standing, alone, standings
+from calque.fields import shown, whole
 from calque.files import write_whole
 from calque.graph.signature import flatten, rows, select
 from calque.model import QuantizedModel
@@ -32,6 +34,7 @@ from calque.parts import PartlyQuantized, whole_only
 from calque.progress import Phase, Progress, check_progress, watched
 from calque.spec import Bits
 
+MOST_THREADS, MOST_BATCH = 1024, 1_000_000
 CANDIDATES = ("w8a8", "w4a8", "w4a4", "w2a4")
 WARM_UP, LEAST_RUNS, MOST_RUNS, SECONDS = 5, 30, 300, 0.5  # of one layer
 TRIES, NOISE = 3, 0.1  # a layer is measured again while the median absolute deviation is above this share of the median
@@ -138,23 +141,31 @@ def latency_table(
     Raises:
         SpecError: no bits, bits that are none, threads or batch below 1, or more rows than the first batch has; a network
             quantized in parts.
-        CalibrationError: inputs that are empty, not finite or of the wrong form.
+        CalibrationError: inputs that are empty, not finite or of the wrong form, or that the network fails on.
         VerificationError, ExportError: ONNX Runtime cannot run the network.
     """
     check_progress(progress)
+    require_quantized(model, "latency_table(q, inputs)")
     if isinstance(model, PartlyQuantized):
         raise whole_only(model, "latency_table", "latency_table(q.parts[path], inputs)")
     for name, value in {"threads": threads, "batch": batch}.items():
-        if type(value) is not int or value < 1:
-            raise SpecError(f"{name} must be an int >= 1. Got {value!r}.")
+        whole(1, MOST_THREADS if name == "threads" else MOST_BATCH)(name, value)
+    if bits is not None and not isinstance(bits, (list, tuple)):
+        raise SpecError(f'bits are a tuple of choices of layers, such as ("w8a8", "w4a4"). Got {shown(bits)}.')
     choices = [Bits.parse(text) for text in (CANDIDATES if bits is None else bits)]
     if not choices or any(choice.weight is None and choice.activation is not None for choice in choices):
-        raise SpecError(f'bits are a tuple of choices of layers, such as ("w8a8", "w4a4"). Got {bits!r}.')
+        raise SpecError(f'bits are a tuple of choices of layers, such as ("w8a8", "w4a4"). Got {shown(bits)}.')
     given = prepare(inputs, model.signature, next(iter(model.buffers())).device)[0]
     if rows(given) < batch:
         raise SpecError(f"batch is at most the rows of the first batch of inputs, {rows(given)}. Got {batch}.")
     leaves, _ = flatten(select(given, torch.arange(batch)))
-    found = standings(model, leaves)
+    try:
+        found = standings(model, leaves)
+    except Exception as error:  # whatever operators raise on other shapes and types
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise CalibrationError(
+            f"the network fails on these inputs: {reason}. Pass inputs as its calibration had."
+        ) from error
     cases = {
         (standing.name, str(choice)): alone(standing, choice)
         for standing in found

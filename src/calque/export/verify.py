@@ -10,9 +10,9 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
-from calque.admission import file_to_read, require_original, require_quantized
+from calque.admission import file_to_read, require_call, require_original, require_quantized
 from calque.calibration import prepare
-from calque.errors import SpecError, VerificationError
+from calque.errors import CalibrationError, CaptureError, SpecError, VerificationError
 from calque.export.agreement import agreements
 from calque.export.feeds import feeds_of
 from calque.export.identity import differences, unknown_origin
@@ -32,6 +32,7 @@ from calque.export.runtimes import (
 )
 from calque.export.saturation import saturates
 from calque.export.verification import LEAST_DB, LIMIT_DB, OUTSIDE, TITLES, OutputAgreement, Verification
+from calque.fields import shown
 from calque.graph import Batch
 from calque.graph.signature import flatten, rows, select
 from calque.graph.surroundings import undisturbed
@@ -76,7 +77,7 @@ def verify(
             an output does not pass (`verification` of the error has all figures).
         SpecError: an unknown target, or a bound that is no share; no path; no quantized network, or one quantized in parts, which
             are verified one by one.
-        CaptureError: an `original` that is no float network.
+        CaptureError: an `original` that is no float network, or does not take the inputs.
         CalibrationError: inputs that are empty, not finite or of the wrong form.
         OSError: no such file.
     """
@@ -86,14 +87,16 @@ def verify(
         require_original(original)
     if isinstance(model, PartlyQuantized):
         raise whole_only(model, "verify", "verify(file, q.parts[path], inputs)")
-    if not 0 <= bound <= 1:
-        raise SpecError(f"bound is a share, from 0 to 1. Got {bound!r}.")
+    if type(bound) not in (int, float) or not 0 <= bound <= 1:
+        raise SpecError(f"bound is a share, from 0 to 1. Got {shown(bound)}.")
     check_target(target)
     proto = load_proto(path)
     origin = _origin(proto, model, bound)
     batches = prepare(inputs, model.signature, next(iter(model.buffers())).device, on_note=origin.append)
     for batch in batches:
         feeds_of(proto.graph.input, [leaf for leaf in flatten(batch)[0] if isinstance(leaf, Tensor)])
+    if original is not None:
+        _require_same_call(original, batches[0])
     runtimes, edges = _opened(proto, model, target)
     kernels = (OnnxRuntime(proto) if edges else runtimes[0]).kernels()
     needed = settings_for_exact(proto, kernels, model, target)
@@ -173,12 +176,23 @@ def run_onnx(path: str | os.PathLike[str], inputs: list[Tensor], *, batch: int =
     return torch.cat([runtime.run(list(piece))[0] for piece in pieces])
 
 
+def _require_same_call(original: nn.Module, batch: Batch) -> None:
+    """Raises CaptureError where the float network does not take the inputs, before anything slow is done with it."""
+    try:
+        require_call(original, select(batch, torch.arange(1)))
+    except CalibrationError as error:
+        raise CaptureError(f"original is not the network that q was made from: {error}") from error
+
+
 def load_proto(path: Path) -> onnx.ModelProto:
     """Raises: VerificationError, where the file is not ONNX."""
     try:
-        return onnx.load(path)
+        proto = onnx.load(path)
     except Exception as error:
         raise VerificationError(f"{path} is not an ONNX file: {error}") from error
+    if not proto.graph.node:
+        raise VerificationError(f"{path} is not an ONNX file of a network: its graph is empty. Export it again.")
+    return proto
 
 
 def _with_outputs(proto: onnx.ModelProto, edges: list[str]) -> onnx.ModelProto:

@@ -8,6 +8,7 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from calque.errors import CaptureError, SpecError
+from calque.fields import shown
 from calque.graph.capture import capture
 from calque.graph.network import Network
 from calque.graph.signature import Batch, flatten, have_rows, leaf_names
@@ -28,7 +29,7 @@ def check_dynamic(dynamic: object, batch: Batch) -> dict[str, dict[int, Any]]:
     if dynamic is None:
         return {}
     if not isinstance(dynamic, Mapping):
-        raise SpecError(f'dynamic maps inputs to their axes, as in {{"x": {{2: Dim.AUTO}}}}. Got {dynamic!r}.')
+        raise SpecError(f'dynamic maps inputs to their axes, as in {{"x": {{2: Dim.AUTO}}}}. Got {shown(dynamic)}.')
     return {name: _checked(name, axes, batch) for name, axes in dynamic.items()}
 
 
@@ -81,20 +82,20 @@ def _argument(leaf: str, batch: Batch) -> str:
 
 def _checked(name: object, axes: object, batch: Batch) -> dict[int, Any]:
     if not isinstance(name, str) or name not in batch:
-        raise SpecError(f"dynamic names inputs of forward: {', '.join(batch)}. Got {name!r}.")
+        raise SpecError(f"dynamic names inputs of forward: {', '.join(batch)}. Got {shown(name)}.")
     tensors = [leaf for leaf in pytree.tree_leaves(batch[name]) if isinstance(leaf, Tensor)]
     if not tensors:
         raise SpecError(f"dynamic names inputs that are tensors. {name} is {batch[name]!r}. Leave it out.")
     if not isinstance(axes, Mapping):
-        raise SpecError(f"dynamic[{name!r}] maps axes to a Dim, as in {{2: Dim.AUTO}}. Got {axes!r}.")
+        raise SpecError(f"dynamic[{shown(name)}] maps axes to a Dim, as in {{2: Dim.AUTO}}. Got {shown(axes)}.")
     known = zip(leaf_names(batch), have_rows(batch), strict=True)
     batched = any(rows for leaf, rows in known if _argument(leaf, batch) == name)
     for axis, free in axes.items():
         _check_axis(name, axis, tensors, batched=batched)
         if not isinstance(free, _FREE) or free == Dim.STATIC:
             raise SpecError(
-                f"dynamic[{name!r}][{axis}] must be Dim.AUTO, Dim.DYNAMIC or a torch.export.Dim. Got {free!r}; leave out axes "
-                "that are fixed."
+                f"dynamic[{shown(name)}][{axis}] must be Dim.AUTO, Dim.DYNAMIC or a torch.export.Dim. Got {shown(free)}; "
+                "leave out axes that are fixed."
             )
     return dict(axes)
 
@@ -103,8 +104,8 @@ def _check_axis(name: str, axis: object, tensors: list[Tensor], *, batched: bool
     least = min(tensor.dim() for tensor in tensors)
     if type(axis) is not int or not 0 <= axis < least:
         raise SpecError(
-            f"dynamic[{name!r}] names axes by their number, from 0 to {least - 1} of {name} with the shape "
-            f"{tuple(tensors[0].shape)}. Got {axis!r}."
+            f"dynamic[{shown(name)}] names axes by their number, from 0 to {least - 1} of {name} with the shape "
+            f"{tuple(tensors[0].shape)}. Got {shown(axis)}."
         )
     if axis == 0 and batched:
         raise SpecError(f"axis 0 of {name} is its batch, which is free anyway. Leave it out of dynamic.")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from calque.errors import CalibrationError, CaptureError
+from calque.fields import shown
 
 Batch = dict[str, object]  # argument name -> value, in the order of forward's parameters
 Axis = tuple[str, int]  # of an input: its name, as in "boxes[0]", and which of its axes
@@ -97,7 +98,7 @@ class Signature:
         for name, value in kwargs.items():
             if name in given or name not in self.names:
                 problem = "is given twice" if name in given else "is not a parameter of forward"
-                raise CalibrationError(f"argument {name!r} {problem}. forward takes: {', '.join(self.names)}.")
+                raise CalibrationError(f"argument {shown(name)} {problem}. forward takes: {', '.join(self.names)}.")
             given[name] = value
         missing = [name for name in self.required if name not in given]
         if missing:
@@ -112,7 +113,8 @@ class Signature:
             missing = [name for name in self.required if name not in item]
             if missing:
                 raise CalibrationError(
-                    f"forward needs the argument(s) {', '.join(missing)}. Got: {', '.join(map(str, item)) or 'nothing'}."
+                    f"calibration: forward needs the argument(s) {', '.join(missing)}. "
+                    f"Got: {', '.join(map(str, item)) or 'nothing'}."
                 )
             return self.bind((), {name: value for name, value in item.items() if name in self.names})
         if isinstance(item, (tuple, list)):
