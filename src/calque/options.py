@@ -69,7 +69,7 @@ def find_device(device: object) -> torch.device:
     except (RuntimeError, AssertionError, ValueError, ImportError) as error:  # torch without CUDA asserts
         reason = str(error).splitlines()[0][:MOST_REASON].rstrip(".")
         raise SpecError(
-            f"device {shown(str(device))} cannot be used: {reason}. Name one that torch has here."
+            f"device {str(device)[:MOST_REASON]} cannot be used: {reason}. Name one that torch has here."
         ) from error
     return found
 

@@ -75,7 +75,8 @@ def quantize(
         calibration: unlabelled inputs: a tensor or NumPy array (N, ...) (float64 arrays become float32), a Dataset of single
             samples without a batch axis, a list or DataLoader of batches; a batch is a tensor, a tuple of positional
             arguments (cut to the parameters that forward requires) or a dict of keyword arguments (cut to those that
-            forward has; the report names the others). Rows that alone would decide a range are left out; a
+            forward has; the report names the others). Of what has no length, such as a generator, at most 20,000 batches or
+            8 GB are taken. Rows that alone would decide a range are left out; a
             CalibrationWarning and the report name them by their numbers.
         bits: "w<bits>a<bits>" with 2 to 8 bits, or "w<bits>" for weights alone. Several of them are the candidates that a
             budget chooses from. Default "w8a8", unless there is a plan.
@@ -113,7 +114,7 @@ def quantize(
         InfeasibleBudgetError: a budget that no allocation keeps; the smallest feasible one is named.
         CaptureError: a network of which nothing can be captured, or not the whole with a budget, plan, loss, dynamic or `run`.
         SurroundingsError: what the call stands in and cannot leave, a default dtype of float64 for one.
-        CalibrationError: inputs that are empty, not finite or of the wrong form, or that the model itself refuses.
+        CalibrationError: inputs that are empty, endless, not finite or of the wrong form, or that the model itself refuses.
 
     >>> net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(16, 2))
     >>> q = quantize(net, torch.randn(64, 1, 4, 4), bits="w8a8", recipe="nearest")

@@ -31,6 +31,7 @@ from . import pieces
 
 MARK = "CALQUE_CAMPAIGN"  # in the environment of every process that a run starts
 CHAIN = 3  # kills of one run at most
+FOREIGN = ".ses"  # onnxruntime's, one in each temporary folder: the number of its session
 PATIENCE = 10.0  # seconds in which workers must have ended
 MODULE = f"from {pieces.__name__} import network as build\n"
 CASES: dict[str, list[str]] = {
@@ -220,7 +221,7 @@ def _chain(
 
 
 def _files(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file()]
+    return [path for path in folder.rglob("*") if path.is_file() and path.name != FOREIGN]
 
 
 def _endless(items: list[str]) -> Iterator[str]:
