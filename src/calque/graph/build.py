@@ -1,5 +1,6 @@
 """Nodes made by hand, with the example values that tracing would have left on them."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -29,9 +30,15 @@ class Builder:
         with self.node.graph.inserting_before(self.node):
             made = self.node.graph.call_function(target, args, kwargs)
         made_args, made_kwargs = fx.map_arg((args, kwargs), lambda each: each.meta["val"])
-        with exclusively(), self.mode:  # torch counts modes for the whole process
+        # torch counts modes for the whole process; its choice of a kernel would fix the sizes that it looks at
+        with exclusively(), self.mode, self._open_sizes():
             made.meta = {**self.meta, "val": target(*made_args, **made_kwargs)}
         return made
+
+    def _open_sizes(self) -> AbstractContextManager[object]:
+        """Keeps sizes that tracing left open from being fixed."""
+        sizes = self.mode.shape_env
+        return nullcontext() if sizes is None else sizes.suppress_guards()
 
     def size(self, node: fx.Node, axis: int) -> Any:
         """The length of an axis: a number, or a node where tracing left it open."""
