@@ -150,7 +150,7 @@ def detector(net: networks.Net, x: Tensor) -> dict[str, object]:
     stage = torch.relu(net.stem(x))
     y = torch.relu(net.body(stage))
     boxes = torch.cat([net.box1(stage).flatten(2), net.box2(y).flatten(2)], 2).exp()
-    return {"scores": net.score(y).sigmoid(), "boxes": boxes, "stage": stage, "sum": net.left(y) + net.right(y)}
+    return {"scores": (net.score(y) / 2.0 - 1).sigmoid(), "boxes": boxes, "stage": stage, "sum": net.left(y) + net.right(y)}
 
 
 def several() -> networks.Net:
@@ -173,8 +173,8 @@ def test_every_head_of_several_outputs_is_a_last_layer() -> None:
     changed = decide_bits(network, bits="w4a4", plan=None, override={"box*": "w3a4"}, first_last="auto")
 
     kept = {name for name, bits in entries.items() if bits == Bits(8, 8)}
-    assert heads(network) == ("box1", "box2", "score")
-    assert kept == {"stem", "box1", "box2", "score", "right"}  # right is the last in the graph's order
+    assert heads(network) == ("box1", "box2", "score", "left", "right")
+    assert kept == {"stem", "box1", "box2", "score", "left", "right"}
     assert changed["box1"] == Bits(3, 4)
 
 

@@ -118,6 +118,8 @@ def require_call(model: nn.Module, batch: Batch) -> None:
     """Raises CalibrationError where the model itself fails on the inputs; CaptureError where its own types are to blame."""
     try:
         _call(model, batch)
+    except CaptureError:  # it cannot be copied
+        raise
     except Exception as error:  # whatever its forward raises
         require_float32(model)
         raise CalibrationError(

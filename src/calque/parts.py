@@ -283,4 +283,5 @@ def _joined(model: nn.Module, parts: Mapping[str, QuantizedModel], notes: list[s
         float_size=sum(report.float_size for report in reports.values()) + 4 * outside,
         other_size=sum(report.other_size for report in reports.values()) + 4 * outside,
         phases=phases, notes=(*notes, *own), finalists=(), tuned=None, distilled=None,
+        file_size=None, file_limit=None,
     )  # fmt: skip

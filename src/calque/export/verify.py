@@ -41,8 +41,9 @@ from calque.parts import PartlyQuantized, whole_only
 
 BOUND = 0.99  # least agreement of each output with the exact integer evaluation
 
-FUSED_ADDS = (
-    "OpenVINO leaves out the rounding in front of residual adds, which counts at few bits: a bound of 0 only measures."
+FUSED = (
+    "OpenVINO fuses operators across roundings (a residual add or an activation into the layer in front of it), so that codes "
+    "differ by a step: score the file by your own metric (calque.OnnxModel, --evaluate); a bound of 0 only measures."
 )
 
 
@@ -150,7 +151,7 @@ def _refusal(found: Verification, failed: list[OutputAgreement], bound: float) -
         problems.append(f"{output.exact:.2%} of {what} agree, less than the bound of {bound:.2%} (bound=, --bound)")
     if output.decibels is not None and output.decibels < LEAST_DB:
         problems.append(f"its error is {output.decibels:.1f} dB below it, and {LEAST_DB:g} dB is the least")
-    reason = "".join(f" {note}" for note in (FUSED_ADDS, *found.notes)) if found.target == "openvino" else ""
+    reason = "".join(f" {note}" for note in (FUSED, *found.notes)) if found.target == "openvino" else ""
     if found.optimized.parted:
         share = f"{found.optimized.parted_share:.1%} of the codes of {found.optimized.parted} differ"
         reason = f" {share}, the first tensor that does. Is the file of this network?"

@@ -1,24 +1,17 @@
 """The layers that are last: of a network with several outputs, more than one of them."""
 
-from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import fx
 
-from calque.graph.network import ACTIVATIONS, CONCATENATIONS, Network, is_movement, value_of
-
-aten = torch.ops.aten
-
-# What turns a head's result into an output besides activations and movements.
-_ENDINGS = frozenset({aten.softmax.int, aten.log_softmax.int, aten.exp.default}) | CONCATENATIONS
+from calque.graph.network import Network, value_of
 
 
 def heads(network: Network) -> tuple[str, ...]:
     """Of a network with several outputs, the layers that make one and that no other layer is behind, in the graph's order.
 
-    Behind the layer there may be activations, a softmax, movements and concatenations. A layer whose result goes on to other
-    layers, as in a backbone that returns its stages, is none. With a single output there are none: its last layer is known.
+    Behind the layer there may be any operators, as those that make boxes of a head's result. A layer whose result goes on to
+    other layers, as in a backbone that returns its stages, is none. With a single output there are none: its last layer is known.
     """
     (output,) = (node for node in network.nodes() if node.op == "output")
     returned: Any = output.args[0]
@@ -27,7 +20,7 @@ def heads(network: Network) -> tuple[str, ...]:
         return ()
     layers = {layer.node: name for name, layer in network.layers.items() if not network.is_table(name)}
     reaching = _in_front_of(set(layers))
-    found = {node for leaf in leaves for node in _makers(leaf, set(layers))}
+    found = _makers(leaves, set(layers))
     return tuple(name for node, name in layers.items() if node in found and node not in reaching)
 
 
@@ -48,10 +41,16 @@ def _in_front_of(layers: set[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def _makers(node: fx.Node, layers: set[fx.Node]) -> Iterator[fx.Node]:
-    """The layers whose results the node is, but for what may be behind a head."""
-    if node in layers:
-        yield node
-    elif is_movement(node) or node.target in ACTIVATIONS | _ENDINGS:
-        for source in node.all_input_nodes:
-            yield from _makers(source, layers)
+def _makers(leaves: set[fx.Node], layers: set[fx.Node]) -> set[fx.Node]:
+    """The layers that these come from without another layer in between."""
+    found: set[fx.Node] = set()
+    seen, pending = set(leaves), list(leaves)
+    while pending:
+        node = pending.pop()
+        if node in layers:
+            found.add(node)
+            continue
+        new = [source for source in node.all_input_nodes if source not in seen]
+        seen.update(new)
+        pending.extend(new)
+    return found
