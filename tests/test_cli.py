@@ -771,6 +771,12 @@ def test_another_run_in_a_finished_folder_leaves_no_plans_of_the_old_one(work: P
     assert not Path("run/plans").exists()
 
 
+def _heard() -> None:
+    """Has signals end the process that a shell ignores in the background."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(
     ("number", "code", "said_last"),
     [
@@ -792,7 +798,7 @@ def test_a_signal_says_how_to_go_on_and_leaves_nothing_half_written(
     ]  # fmt: skip
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell ignores in the background
+        preexec_fn=_heard,
         env={**os.environ, "TMPDIR": str(Path("temporary").absolute())},
     )  # fmt: skip
     while not list(Path("run it's/pieces").rglob("*.safetensors")):

@@ -150,7 +150,12 @@ def detector(net: networks.Net, x: Tensor) -> dict[str, object]:
     stage = torch.relu(net.stem(x))
     y = torch.relu(net.body(stage))
     boxes = torch.cat([net.box1(stage).flatten(2), net.box2(y).flatten(2)], 2).exp()
-    return {"scores": (net.score(y) / 2.0 - 1).sigmoid(), "boxes": boxes, "stage": stage, "sum": net.left(y) + net.right(y)}
+    return {
+        "scores": (net.score(y) / 2.0 - 1).sigmoid(),
+        "boxes": boxes,
+        "stage": stage,
+        "sum": net.left(y) + net.right(y),
+    }
 
 
 def several() -> networks.Net:

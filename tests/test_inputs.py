@@ -33,7 +33,8 @@ SLOW = (
 
 
 @pytest.fixture(scope="module")
-def ground() -> Iterator[Path]:
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    tmp_path_factory.getbasetemp()  # now: while these last, the temporary folder is another one
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         with world() as folder:

@@ -178,7 +178,7 @@ def test_every_awkward_name_goes_through_the_command_line(
     np.save("x.npy", X.numpy())
     arguments = ["quantize", "awkward_net:build", "--calibration", "x.npy", "--recipe", "nearest", "-o", "run"]
 
-    assert run([*arguments, "--bits", "w8a8,w4a8", "--size", "0.7"]) == 0
+    assert run([*arguments, "--bits", "w8a8,w4a8", "--size", "100kB"]) == 0
     for command in (["export", "run", "q.onnx"], ["verify", "q.onnx", "run"], ["plan", "run"], ["report", "run"]):
         assert run(command) == 0, capsys.readouterr().err
 

@@ -164,7 +164,7 @@ GOOD = Plan(dict.fromkeys(("stem", "conv1", "conv2", "down", "head"), Bits(4, 4)
         ({"plan": Plan({**GOOD, "stem.output": Bits(4, 4)})}, "tensor stem.output: bits must be"),
         ({"override": {"tail": "w4a4"}}, "'tail' matches no layer or tensor. The names are: stem, conv1"),
         ({"override": {"head": "four"}}, "bits are written"),
-        ({"first_last": "a8"}, "bits must be"),
+        ({"first_last": "a8"}, "first_last must be"),
         ({"recipe": "best"}, "recipe is one of"),
         ({"placement": "everywhere"}, 'placement is "integer" or "inputs". Got \'everywhere\''),
         ({"memory": "much"}, "a size is written as a number with a unit"),

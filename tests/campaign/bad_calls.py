@@ -158,7 +158,7 @@ def calls(folder: Path) -> Iterator[Call]:
     endless = {"generator": x, "large batches": torch.zeros(1).expand(50, 1, 2000, 2000), "empty batches": x[:0]}
     for what, batch in endless.items():
         yield Call(f"endless {what}", partial(_quantized, base, calibration=itertools.repeat(batch)), ("calibration",))
-    half, both = calque.Budget(size=0.5), ("w8a8", "w4a4")
+    half, both = calque.Budget(size=100_000), ("w8a8", "w4a4")
     alone: dict[str, dict[str, Any]] = {
         "budget and plan": {"bits": both, "budget": half, "plan": q.plan}, "budget": {"budget": half}, "bits": {"bits": both},
     }  # fmt: skip

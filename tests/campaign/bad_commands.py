@@ -41,7 +41,7 @@ def ground(folder: Path) -> None:
     np.save(folder / "inputs.npy", bad_files.images().numpy())
     (folder / "table.csv").write_text("layer,bits,milliseconds\n0,w8a8,1\n3,w8a8,1\n0,w4a4,0.5\n3,w4a4,0.5\n")
     words = ["quantize", "subject:build", "--calibration", "inputs.npy", "--recipe", "nearest", "--quiet"]
-    assert calque.cli.run([*words, "--bits", "w8a8,w4a4", "--size", "0.4", "-o", "run"]) == 0
+    assert calque.cli.run([*words, "--bits", "w8a8,w4a4", "--size", "2600B", "-o", "run"]) == 0
     assert calque.cli.run(["export", "run", "model.onnx"]) == 0
 
 
@@ -167,7 +167,7 @@ def _options() -> Iterator[Command]:
             if option in ("--size", "--bops", "--activation-memory", "--latency", "--loss")
             else ()
         )
-        more += ("--size", "0.4") if option == "--loss" else ()
+        more += ("--size", "2600B") if option == "--loss" else ()
         for text in texts:
             names = (option[2:], option[2:].replace("-", "_"), *((text,) if len(text) > 2 else ()))
             extra = {

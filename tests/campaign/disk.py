@@ -30,9 +30,9 @@ MEGABYTE = 1024 * 1024
 COMMANDS: dict[str, tuple[str, ...]] = {
     "quantize": quantize(output="{}/out"),
     "quantize over a run": (*quantize(output="{}/run"), "--overwrite"),
-    "budget": (*quantize(output="{}/out"), "--bits", "w8a8,w4a4", "--size", "0.4"),
+    "budget": (*quantize(output="{}/out"), "--bits", "w8a8,w4a4", "--size", "2600B"),
     "export": ("export", "run", "{}/model.onnx"),
-    "plan": ("plan", "{}/run", "--size", "0.3,0.4"),
+    "plan": ("plan", "{}/run", "--size", "2500B,2600B"),
 }  # fmt: skip
 
 

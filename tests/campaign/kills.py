@@ -32,7 +32,7 @@ from . import pieces
 MARK = "CALQUE_CAMPAIGN"  # in the environment of every process that a run starts
 CHAIN = 3  # kills of one run at most
 FOREIGN = ".ses"  # onnxruntime's, one in each temporary folder: the number of its session
-PATIENCE = 10.0  # seconds in which workers must have ended
+PATIENCE = 60.0  # seconds in which workers must have ended
 MODULE = f"from {pieces.__name__} import network as build\n"
 CASES: dict[str, list[str]] = {
     "fixed bits": ["--bits", "w4a4", "--recipe", "{folder}/fast.toml", "--memory", "1MB"],
@@ -41,7 +41,7 @@ CASES: dict[str, list[str]] = {
         "--bits",
         "w8a8,w4a4,w2a4",
         "--size",
-        "0.2",
+        str(pieces.SIZE),
         "--recipe",
         "{folder}/fast.toml",
         "--workers",

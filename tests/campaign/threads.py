@@ -111,7 +111,7 @@ def works(folder: Path) -> dict[str, Work]:
         return lambda: tensors(calque.quantize(network(kind), images(kind), bits="w4a4", recipe=SHORT))
 
     def search() -> Result:
-        budget = calque.Budget(size=0.4)
+        budget = calque.Budget(size="30kB")
         q = calque.quantize(network(0), images(0), bits=("w8a8", "w4a4"), budget=budget, recipe="nearest")
         return [*tensors(q), *(torch.tensor(list(str(bits).encode())) for bits in q.plan.values())]
 
