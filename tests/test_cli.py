@@ -549,7 +549,7 @@ def test_the_module_is_the_command(tmp_path: Path) -> None:
 
     assert (done.returncode, done.stdout) == (0, f"calque {version('calque')}\n")
     assert (wrong.returncode, wrong.stdout) == (1, "")
-    assert re.fullmatch(r"error: nothing cannot be imported[^\n]*\n", wrong.stderr)
+    assert re.fullmatch(r"error: nothing:build: nothing cannot be imported[^\n]*\n", wrong.stderr)
 
 
 # ---- budgets, losses, workers, recipes
