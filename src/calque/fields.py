@@ -33,8 +33,8 @@ def shown(value: object) -> str:
 
     >>> shown(10**5000)
     'an int of about 10^5000'
-    >>> shown("a" * 100)[-10:]
-    "aaaaaaa..."
+    >>> print(shown("a" * 100)[-10:])
+    aaaaaaa...
     """
     if isinstance(value, int) and abs(value) >= LARGE:
         sign = "-" if value < 0 else ""
