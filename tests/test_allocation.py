@@ -128,7 +128,7 @@ def test_an_infeasible_budget_names_the_smallest_feasible_one() -> None:
         allocate([[0, 1], [0, 1]], [Constraint("size", [[80_000, 40_000], [45_000, 22_500]], 50_000)])
 
     assert str(raised.value) == (
-        "size at most 50,000: the smallest feasible is 62,500 with these bits. Raise the budget or allow fewer bits."
+        "size at most 50,000: the smallest feasible is 62,500 with these bits. Raise the budget or allow other bits."
     )
 
 

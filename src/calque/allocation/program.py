@@ -129,7 +129,7 @@ def _explanation(constraints: Sequence[Constraint], rows: list[Row], apart: list
             f"{name} at most {first.describe(first.limit)}: the smallest feasible{by_itself} is {smallest} with these bits",
         ))  # fmt: skip
     hopeless = [part for above, part in parts if above] or [part for _, part in parts]
-    return f"{'; '.join(hopeless)}. Raise the budget or allow fewer bits."
+    return f"{'; '.join(hopeless)}. Raise the budget or allow other bits."
 
 
 def _least_excess(own: list[Row], others: list[Row], is_open: Mask) -> int | None:
