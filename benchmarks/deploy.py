@@ -168,8 +168,8 @@ steps of the output. Latency, on one thread: median of runs on one input in turn
 sessions, and that ratio over w8a8's; *exact*: the ratio in a session with exact products (`session.x64quantprecision`,
 `session.qdq_matmulnbits_accuracy_level` = 1), as agreement is measured. Processors with VNNI do not need the first, and take
 slower kernels with it all the same. *ends* (first and last layer): 7-bit weights where the processor's products saturate,
-which OpenVINO has no switch against; w8a8 shows what happens without. Tables whose machine is only `x86_64` are older: their files
-are those of an older exporter, and their times were taken with exact products, beside other work, so that ratios count.
+which OpenVINO has no switch against; w8a8 shows what happens without. Tables whose machine is only `x86_64` are older: their
+files are those of an older exporter, and their times were taken with exact products, beside other work, so that ratios count.
 """
 
 
