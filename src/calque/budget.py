@@ -40,7 +40,7 @@ class Budget:
             metadata, what stays float): its predicted upper bound keeps to this. A share is of the float32 network's parameters,
             which anybody can count, and which no version of an exporter changes.
         bops: bit-operations for one input.  activation_memory: bytes of activations alive at one time, the peak.
-        Each of the three is a float in (0, 1], a share of the float32 network; an int > 0, absolute; or text,
+            Each of the three is a float in (0, 1], a share of the float32 network; an int > 0, absolute; or text,
             as on the command line: a plain number up to 1 or a percentage, a share ("0.13", "13%"); or a number with a unit
             ("1.2MB", "300kB", "500B" for bytes; "3.5G", "200M", "1e9" for bit-operations).
         latency: a table (a CSV file with the columns layer, bits, milliseconds, or a mapping from (layer, bits) to
