@@ -1,4 +1,4 @@
-# make setup | demo | lint | types | docs | doctest | test | campaign | clean
+# make setup | demo | lint | types | docs | doctest | test | campaign | golden | clean
 .DEFAULT_GOAL := test
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -11,7 +11,7 @@ CODE := $(wildcard src tests benchmarks)
 # What the suite leaves out. The real tasks of ../shared run where it is there and skip where it is not.
 MARKS ?= not slow and not gpu
 
-.PHONY: setup demo lint types docs doctest test campaign clean
+.PHONY: setup demo lint types docs doctest test campaign golden clean
 
 setup: $(STAMP)
 
@@ -53,6 +53,10 @@ test: lint types docs doctest demo
 # What may never go wrong, tried for ten minutes; writes docs/reliability.md.
 campaign: setup
 	nice $(PY) -m tests.campaign
+
+# Whether codes, scales and biases are the recorded ones, bit for bit; RECORD=--record writes those of this machine.
+golden: setup
+	PYTHONPATH=tests $(PY) -m golden $(RECORD)
 
 clean:
 	rm -rf site dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage src/*.egg-info
