@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from benchmarks.peers.cases import FIELDS, PACKAGES, SETTINGS, TOOLS, cases
+from benchmarks.peers.front import PANELS, draw_front
 from benchmarks.peers.network import Bits, Marker, marked, plan, prepare, weight_bytes
 from benchmarks.peers.table import draw, label_points, table
 from benchmarks.rows import is_asked, read_rows
@@ -72,6 +73,16 @@ def test_a_table_means_over_seeds_and_states_failures() -> None:
     }
     text = table([row(0), failed | {"commit": "abc", "failed": "no such operator"}])
     assert "- mct gptq, seed 0: no such operator" in text
+
+
+def test_the_front_picture_has_a_mark_for_each_method_of_its_panels(tmp_path: Path) -> None:
+    network, bits = next(iter(PANELS))
+    rows = [row(0, network=network, bits=bits), row(0, network=network, bits=bits, tool="calque", method="fast")]
+    draw_front(rows, tmp_path / "front.svg")
+    text = (tmp_path / "front.svg").read_text()
+    assert all(title in text for title in ("calque", "Model Compression Toolkit", *PANELS.values()))
+    draw_front([row(0, network="another")], tmp_path / "none.svg")
+    assert not (tmp_path / "none.svg").exists()
 
 
 def test_the_plot_is_drawn_from_the_rows(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 Each peer is installed in a virtual environment of its own below --folder; a row is one call of one tool in a process of its
 own, on one thread. Rows go to benchmarks/peers.jsonl as they are measured, so that a run can be stopped and goes on where it
-was; benchmarks/peers.md and benchmarks/peers.svg are written from them.
+was; benchmarks/peers.md, benchmarks/peers.svg and the README's docs/images/peers.svg are written from them.
 """
 
 import argparse
@@ -20,12 +20,14 @@ import torch
 
 from benchmarks.accuracy import commit, fidelity
 from benchmarks.peers.cases import FIELDS, PACKAGES, SETTINGS, TOOLS, Key, cases
+from benchmarks.peers.front import draw_front
 from benchmarks.peers.table import draw, table
 from benchmarks.rows import Row, is_asked, measure_rows, read_rows
 from benchmarks.tasks import load
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = ROOT / "benchmarks" / "peers.jsonl"
+FRONT = ROOT / "docs" / "images" / "peers.svg"  # the README's
 TIMEOUT = 3 * 3600  # seconds for one row
 
 
@@ -51,6 +53,8 @@ def write(rows: Path) -> None:
     found = list(read_rows(rows, FIELDS).values())
     rows.with_suffix(".md").write_text(table(found), encoding="utf-8")
     draw(found, rows.with_suffix(".svg"))
+    if rows == ROWS:
+        draw_front(found, FRONT)
 
 
 def measure(folder: Path, again: bool, network: str, bits: str, tool: str, method: str, seed: int) -> Row:
