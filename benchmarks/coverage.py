@@ -36,7 +36,7 @@ from calque.export.runtimes import open_runtime
 from calque.graph import Signature, capture
 from calque.graph.signature import flatten
 from calque.model import QuantizedModel
-from calque.parts import PartlyQuantized
+from calque.partly import PartlyQuantized
 from calque.recipe import NEAREST
 
 FOLDER = Path(__file__).resolve().parent

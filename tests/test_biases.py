@@ -9,11 +9,13 @@ from torch import Tensor, nn
 
 import calque
 import networks
-from calque.biases import Moving, Optimizer, Tuned, Tuning, tune_biases
+from calque.biases import tune_biases
 from calque.errors import SpecError
+from calque.gains import Tuned
 from calque.graph import Batch
 from calque.losses import Loss, kl, mse
 from calque.model import QuantizedModel
+from calque.settings import Moving, Optimizer, Tuning
 from calque.solvers.gradients import loss_gradients
 from calque.solvers.learnable import LearnableBias, LearnableScale, execute
 from calque.solvers.rows import Rows, alike, draw, hold_out, join

@@ -15,8 +15,8 @@ from calque.graph import Network, capture
 from calque.graph.blocks import find_blocks
 from calque.model import QuantizedModel, link_requantization
 from calque.quantizers import Quantizer
+from calque.settings import StepSizes
 from calque.solvers.block import BlockFit, BlockProblem, fit_block
-from calque.solvers.parameters import StepSizes
 from calque.store import Store
 
 # The solver is tested at step sizes of its own, so that tuning the recipes moves no result here.

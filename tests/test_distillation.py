@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 import calque
 import networks
-from calque.biases import Tuning
-from calque.distillation import CHECKS, Distillation, Distilled, distill
+from calque.distillation import CHECKS, distill
 from calque.errors import SpecError
+from calque.gains import Distilled
 from calque.graph import Batch
 from calque.losses import Loss, kl, mse
 from calque.model import QuantizedModel
 from calque.recipe import ACCURATE, FAST, NEAREST, Recipe
 from calque.report import Report
+from calque.settings import Distillation, StepSizes, Tuning
 from calque.solvers.mixture import can_mix, mixed
-from calque.solvers.parameters import StepSizes
 from calque.solvers.rows import Rows
 
 HOW = Distillation(minutes=0, steps=40, rows=16, mixup=0.5)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import calque
 import networks
-from calque.fidelity import LIMIT_DB, Fidelity, OutputFidelity, fidelity, held_out_fidelity
+from calque.fidelity import fidelity, held_out_fidelity
+from calque.gains import LIMIT_DB, Fidelity, OutputFidelity
 from calque.graph.outputs import flatten_outputs
 from calque.graph.paths import leaf_paths, output_names
 from calque.recipe import LIGHT, SEQUENTIAL

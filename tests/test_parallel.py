@@ -19,7 +19,7 @@ from calque.graph import Network, capture
 from calque.job import Job
 from calque.parallel import Fits, fit_choices
 from calque.recipe import SEQUENTIAL, Recipe
-from calque.solvers.parameters import StepSizes
+from calque.settings import StepSizes
 from calque.spec import FLOAT, Bits
 from networks import Net
 

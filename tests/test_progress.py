@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import calque
 import networks
 from calque.errors import SpecError
-from calque.parts import PartlyQuantized
+from calque.partly import PartlyQuantized
 from calque.progress import Bar, Phase, Told, watched
 from calque.recipe import NEAREST
 

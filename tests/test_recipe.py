@@ -9,12 +9,10 @@ from torch import Tensor
 
 import calque
 import networks
-from calque.biases import Tuning
-from calque.distillation import Distillation
 from calque.errors import SpecError
 from calque.model import QuantizedModel
 from calque.recipe import ADVANCED, FAST, NEAREST, NO_TUNING, RECIPES, SEQUENTIAL, Recipe, find_recipe
-from calque.solvers.parameters import StepSizes
+from calque.settings import Distillation, StepSizes, Tuning
 
 RATES = st.floats(1e-8, 1e3)
 TUNING = st.builds(

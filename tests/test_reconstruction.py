@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import calque
 import networks
 from calque.recipe import LIGHT, STEP_SIZES, Statistics
-from calque.solvers.parameters import StepSizes
+from calque.settings import StepSizes
 
 # Step sizes of its own, so that tuning the recipes moves no result here.
 RATES = StepSizes(weight=0.03, weight_scale=3e-3, bias=3e-3, activation_scale=3e-3, zero_point=3e-2)

@@ -9,8 +9,8 @@ import networks
 from calque.arithmetic import affine_grid
 from calque.graph import Geometry, capture
 from calque.ranges import weight_scale
+from calque.settings import StepSizes
 from calque.solvers.adaquant import fit_layer
-from calque.solvers.parameters import StepSizes
 from calque.solvers.problem import (
     HELD_OUT,
     POSITIONS,

@@ -12,7 +12,8 @@ from calque.errors import CaptureError
 from calque.graph import capture
 from calque.model import QuantizedModel
 from calque.recipe import NO_TUNING, RECIPES, Recipe
-from calque.solvers.layer import Settings, Solver, solve_
+from calque.settings import Solver
+from calque.solvers.layer import Settings, solve_
 from calque.solvers.problem import Grid, LayerProblem
 from calque.spec import Placement
 

@@ -22,7 +22,7 @@ from calque.export.runtimes import OnnxRuntime
 from calque.export.verification import LIMIT_DB
 from calque.export.verify import _with_outputs, load_proto
 from calque.model import QuantizedModel
-from calque.parts import PartlyQuantized
+from calque.partly import PartlyQuantized
 from networks import Net
 
 INPUTS = networks.images(200, seed=0)

@@ -5,7 +5,7 @@ from importlib.metadata import version
 from calque import errors
 from calque.budget import Budget
 from calque.export import Latency, LatencyTable, OnnxModel, Verification, export_onnx, latency_table, verify
-from calque.parts import PartlyQuantized
+from calque.partly import PartlyQuantized
 from calque.pipeline import quantize
 from calque.prices import Prices
 from calque.recipe import Recipe

@@ -8,18 +8,18 @@ output with a cosine decay, where the released code ("sgd") takes constant steps
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from calque.calibration import ROWS
 from calque.errors import SpecError
-from calque.fields import choice, number, whole
+from calque.gains import Tuned
 from calque.graph import Batch
 from calque.losses import Loss
 from calque.quantizers import QuantizedLayer
+from calque.settings import Tuning
 from calque.solvers.adaquant import CHECKS
 from calque.solvers.executable import Executable, largest_part
 from calque.solvers.gradients import loss_gradients
@@ -28,53 +28,7 @@ from calque.solvers.rows import Rows, alike, draw, hold_out
 
 log = logging.getLogger(__name__)
 
-MOST_STEPS, MOST_ROWS = 1_000_000, 65_536  # of an optimizer, of inputs per step
-LEAST_RATE, MOST_RATE = 1e-12, 1e6
 EPSILON = 1e-15  # of Adam, beside gradients of a KL that may be 1e-6
-
-Optimizer = Literal["adam", "sgd"]
-Moving = Literal["biases", "scales"]
-Judge = Literal["run", "kl", "mse"]
-
-
-@dataclass(frozen=True, slots=True)
-class Tuning:
-    """Settings of bias tuning.
-
-    Attributes:
-        optimizer: "adam": relative units, cosine decay. "sgd": biases in real units, constant rate (the released code).
-        steps: of the optimizer; 0 for no tuning.
-        rows: inputs per step.
-        rate: of the biases, in standard deviations of the layer's output or (sgd) real units, and of the scales' logarithms.
-        parameters: "biases", or "scales": a gain on each channel's weight scale as well.
-        loss: the run's own, "mse" or (the paper) "kl" of the outputs.
-
-    Raises:
-        SpecError: a value out of its range.
-    """
-
-    optimizer: Optimizer
-    steps: int
-    rows: int
-    rate: float
-    parameters: Moving
-    loss: Judge = "run"
-
-    def __post_init__(self) -> None:
-        for field, kind in {"optimizer": Optimizer, "parameters": Moving, "loss": Judge}.items():
-            choice(*get_args(kind))(f"tuning.{field}", getattr(self, field))
-        whole(0, MOST_STEPS)("tuning.steps", self.steps)
-        whole(1, MOST_ROWS)("tuning.rows", self.rows)
-        number(LEAST_RATE, MOST_RATE)("tuning.rate", self.rate)
-
-
-@dataclass(frozen=True, slots=True)
-class Tuned:
-    """The loss on held-out inputs at the start and of what was kept, and the steps that led there (0: the start)."""
-
-    before: float
-    after: float
-    steps: int
 
 
 def tune_biases(

@@ -10,19 +10,20 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from calque.biases import EPSILON, MOST_ROWS, MOST_STEPS
+from calque.biases import EPSILON
 from calque.calibration import ROWS
 from calque.errors import SpecError
-from calque.fields import choice, number, whole
+from calque.gains import Distilled
 from calque.graph import Batch
 from calque.losses import Loss
 from calque.quantizers import QuantizedLayer, Quantizer
+from calque.settings import Distillation, StepSizes
 from calque.solvers.executable import Executable, largest_part
 from calque.solvers.gradients import loss_gradients
 from calque.solvers.learnable import (
@@ -34,77 +35,15 @@ from calque.solvers.learnable import (
     StandIn,
 )
 from calque.solvers.mixture import Teacher, can_mix, mixed
-from calque.solvers.parameters import StepSizes
 from calque.solvers.rows import Rows, alike, draw, hold_out
 
 log = logging.getLogger(__name__)
 
-MOST_MINUTES = 10_080  # a week
 CHECKS = (0.3, 0.6, 0.8, 1.0)  # shares of the steps after which the iterate is judged; early ones are noisy
 TIMED = 3  # steps that tell how long one takes
 MIXTURES = 3  # of all held-out inputs, beside the inputs themselves: what the float network is sure of decides little
 
-Objective = Literal["outputs", "run", "kl", "mse"]
 Parts = dict[str, QuantizedLayer | Quantizer]
-
-
-@dataclass(frozen=True, slots=True)
-class Distillation:
-    """Settings of distillation.
-
-    Attributes:
-        minutes: that it may take, where `steps` is 0; its first steps are timed, and the report has the number of steps that
-            came of it. 0 for no distillation.
-        steps: of Adam, whatever time they take: the number that a report has reproduces its run.
-        rows: inputs per step.
-        mixup: probability with which an input is mixed with another one; inputs that are no float tensors are not.
-        loss: "kl" or "mse" of the outputs, "run", the run's own, or "outputs": the sum of both where the outputs are scores
-            of classes (N, C), else mse.
-
-    Raises:
-        SpecError: a value out of its range.
-    """
-
-    minutes: float
-    steps: int
-    rows: int
-    mixup: float
-    loss: Objective = "outputs"
-
-    def __post_init__(self) -> None:
-        choice(*get_args(Objective))("distillation.loss", self.loss)
-        whole(0, MOST_STEPS)("distillation.steps", self.steps)
-        whole(1, MOST_ROWS)("distillation.rows", self.rows)
-        number(0, MOST_MINUTES)("distillation.minutes", self.minutes)
-        number(0, 1)("distillation.mixup", self.mixup)
-
-    def __bool__(self) -> bool:
-        """Whether anything is distilled."""
-        return self.steps > 0 or self.minutes > 0
-
-
-@dataclass(frozen=True, slots=True)
-class Distilled:
-    """What a distillation gained.
-
-    Attributes:
-        before, after: its loss on held-out inputs and mixtures of them, the start's and of what was kept.
-        steps: that were taken; as `steps` of the recipe they reproduce the run.
-        kept: the steps that led to what was kept; 0 is the start.
-        seconds: in all.
-    """
-
-    before: float
-    after: float
-    steps: int
-    kept: int
-    seconds: float
-
-    def __str__(self) -> str:
-        return (
-            f"distillation: loss {self.before:.4g} -> {self.after:.4g} on held-out inputs and their mixtures, "
-            f"{self.steps} steps in {self.seconds:.1f} s, step {self.kept} kept"
-        )
 
 
 def distill(

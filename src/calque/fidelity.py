@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from calque.gains import LIMIT_DB, Fidelity, OutputFidelity
 from calque.graph import Batch
 from calque.graph.paths import leaf_paths, output_names
 from calque.losses import closeness, kl
@@ -17,73 +18,9 @@ from calque.solvers.rows import Rows, hold_out
 MOST = (
     128  # inputs that are compared: a tenth of a mean's size is sure, for 1 or 2 % of the time of the quickest recipe
 )
-CERTAIN = 0.99  # resnet20 gives its training images 0.995, and new ones, whose KL is eight times as large, 0.971
-LIMIT_DB = 200.0  # of equal outputs; float32 itself ends near 150
 
 Pair = tuple[int, Sequence[Any], Sequence[Any]]
 """A number of inputs, and the float and the quantized network's output leaves for them."""
-
-
-@dataclass(frozen=True, slots=True)
-class OutputFidelity:
-    """One output of the quantized network beside the float network's.
-
-    Attributes:
-        name: its key or field in what forward returns; "output" where that is one tensor.
-        decibels: variance of the float output over the mean square of the error, from -LIMIT_DB to LIMIT_DB.
-        kl: of scores of classes (N, C), KL(float || quantized) in nats, mean over inputs; else None.
-        same_class: of scores of classes, the share of inputs with the same highest score; else None.
-        certainty: of scores of classes, the mean probability that the float network gives its own class; else None. Where it is
-            near 1, as on images that the network was trained on, KL and classes of new inputs will be worse than these.
-    """
-
-    name: str
-    decibels: float
-    kl: float | None = None
-    same_class: float | None = None
-    certainty: float | None = None
-
-    def __str__(self) -> str:
-        decibels = "equal" if self.decibels >= LIMIT_DB else f"{self.decibels:.1f} dB"
-        if self.kl is None or self.certainty is None:
-            return decibels
-        sure = " (the float network is sure of these: expect more KL on others)" if self.certainty > CERTAIN else ""
-        return f"{decibels}, KL {self.kl:.3g} nats, same class {self.same_class:.1%}{sure}"
-
-
-@dataclass(frozen=True, slots=True)
-class Fidelity:
-    """What quantization cost the whole network, by its outputs.
-
-    Attributes:
-        inputs: the calibration inputs compared, the last ones.
-        held_out: whether no fit saw them. They chose between fits, ranges cover them, and statistics count them in.
-        outputs: every output of real numbers, in the order in which forward returns them.
-    """
-
-    inputs: int
-    held_out: bool
-    outputs: tuple[OutputFidelity, ...]
-
-    @property
-    def worst(self) -> OutputFidelity:
-        """The output with the fewest decibels."""
-        return min(self.outputs, key=lambda output: output.decibels)
-
-    def __str__(self) -> str:
-        where = "held-out calibration inputs" if self.held_out else "calibration inputs that the fits used as well"
-        line = f"outputs on {self.inputs} {where}: "
-        if len(self.outputs) == 1:
-            return f"{line}{self.worst}"
-        scores = [output for output in self.outputs if output.kl is not None and output is not self.worst]
-        more = "".join(f"; {output.name}: {output}" for output in scores)
-        return f"{line}worst of {len(self.outputs)} is {self.worst.name}: {self.worst}{more}"
-
-    @classmethod
-    def from_dict(cls, table: dict[str, Any]) -> "Fidelity":
-        """What `dataclasses.asdict` took apart."""
-        outputs = tuple(OutputFidelity(**output) for output in table["outputs"])
-        return cls(table["inputs"], table["held_out"], outputs)
 
 
 @torch.no_grad()

@@ -171,7 +171,7 @@ def _tasks(
         inputs=job.inputs,
         generator=job.generator(f"{layer.name}.input"),
     )
-    settings = job.recipe.settings(steps)
+    settings = Settings.of(job.recipe, steps)
     tasks = []
     for width, group in dict.fromkeys((bits.activation, bits.group) for bits in options):
         alike = [bits for bits in options if (bits.activation, bits.group) == (width, group)]

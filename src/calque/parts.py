@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from calque.errors import CalibrationError, CaptureError, SpecError
-from calque.fidelity import Fidelity, Pair, fidelity
+from calque.fidelity import Pair, fidelity
 from calque.fields import shown
+from calque.gains import Fidelity
 from calque.graph import Batch, Network, Signature, capture
 from calque.graph.batching import find_layout
 from calque.graph.copies import private_copy
@@ -23,62 +24,16 @@ from calque.graph.outputs import flatten_outputs
 from calque.graph.paths import leaf_paths, output_names
 from calque.graph.rewrite import silent_tracing
 from calque.graph.signature import laid_out, rows, select
-from calque.integer import IntegerModel
 from calque.model import QuantizedModel
-from calque.quantizers import QuantizedLayer, Quantizer
+from calque.partly import PartlyQuantized
 from calque.report import Report
 from calque.solvers.problem import HELD_OUT
-from calque.spec import Bits, Plan
+from calque.spec import Bits
 
 log = logging.getLogger(__name__)
 
 Quantize = Callable[[nn.Module, list[Batch], Mapping[str, str | None]], QuantizedModel]
 """A part, its inputs and the bits of single layers -> the quantized part."""
-
-
-class PartlyQuantized(QuantizedModel):
-    """A network with quantized parts in place of the sub-modules that could be captured; the rest of it runs as it is.
-
-    Attributes:
-        model: a copy of the network with its parts replaced.
-        parts: by the path of the sub-module; each can be saved, exported and verified by itself.
-        plan, report, layers, quantizers: of all parts, names behind the part's path.
-    """
-
-    def __init__(self, model: nn.Module, parts: Mapping[str, QuantizedModel], report: Report):
-        nn.Module.__init__(self)
-        self.model = model
-        self.parts = dict(parts)
-        self.signature = Signature.of(model)
-        self.plan = Plan({f"{path}.{name}": bits for path, part in parts.items() for name, bits in part.plan.items()})
-        self.facts: dict[str, Any] = {"parts": tuple(parts)}
-        self.report = report
-        self.prices = None
-        self.eval()
-
-    def forward(self, *args: object, **kwargs: object) -> Any:
-        return self.model(*args, **kwargs)
-
-    @property
-    def layers(self) -> dict[str, QuantizedLayer]:
-        """The quantized layers by name, part by part."""
-        return {f"{path}.{name}": layer for path, part in self.parts.items() for name, layer in part.layers.items()}
-
-    @property
-    def quantizers(self) -> dict[str, Quantizer]:
-        """The quantizers by the name of their edge, part by part."""
-        return {f"{path}.{name}": grid for path, part in self.parts.items() for name, grid in part.quantizers.items()}
-
-    def integer(self) -> IntegerModel:
-        """Raises SpecError: each part has its own exact evaluation."""
-        raise whole_only(self, "q.integer()", "q.parts[path].integer()")
-
-
-def whole_only(q: PartlyQuantized, what: str, instead: str) -> SpecError:
-    """The error of what needs a network that was captured whole."""
-    return SpecError(
-        f"{what} needs a network that was captured whole; this one was quantized in parts ({', '.join(q.parts)}). Use {instead}."
-    )
 
 
 @dataclass(frozen=True)

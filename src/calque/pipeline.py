@@ -32,7 +32,8 @@ from calque.model import QuantizedModel
 from calque.options import check_options, find_device
 from calque.outliers import healthy
 from calque.parallel import Choices
-from calque.parts import PartlyQuantized, quantize_parts
+from calque.partly import PartlyQuantized
+from calque.parts import quantize_parts
 from calque.progress import Progress, Watch, check_progress, watched
 from calque.recipe import Recipe, find_recipe
 from calque.search import check_budget, search

@@ -5,13 +5,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
-from calque.biases import LEAST_RATE, MOST_RATE, MOST_STEPS, Tuning
-from calque.distillation import Distillation
 from calque.errors import SpecError
 from calque.fields import choice, number, parse_toml, require, shown, whole
 from calque.ranges import ActivationRange, WeightRange
-from calque.solvers.layer import Settings, Solver
-from calque.solvers.parameters import StepSizes
+from calque.settings import LEAST_RATE, MOST_RATE, MOST_STEPS, Distillation, Solver, StepSizes, Tuning
 from calque.spec import naming, read_text, toml_string
 
 TensorRange = Literal["minmax", "mean_minmax", "percentile", "least_squares"]
@@ -128,10 +125,6 @@ class Recipe:
         _check_rates(self.rates)
         if self.distillation and self.rates.unit != "relative":
             raise SpecError('distillation needs rates whose unit is "relative".')
-
-    def settings(self, steps: int) -> Settings:
-        """What a fit of so many steps reads."""
-        return Settings(self.weight_range, steps, self.rates, self.solver)
 
     def to_toml(self) -> str:
         """The recipe as TOML."""

@@ -7,8 +7,6 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from calque.distillation import Distilled
-from calque.fidelity import Fidelity
 from calque.fields import (
     COUNT,
     Check,
@@ -23,6 +21,7 @@ from calque.fields import (
     text,
     whole,
 )
+from calque.gains import Distilled, Fidelity
 from calque.spec import SEEDS, written_bits
 
 HEADINGS = (

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calque.biases import Tuned, tune_biases
+from calque.biases import tune_biases
 from calque.checkpoint import Checkpoint, Piece
-from calque.distillation import Distilled, distill
+from calque.distillation import distill
 from calque.errors import CalibrationError
+from calque.gains import Distilled, Tuned
 from calque.graph import Batch
 from calque.graph.signature import flatten, rows
 from calque.job import Job

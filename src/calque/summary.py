@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from calque.costs import float_size, values_outside_layers
 from calque.errors import warn
-from calque.fidelity import Fidelity, held_out_fidelity
+from calque.fidelity import held_out_fidelity
 from calque.filenodes import guessed_operators
 from calque.filesize import file_size
 from calque.floats import float_operators
+from calque.gains import Fidelity
 from calque.graph import Network
 from calque.graph.batching import layout_notes
 from calque.job import Job

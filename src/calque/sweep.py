@@ -24,7 +24,7 @@ from calque.placement import Edge
 from calque.quantizers import InPieces, QuantizedLayer, Quantizer
 from calque.ranges import TensorSample, activation_range, extremes, off_ties, search_range
 from calque.solvers.adaquant import Draw, Linear
-from calque.solvers.layer import fit_from_piece, fit_to_piece, integer_layer, placed, solve_
+from calque.solvers.layer import Settings, fit_from_piece, fit_to_piece, integer_layer, placed, solve_
 from calque.solvers.problem import Fit, Grid, LayerProblem, layer_problem, output_error
 from calque.solvers.table import fit_table
 from calque.solvers.whole import whole_inputs
@@ -218,7 +218,7 @@ class Sweep:
         tied = self._tied(layer.name, bits)
         if ready is not None:
             return placed(problem, ready, grid, bits.weight, tied or (ready.codes, ready.scale))
-        settings = self.recipe.settings(self.recipe.steps)
+        settings = Settings.of(self.recipe, self.recipe.steps)
         return solve_(
             problem, grid, bits.weight, settings, self.job.generator(layer.name), learn_grid=learn_grid, tied=tied,
             rows=self._rows(layer) if self.recipe.patches == "all" else None,

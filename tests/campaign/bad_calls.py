@@ -12,10 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import calque
-from calque.biases import Tuning
-from calque.distillation import Distillation
 from calque.recipe import NEAREST
-from calque.solvers.parameters import StepSizes
+from calque.settings import Distillation, StepSizes, Tuning
 
 from .bad_files import broken, images, shortened, special, tensors
 from .bad_words import MODULE

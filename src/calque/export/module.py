@@ -13,7 +13,7 @@ from calque.export.runtimes import DEFAULT, OnnxRuntime, Runtime, Target, check_
 from calque.export.verify import load_proto
 from calque.graph.network import value_of
 from calque.model import QuantizedModel
-from calque.parts import PartlyQuantized, whole_only
+from calque.partly import PartlyQuantized, whole_only
 
 
 class OnnxModel(nn.Module):

@@ -33,7 +33,7 @@ from calque.graph.rewrite import silent_tracing
 from calque.graph.spelling import respell, respellings
 from calque.graph.surroundings import undisturbed
 from calque.model import QuantizedModel
-from calque.parts import PartlyQuantized, whole_only
+from calque.partly import PartlyQuantized, whole_only
 
 OPSET = 21  # the first with INT4
 

@@ -30,7 +30,7 @@ from calque.fields import shown, whole
 from calque.files import write_whole
 from calque.graph.signature import flatten, rows, select
 from calque.model import QuantizedModel
-from calque.parts import PartlyQuantized, whole_only
+from calque.partly import PartlyQuantized, whole_only
 from calque.progress import Phase, Progress, check_progress, watched
 from calque.spec import Bits
 

@@ -37,7 +37,7 @@ from calque.graph import Batch
 from calque.graph.signature import flatten, rows, select
 from calque.graph.surroundings import undisturbed
 from calque.model import QuantizedModel
-from calque.parts import PartlyQuantized, whole_only
+from calque.partly import PartlyQuantized, whole_only
 
 BOUND = 0.99  # least agreement of each output with the exact integer evaluation
 

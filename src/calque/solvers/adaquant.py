@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from calque.solvers.parameters import KINDS, Parameters, StepSizes
+from calque.settings import StepSizes
+from calque.solvers.parameters import KINDS, Parameters
 from calque.solvers.problem import Fit, LayerProblem, correct_bias
 
 CHECKS = 8  # times that the iterate is judged on held-out rows

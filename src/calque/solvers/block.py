@@ -20,6 +20,7 @@ from calque.graph.blocks import axis_of
 from calque.graph.network import is_movement
 from calque.model import grid_of
 from calque.quantizers import QuantizedLayer, Quantizer
+from calque.settings import StepSizes
 from calque.solvers.adaquant import CHECKS
 from calque.solvers.learnable import (
     FixedQuantizer,
@@ -32,7 +33,6 @@ from calque.solvers.learnable import (
     execute,
     output_unit,
 )
-from calque.solvers.parameters import StepSizes
 from calque.solvers.problem import CONSTANT, HELD_OUT
 
 log = logging.getLogger(__name__)

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,13 +11,12 @@ from calque.checkpoint import Piece
 from calque.graph import Geometry
 from calque.quantizers import QuantizedLayer
 from calque.ranges import WeightRange, weight_scale
+from calque.recipe import Recipe
+from calque.settings import Solver, StepSizes
 from calque.solvers.adaquant import Draw, Linear, fit_layer
 from calque.solvers.closed_form import ClosedForm
-from calque.solvers.parameters import StepSizes
 from calque.solvers.problem import Fit, Grid, LayerProblem, correct_bias, covariance, round_to_nearest
 from calque.solvers.units import Units
-
-Solver = Literal["adaquant", "closed_form"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +27,11 @@ class Settings:
     steps: int  # of AdaQuant, or rounds of the closed form
     rates: StepSizes
     solver: Solver = "adaquant"
+
+    @classmethod
+    def of(cls, recipe: Recipe, steps: int) -> "Settings":
+        """What a fit of so many steps reads."""
+        return cls(recipe.weight_range, steps, recipe.rates, recipe.solver)
 
 
 def solve_(

@@ -1,36 +1,15 @@
 """The unknowns of one layer's fit as leaf tensors, and the layer that they stand for; in relative and in absolute units."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from calque.arithmetic import NEGLIGIBLE, by_input, learned_fake_quantize, round_through, weight_limits
+from calque.settings import StepSizes
 from calque.solvers.problem import CONSTANT, Fit, Grid, LayerProblem
 
 SMALLEST_UNIT = 1e-12  # of the layer's outputs: the bias of a channel that is the same everywhere hardly moves
-
-
-@dataclass(frozen=True, slots=True)
-class StepSizes:
-    """Adam's rates.
-
-    Attributes:
-        weight, weight_scale, bias, activation_scale, zero_point: a rate each.
-        unit: "relative": weights and the zero point in levels of their grid, scales by their logarithm, the bias in standard
-            deviations of the output, each falling by a cosine. "absolute": everything in units of the layer
-            (`calque.solvers.units`), the scales as the ranges that they span and the zero point as the range's lower end,
-            constant. The released code of Hubara et al. 2021 has real units; its rates are for values of about 1.
-    """
-
-    weight: float
-    weight_scale: float
-    bias: float
-    activation_scale: float
-    zero_point: float
-    unit: Literal["relative", "absolute"] = "relative"
 
 
 class Parameters(ABC):

@@ -24,7 +24,7 @@ from calque.graph.copies import duplicate
 from calque.graph.signature import Axis, Layout, laid_out
 from calque.graph.surroundings import undisturbed
 from calque.model import QuantizedModel, assemble
-from calque.parts import PartlyQuantized, whole_only
+from calque.partly import PartlyQuantized, whole_only
 from calque.placement import place
 from calque.quantizers import QuantizedLayer, Quantizer
 from calque.report import Report
