@@ -20,9 +20,10 @@ from torch import Tensor, fx
 from benchmarks.accuracy import BATCH, commit, fidelity
 from benchmarks.tasks import SETTINGS, load, score
 from calque.calibration import prepare
+from calque.channel_statistics import ChannelStatistics, trained_statistics
 from calque.execution import Execution
 from calque.graph import Batch, Network, Signature, WeightedLayer, capture
-from calque.statistics import ChannelStatistics, absorb, para_normalize, trained_statistics
+from calque.statistics import absorb, para_normalize
 from calque.store import Store
 
 NETWORKS = ("resnet20_cifar10", "mobilenet_v1_0.25_224_imagenet", "digits_depthwise")

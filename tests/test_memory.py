@@ -11,11 +11,11 @@ from torch import Tensor
 
 import networks
 from calque.calibration import largest_output, real_tokens
+from calque.channel_statistics import ChannelStatistics
 from calque.graph import Geometry
 from calque.quantizers import InPieces, QuantizedLayer, Quantizer
 from calque.ranges import TensorSample, extremes
 from calque.solvers.problem import layer_problem
-from calque.statistics import ChannelStatistics
 from calque.store import Kept, Store
 
 MEGABYTE = 10**6

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, fx
 
 import networks
+from calque.channel_statistics import ChannelStatistics, trained_statistics
 from calque.execution import Execution
 from calque.graph import Batch, Network, WeightedLayer, capture
-from calque.statistics import ChannelStatistics, absorb, para_normalize, trained_statistics
+from calque.statistics import absorb, para_normalize
 from calque.store import Store
 
 Statistics = dict[str, ChannelStatistics]

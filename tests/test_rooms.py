@@ -43,6 +43,7 @@ ROOMS = (
     "execution",
     "losses",
     "solvers",
+    "channel_statistics",
     "statistics",
     "biases",
     "distillation",

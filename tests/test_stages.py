@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import calque
 import calque.stages
 import networks
+from calque.channel_statistics import ChannelStatistics, trained_statistics
 from calque.errors import CalibrationError
 from calque.execution import Execution
 from calque.graph import Network, WeightedLayer, capture
@@ -19,7 +20,6 @@ from calque.losses import kl
 from calque.quantizers import QuantizedLayer
 from calque.recipe import FAST, NEAREST
 from calque.stages import float_outputs
-from calque.statistics import ChannelStatistics, trained_statistics
 from calque.store import Store
 from networks import Net
 

@@ -10,11 +10,12 @@ from torch import Tensor, fx
 
 import calque
 import networks
+from calque.channel_statistics import ChannelStatistics
 from calque.execution import Execution
 from calque.graph import Batch, Geometry, Network, WeightedLayer, capture
 from calque.model import QuantizedModel
 from calque.quantizers import QuantizedLayer
-from calque.statistics import GAIN_LIMITS, ChannelStatistics, absorb, correction, para_normalize
+from calque.statistics import GAIN_LIMITS, absorb, correction, para_normalize
 from calque.store import Store
 
 CONVOLUTION, LINEAR = Geometry("convolution"), Geometry("linear")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from calque.biases import tune_biases
+from calque.channel_statistics import ChannelStatistics, trained_statistics
 from calque.checkpoint import Checkpoint, Piece
 from calque.distillation import distill
 from calque.errors import CalibrationError
@@ -27,7 +28,7 @@ from calque.quantizers import QuantizedLayer, Quantizer
 from calque.reconstruction import fit_blocks
 from calque.solvers.problem import Fit
 from calque.spec import FLOAT, Bits, Plan
-from calque.statistics import ChannelStatistics, para_normalize, trained_statistics
+from calque.statistics import para_normalize
 from calque.sweep import Sweep
 from calque.swept import Swept
 

@@ -5,18 +5,17 @@ is the trained beta and gamma^2 (`trained_statistics`). On a small calibration s
 so the default is its own mean and variance of the same layer output on the same inputs: then it is a fixed point.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from calque.arithmetic import SMALLEST_SCALE, TOGETHER, bias_codes, binary_unit, per_channel, smallest_weight_scale
+from calque.arithmetic import SMALLEST_SCALE, bias_codes, per_channel, smallest_weight_scale
 from calque.calibration import real_tokens
+from calque.channel_statistics import ChannelStatistics
 from calque.execution import Execution
-from calque.graph import Batch, Geometry, Network, WeightedLayer
+from calque.graph import Batch, WeightedLayer
 from calque.graph.fold import folded
 from calque.model import grid_of, link_requantization
 from calque.quantizers import InPieces, QuantizedLayer
@@ -26,50 +25,6 @@ GAIN_LIMITS = (0.5, 2.0)  # a channel that became (nearly) constant must not be 
 
 
 Rescalable = QuantizedLayer | WeightedLayer
-
-
-@dataclass(frozen=True)
-class ChannelStatistics:
-    """Mean and variance (float64, (C,)) of a layer's output channels over all inputs and positions."""
-
-    mean: Tensor
-    variance: Tensor
-
-    @classmethod
-    def of(cls, outputs: Iterable[Tensor], geometry: Geometry) -> "ChannelStatistics":
-        """Exact statistics of the outputs (N, C, H, W) or (N, ..., C), accumulated in float64."""
-        total, squares, count = None, None, 0
-
-        def add(output: Tensor) -> None:
-            nonlocal total, squares, count
-            channels = (
-                output.flatten(2) if geometry.kind == "convolution" else output.reshape(1, -1, output.shape[-1]).mT
-            )
-            unit = binary_unit(output)
-            for rows in torch.split(channels, max(1, TOGETHER // channels[0].numel())):  # (N, C, P)
-                mean = rows.mean((0, 2))
-                # about the rows' own mean, in float32: torch.var_mean takes eight times as long
-                variance = (rows - mean[:, None]).div_(unit).square_().mean((0, 2)).double() * unit**2
-                mean = mean.double()
-                n = rows.shape[0] * rows.shape[2]
-                first, second = n * mean, n * (variance + mean.square())
-                total = first if total is None else total + first
-                squares = second if squares is None else squares + second
-                count += n
-
-        deque(map(add, outputs), maxlen=0)  # a loop's variable would keep each output until the next one is there
-        assert total is not None
-        assert squares is not None
-        mean = total / count
-        return cls(mean, (squares / count - mean.square()).clamp(min=0))
-
-
-def trained_statistics(network: Network) -> dict[str, ChannelStatistics]:
-    """The statistics that the folded batch norms were trained to give: mean beta and variance gamma^2, by layer name."""
-    return {
-        name: ChannelStatistics(norm.shift.double(), norm.gain.double().square())
-        for name, norm in network.trained.items()
-    }
 
 
 def absorb(layer: Rescalable, gain: Tensor, offset: Tensor, input_scale: Tensor | None = None) -> Rescalable:

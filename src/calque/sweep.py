@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from calque.arithmetic import activation_limits, affine_grid
 from calque.calibration import largest_output, real_tokens
+from calque.channel_statistics import ChannelStatistics
 from calque.checkpoint import Checkpoint, Needs
 from calque.execution import Execution
 from calque.graph import Layer
@@ -29,7 +30,6 @@ from calque.solvers.problem import Fit, Grid, LayerProblem, layer_problem, outpu
 from calque.solvers.table import fit_table
 from calque.solvers.whole import whole_inputs
 from calque.spec import Bits
-from calque.statistics import ChannelStatistics
 from calque.store import Store
 from calque.swept import Swept
 from calque.tensors import root

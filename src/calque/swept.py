@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from calque.arithmetic import SMALLEST_SCALE
+from calque.channel_statistics import ChannelStatistics
 from calque.costs import FLOAT_BITS, layer_size
 from calque.graph import WeightedLayer
 from calque.quantizers import QuantizedLayer, Quantizer
 from calque.report import LayerReport
 from calque.solvers.problem import Fit
 from calque.spec import Bits
-from calque.statistics import ChannelStatistics
 
 
 @dataclass
