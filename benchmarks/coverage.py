@@ -105,7 +105,7 @@ def measured(library: str, name: str) -> Row:
         if isinstance(q, PartlyQuantized):
             row |= {"parts": len(q.parts), "left_float": [without_paths(q.report.notes[0])] if q.report else []}
         else:
-            row["left_float"] = list(q.facts["left_float"])
+            row["left_float"] = list(q.facts.left_float)
         step = "export"
         files = [(part, inputs, exported(part)) for part, inputs in wholes(q, batch)]
         row["bytes"] = sum(len(proto.SerializeToString()) for _, _, proto in files)

@@ -83,6 +83,6 @@ def test_free_axes_are_those_that_vary_and_those_that_are_given() -> None:
 
     q = calque.quantize(networks.seeded(Convolutions()), [X, wide], recipe="nearest", dynamic={"image": {2: FREE}})
 
-    assert sorted(q.facts["dynamic"]["image"]) == [2, 3]
+    assert sorted(q.facts.dynamic["image"]) == [2, 3]
     with torch.no_grad():
         assert q(torch.cat([wide, wide], 2)).shape == (8, 2)

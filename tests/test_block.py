@@ -9,11 +9,12 @@ from torch import Tensor, fx, nn
 
 import calque
 import networks
+from calque.assembled import link_requantization
 from calque.errors import SpecError
 from calque.execution import Execution
 from calque.graph import Network, capture
 from calque.graph.blocks import find_blocks
-from calque.model import QuantizedModel, link_requantization
+from calque.model import QuantizedModel
 from calque.quantizers import Quantizer
 from calque.settings import StepSizes
 from calque.solvers.block import BlockFit, BlockProblem, fit_block
@@ -159,7 +160,7 @@ def test_zero_steps_leave_the_block_as_it_is(problem: BlockProblem) -> None:
 def test_only_grids_that_one_layer_of_the_block_alone_reads_move(problem: BlockProblem, coarse: QuantizedModel) -> None:
     fit = fitted(problem)
 
-    edges = {coarse.facts["edges"][target] for target in fit.quantizers}
+    edges = {coarse.facts.edges[target] for target in fit.quantizers}
     assert edges == {"conv1.input", "conv2.input"}  # stem.output feeds the shortcut too, conv2.output the add
     for target, quantizer in fit.quantizers.items():
         before = problem.module.get_submodule(target)
@@ -189,7 +190,7 @@ def test_biases_lie_on_the_accumulators_grid_of_the_moved_input_scale(
 ) -> None:
     fit = fitted(problem)
 
-    scales = {coarse.facts["edges"][target]: quantizer.scale for target, quantizer in fit.quantizers.items()}
+    scales = {coarse.facts.edges[target]: quantizer.scale for target, quantizer in fit.quantizers.items()}
     for name, layer in fit.layers.items():
         assert layer.bias.dtype == torch.int32
         assert layer.bias_scale is not None

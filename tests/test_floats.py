@@ -168,6 +168,6 @@ def test_channel_scales_that_are_multiplied_in_float_are_listed() -> None:
         model.first.weight[5] *= 100
     q = calque.quantize(model, TOKENS, bits="w8a8", recipe="fast")
 
-    assert q.facts["scaled"] == (("second",),)
+    assert q.facts.scaled == (("second",),)
     assert "inputs are multiplied by channel scales in float in front of second." in q.report.notes
     assert not any("aten.mul" in note for note in q.report.notes)

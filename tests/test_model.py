@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 import calque
 import networks
+from calque.assembled import assemble, grid_of
 from calque.errors import CalibrationError
 from calque.graph import capture
-from calque.model import QuantizedModel, assemble, grid_of
+from calque.model import QuantizedModel
 from calque.quantizers import QuantizedLayer
 from networks import Net
 

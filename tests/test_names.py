@@ -100,7 +100,7 @@ def test_factors_stand_beside_a_layer_called_channel_scales(tmp_path: Path) -> N
         model.gain[7] = 100
     calque.save(q := calque.quantize(model, X, bits="w8a8"), tmp_path / "q.safetensors")
 
-    assert q.facts["scaled"]
+    assert q.facts.scaled
     assert torch.equal(calque.load(tmp_path / "q.safetensors", model)(X), q(X))
 
 

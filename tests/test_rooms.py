@@ -33,6 +33,7 @@ ROOMS = (
     "calls",
     "kernels",
     "integer",
+    "assembled",
     "model",
     "partly",
     "admission",

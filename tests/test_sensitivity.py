@@ -115,7 +115,13 @@ def prices(
     on_layer: Callable[[str], None] = lambda name: None,
 ) -> tuple[float, dict[str, list[float]]]:
     return measure_prices(
-        network.module, q, stand_ins, batches_of(sizes or [24]), loss, checkpoint=checkpoint, on_layer=on_layer
+        network.module,
+        q.graph_module,
+        stand_ins,
+        batches_of(sizes or [24]),
+        loss,
+        checkpoint=checkpoint,
+        on_layer=on_layer,
     )
 
 

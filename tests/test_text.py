@@ -178,7 +178,7 @@ def test_scales_move_into_norms_and_values_where_nothing_else_reads_them() -> No
     x = torch.randn(64, 6, 16, generator=torch.Generator().manual_seed(1))
     q = calque.quantize(model, x, bits="w8a8", recipe="fast", placement="inputs")
 
-    assert q.facts["scaled"] == ()
+    assert q.facts.scaled == ()
     assert not torch.equal(q.graph_module.norm.weight, model.norm.weight)  # type: ignore[union-attr, arg-type]
     with torch.no_grad():
         assert torch.nn.functional.mse_loss(q(x), model(x)) < 1e-2 * model(x).var()
@@ -191,7 +191,7 @@ def test_encoder_to_a_file_and_back(trained: Encoder, tmp_path: Path) -> None:
     calque.save(q, tmp_path / "q.safetensors")
     loaded = calque.load(tmp_path / "q.safetensors", Encoder())
     assert torch.equal(loaded(**inputs), q(**inputs))
-    assert q.facts["scaled"]  # post-norm: the residual add reads the norm, too
+    assert q.facts.scaled  # post-norm: the residual add reads the norm, too
 
     path = calque.export_onnx(q, tmp_path / "q.onnx")
     found = calque.verify(path, q, inputs)

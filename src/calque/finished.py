@@ -16,7 +16,8 @@ from calque.graph.signature import flatten
 from calque.job import Job
 from calque.model import QuantizedModel
 from calque.prices import Prices
-from calque.storage import load, save
+from calque.storage import save
+from calque.storage.quantized import restored
 
 log = logging.getLogger(__name__)
 
@@ -81,12 +82,11 @@ def kept_result(checkpoint: Checkpoint, budget: Budget | None, model: nn.Module)
     if budget is not None and prices is None:
         return None
     try:
-        result = load(checkpoint.path(_key(budget)), model)
-        result.prices = None if prices is None else Prices.from_json(prices.facts["prices"])
+        known = None if prices is None else Prices.from_json(prices.facts["prices"])
+        return restored(checkpoint.path(_key(budget)), model, known)
     except (LoadError, SpecError) as error:
         log.info("the result is made again: %s", error)
         return None
-    return result
 
 
 def _key(budget: Budget | None) -> str:

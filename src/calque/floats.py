@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from calque.assembled import Assembled, grid_of
 from calque.graph import Network
 from calque.graph.network import (
     ADDITIONS,
@@ -23,7 +24,6 @@ from calque.graph.network import (
 )
 from calque.graph.products import operands_of
 from calque.graph.uncovered import SHOWN, list_operators, uncovered_operators
-from calque.model import QuantizedModel, grid_of
 from calque.quantizers import Quantizer
 
 aten = torch.ops.aten
@@ -44,7 +44,7 @@ _MAKES = frozenset(
 )
 
 
-def float_operators(q: QuantizedModel, network: Network) -> list[str]:
+def float_operators(q: Assembled, network: Network) -> list[str]:
     """A sentence for each kind of operator that stays float, beside those that the captured network lists itself.
 
     Args:

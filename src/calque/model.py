@@ -1,6 +1,5 @@
 """The quantized network: an ordinary nn.Module with the original's signature."""
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,21 +8,68 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from calque.assembled import Assembled, compiled, edge_quantizers, quantized_layers
 from calque.calls import CallForm
-from calque.graph import Network
-from calque.graph.products import operands_of
-from calque.graph.rewrite import free_name
-from calque.graph.signature import Signature
+from calque.graph import Batch, DynamicAxes
+from calque.graph.network import FlatInput
 from calque.integer import IntegerModel
-from calque.kernels import fuse, grid_node, maker_of
-from calque.placement import Edge
 from calque.prices import Prices
 from calque.quantizers import QuantizedLayer, Quantizer
-from calque.spec import Plan
+from calque.report import Report
+from calque.spec import Placement
 
-QUANTIZERS = (
-    "quantizers"  # the sub-module that holds the quantizers of all edges, where the network has none of that name
-)
+Axis = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What was known when a network was captured and quantized; it is saved with the codes.
+
+    Attributes:
+        edges: the name of each quantizer's edge by the path of its module.
+        inputs: the forms of the flat inputs; None for one that is no tensor.
+        constants: the values of those that are no tensors.
+        left_float: what is not quantized, a sentence each.
+        scaled: groups of layers in front of whose input the channels have factors.
+        placement: which tensors have grids.
+        example: a few calibration inputs by argument name.
+        dynamic: axes besides the batch that are free, by argument name.
+        equal_axes: groups of axes with one size in every batch; None in files from before they were stored.
+    """
+
+    edges: Mapping[str, str]
+    inputs: tuple[FlatInput | None, ...]
+    constants: tuple[object, ...]
+    left_float: tuple[str, ...]
+    scaled: tuple[tuple[str, ...], ...]
+    placement: Placement
+    example: Batch
+    dynamic: DynamicAxes
+    equal_axes: tuple[tuple[Axis, ...], ...] | None
+
+    @classmethod
+    def of(
+        cls,
+        assembled: Assembled,
+        *,
+        placement: Placement,
+        example: Batch,
+        dynamic: DynamicAxes,
+        equal_axes: tuple[tuple[Axis, ...], ...] | None,
+    ) -> "Facts":
+        """Those of an assembled network, and of the run that it came from."""
+        network = assembled.network
+        return cls(
+            assembled.edges,
+            network.inputs,
+            network.constants,
+            network.left_float,
+            network.scaled,
+            placement,
+            example,
+            dynamic,
+            equal_axes,
+        )
 
 
 @dataclass(frozen=True)
@@ -43,26 +89,21 @@ class QuantizedModel(nn.Module):
     Attributes:
         graph_module: the operators; flat inputs in, a flat tuple out.
         plan: bits of every layer and every tensor that has a grid of its own.
-        report: what was decided and gained (None until a pipeline has set it).
+        facts: what was known at the time.
+        report: what was decided and gained; None where a file has none.
         prices: what each choice of bits would cost each layer, where a budget had them measured.
     """
 
-    def __init__(
-        self,
-        graph_module: fx.GraphModule,
-        signature: Signature,
-        specs: tuple[pytree.TreeSpec, pytree.TreeSpec],
-        plan: Plan,
-        facts: Mapping[str, Any],
-    ):
+    def __init__(self, assembled: Assembled, facts: Facts, report: Report | None, prices: Prices | None = None):
         super().__init__()
-        self.graph_module = graph_module
-        self.signature = signature
-        self.specs = _Specs(*specs)
-        self.plan = plan
-        self.facts = dict(facts)
-        self.report: Any = None
-        self.prices: Prices | None = None
+        network = assembled.network
+        self.graph_module = assembled.graph_module
+        self.signature = network.signature
+        self.specs = _Specs(network.in_spec, network.out_spec)
+        self.plan = assembled.plan
+        self.facts = facts
+        self.report: Any = report
+        self.prices = prices
         self._kernels: Callable[..., tuple[Any, ...]] | None = None
         self.eval()
 
@@ -77,9 +118,8 @@ class QuantizedModel(nn.Module):
         differ by a step at rounding edges.
         """
         if self._kernels is None:
-            self._kernels = type(fx.GraphModule(self.graph_module, fuse(self.graph_module))).forward
-        outputs: tuple[Any, ...] = self._kernels(self.graph_module, *leaves)
-        return outputs
+            self._kernels = compiled(self.graph_module)
+        return self._kernels(self.graph_module, *leaves)
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """An empty one, where all that was trained is codes now: scoring functions ask the first for its device."""
@@ -93,9 +133,9 @@ class QuantizedModel(nn.Module):
     @property
     def call_form(self) -> CallForm:
         """How the network may be called."""
-        tensors = [form is not None for form in self.facts["inputs"]]
-        example, dynamic = self.facts.get("example", {}), self.facts.get("dynamic", {})
-        return CallForm(self.signature, self.in_spec.child(1), tensors, self.facts["constants"], example, dynamic)
+        facts = self.facts
+        tensors = [form is not None for form in facts.inputs]
+        return CallForm(self.signature, self.in_spec.child(1), tensors, facts.constants, facts.example, facts.dynamic)
 
     @property
     def in_spec(self) -> pytree.TreeSpec:
@@ -108,117 +148,17 @@ class QuantizedModel(nn.Module):
     @property
     def layers(self) -> dict[str, QuantizedLayer]:
         """The quantized layers by name, in execution order."""
-        found = {}
-        for node in self.graph_module.graph.nodes:
-            if node.op == "call_module":
-                module = self.graph_module.get_submodule(str(node.target))
-                if isinstance(module, QuantizedLayer):
-                    found[str(node.target)] = module
-        return found
+        return quantized_layers(self.graph_module)
 
     @property
     def quantizers(self) -> dict[str, Quantizer]:
         """The quantizers by the name of their edge, in execution order."""
-        found = {}
-        for node in self.graph_module.graph.nodes:
-            if node.op == "call_module":
-                module = self.graph_module.get_submodule(str(node.target))
-                if isinstance(module, Quantizer):
-                    found[self.edge_name(node)] = module
-        return found
+        return edge_quantizers(self.graph_module, self.facts.edges)
 
     def edge_name(self, node: fx.Node) -> str:
         """The edge whose quantizer the node calls."""
-        return str(self.facts["edges"][str(node.target)])
+        return str(self.facts.edges[str(node.target)])
 
     def integer(self) -> IntegerModel:
         """The exact integer evaluation of this network (slow): integer codes, int32 accumulators, requantization."""
-        return IntegerModel(self.graph_module, self.call_form, self.out_spec, self.facts["edges"])
-
-
-def assemble(
-    network: Network,
-    edges: list[Edge],
-    layers: Mapping[str, QuantizedLayer],
-    quantizers: Mapping[str, Quantizer],
-    plan: Plan,
-) -> QuantizedModel:
-    """The quantized network: `network` (left untouched) with its layers replaced and a quantizer on every edge.
-
-    Args:
-        layers, quantizers: by layer and edge name.
-    """
-    module = copy.deepcopy(network.module)
-    twins = dict(zip(network.nodes(), module.graph.nodes, strict=True))
-    holder, own = nn.Module(), free_name(module, QUANTIZERS)
-    module.add_module(own, holder)
-    targets = {}
-    for index, edge in enumerate(edges):
-        leaf = f"{index:03d}"
-        holder.add_module(leaf, quantizers[edge.name])
-        targets[f"{own}.{leaf}"] = edge.name
-        _insert(module.graph, twins[edge.source], f"{own}.{leaf}", edge, network, twins)
-    for name, layer in layers.items():
-        module.set_submodule(name, layer)
-    module.graph.lint()
-    module.recompile()
-    link_requantization(module)
-    facts = {
-        "edges": targets,
-        "inputs": network.inputs,
-        "constants": network.constants,
-        "left_float": network.left_float,
-        "scaled": network.scaled,
-    }
-    return QuantizedModel(module, network.signature, (network.in_spec, network.out_spec), plan, facts)
-
-
-def link_requantization(module: fx.GraphModule) -> None:
-    """Tells, in place, each quantized layer what grid its input is on, and its result's, where a single quantizer reads it."""
-    for node in module.graph.nodes:
-        called = module.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if isinstance(called, QuantizedLayer):
-            grid = grid_of(module, node.all_input_nodes[0])
-            if grid is not None:
-                called.read(grid)
-        elif isinstance(called, Quantizer):
-            made = maker_of(node)
-            layer = module.get_submodule(str(made[0].target)) if made and made[0].op == "call_module" else None
-            if made and isinstance(layer, QuantizedLayer):
-                layer.feed(called, made[1])
-
-
-def _insert(
-    graph: fx.Graph, source: fx.Node, target: str, edge: Edge, network: Network, twins: dict[fx.Node, fx.Node]
-) -> None:
-    readers = [twins[network.layers[name].node] for name in edge.readers]
-    if edge.kind == "operand":
-        product = network.products[edge.product]
-        reader = twins[product.node]
-        operands = operands_of(reader)  # a tensor's own grid may stand in front by now
-        assert operands is not None
-        operand = operands[product.operands.index(edge.source)]
-        with graph.inserting_before(reader):
-            node = graph.call_module(target, (operand,))
-        reader.replace_input_with(operand, node)
-    elif edge.kind == "input":
-        value = readers[0].args[0]
-        assert isinstance(value, fx.Node)
-        with graph.inserting_before(readers[0]):
-            node = graph.call_module(target, (value,))
-        for reader in readers:
-            reader.replace_input_with(value, node)
-    else:
-        users = list(source.users)
-        with graph.inserting_after(source):
-            node = graph.call_module(target, (source,))
-        for user in users:
-            user.replace_input_with(source, node)
-    node.meta = {key: item for key, item in source.meta.items() if key in ("val", "tensor_meta")}
-
-
-def grid_of(graph_module: fx.GraphModule, node: fx.Node) -> Quantizer | None:
-    """The quantizer on whose grid the node's value is, looking back through operators that only move values."""
-    found = grid_node(graph_module, node)
-    module = None if found is None else graph_module.get_submodule(str(found.target))
-    return module if isinstance(module, Quantizer) else None
+        return IntegerModel(self.graph_module, self.call_form, self.out_spec, self.facts.edges)

@@ -29,7 +29,6 @@ class PartlyQuantized(QuantizedModel):
         self.parts = dict(parts)
         self.signature = Signature.of(model)
         self.plan = Plan({f"{path}.{name}": bits for path, part in parts.items() for name, bits in part.plan.items()})
-        self.facts: dict[str, Any] = {"parts": tuple(parts)}
         self.report = report
         self.prices = None
         self.eval()

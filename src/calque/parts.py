@@ -50,6 +50,7 @@ def quantize_parts(
     *,
     override: Mapping[str, str | None],
     ends: str | None,
+    notes: Sequence[str],
     on_part: Callable[[int, int], None],
 ) -> PartlyQuantized:
     """The network with its largest capturable sub-modules quantized, each on inputs from the parts before it.
@@ -59,6 +60,7 @@ def quantize_parts(
         quantize: of one part.
         reason: why the whole network could not be captured.
         override: pattern of full names -> bits.  ends: bits of the first and the last layer of all parts; None: nothing special.
+        notes: what the report says of the inputs.
         on_part: called before each part, with the parts done and the parts in all.
 
     Raises:
@@ -81,6 +83,7 @@ def quantize_parts(
         work.set_submodule(part.path, parts[part.path])
         log.info("part %s quantized: %d layers", part.path, len(parts[part.path].layers))
     notes = [
+        *notes,
         f"the network cannot be captured whole; its parts are quantized in place: {', '.join(parts)}. {reason}",
         *skipped,
     ]

@@ -28,7 +28,7 @@ from calque.graph.surroundings import require_exact_products, undisturbed
 from calque.guard import guard
 from calque.job import EXAMPLE_ROWS, Job
 from calque.losses import LossName, OutputLoss, check_loss, find_loss
-from calque.model import QuantizedModel
+from calque.model import Facts, QuantizedModel
 from calque.options import check_options, find_device
 from calque.outliers import healthy
 from calque.parallel import Choices
@@ -174,9 +174,9 @@ def quantize(
             job = replace(job, checkpoint=checkpoint)
             kept = asked_layers(network, plan, override or {})
             result = _quantized(
-                model, job, choices, entries, store, kept=kept, budget=budget, loss=loss, started=started, watch=watch
-            )
-            result.facts |= {"dynamic": axes, "equal_axes": equal_axes(batches)}
+                model, job, choices, entries, store,
+                kept=kept, budget=budget, loss=loss, dynamic=axes, started=started, watch=watch,
+            )  # fmt: skip
             keep_result(checkpoint, budget, result)
     return result
 
@@ -191,6 +191,7 @@ def _quantized(
     kept: Collection[str],
     budget: Budget | None,
     loss: LossName | OutputLoss | None,
+    dynamic: DynamicAxes,
     started: float,
     watch: Watch,
 ) -> QuantizedModel:
@@ -198,7 +199,7 @@ def _quantized(
 
     Args:
         model: the user's.  store: for the float network's outputs.
-        kept: layers whose bits the user asked for.  started: when the call began.
+        kept: layers whose bits the user asked for.  dynamic: free axes besides the batch.  started: when the call began.
     """
     captured = time.perf_counter()
     watch.begin("float pass")
@@ -217,13 +218,16 @@ def _quantized(
     watch.expect(expected.phases)
     found = None if budget is None else search(job, choices, entries, budget, (loss_name, function), references)
     built = build(job, entries, function, references) if found is None else found.built
-    result = built.model
-    example = select(job.batches[0], torch.arange(EXAMPLE_ROWS) % rows(job.batches[0]))
-    result.facts |= {"placement": job.placement, "example": example}
-    result.prices = None if found is None else found.prices
     phases = {"capture": captured - started, "float pass": float_pass}
-    result.report = summarize(model, job, built, found, references=references, phases=phases, loss=loss_name)
-    return result
+    report = summarize(model, job, built, found, references=references, phases=phases, loss=loss_name)
+    facts = Facts.of(
+        built.model,
+        placement=job.placement,
+        example=select(job.batches[0], torch.arange(EXAMPLE_ROWS) % rows(job.batches[0])),
+        dynamic=dynamic,
+        equal_axes=equal_axes(job.batches),
+    )
+    return QuantizedModel(built.model, facts, report, None if found is None else found.prices)
 
 
 def _target(model: nn.Module, device: str | torch.device | None) -> torch.device:
@@ -263,9 +267,8 @@ def _in_parts(
     def on_part(done: int, total: int) -> None:
         options["progress"].section(done / total, (done + 1) / total)
 
-    found = quantize_parts(model, batches, whole, reason, override=override, ends=ends, on_part=on_part)
-    warn(found.report.notes[0], CaptureWarning)
-    found.report = replace(found.report, notes=(*notes, *found.report.notes))
+    found = quantize_parts(model, batches, whole, reason, override=override, ends=ends, notes=notes, on_part=on_part)
+    warn(found.report.notes[len(notes)], CaptureWarning)
     return found
 
 

@@ -5,16 +5,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, fx
 
+from calque.assembled import Assembled, link_requantization
 from calque.execution import Execution
 from calque.graph.blocks import Block, find_blocks
 from calque.job import Job
-from calque.model import QuantizedModel, link_requantization
 from calque.solvers.block import BlockFit, BlockProblem, fit_block
 
 ROWS = 32  # inputs per step
 
 
-def fit_blocks(job: Job, model: QuantizedModel) -> int:
+def fit_blocks(job: Job, model: Assembled) -> int:
     """Fits, in place, every block of the network whose layers are all quantized; returns how many there are.
 
     Source: Hubara et al. 2021, section 3, AdaQuant over a block. As many inputs serve as fit into half of the memory.
@@ -45,7 +45,7 @@ def fit_blocks(job: Job, model: QuantizedModel) -> int:
     return len(blocks)
 
 
-def _fit(job: Job, model: QuantizedModel, block: Block, shadow: Execution, reference: Execution) -> None:
+def _fit(job: Job, model: Assembled, block: Block, shadow: Execution, reference: Execution) -> None:
     module = model.graph_module
     twins = {node.name: node for node in module.graph.nodes}
     source, end = twins[block.input.name], twins[block.end.name]

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from calque.assembled import Assembled
 from calque.budget import Budget
 from calque.costs import Costs, costs
 from calque.errors import InfeasibleBudgetError, SpecError
 from calque.graph import Network
 from calque.job import Job
 from calque.losses import Loss
-from calque.model import QuantizedModel
 from calque.parallel import Choices, fit_choices
 from calque.prices import Prices, Solution, solve
 from calque.quantizers import Quantizer
@@ -65,7 +65,7 @@ def measure(job: Job, choices: Choices, loss: tuple[str, Loss], tensors: Mapping
     }
     batches = thin(job.batches, job.recipe.priced_inputs)
     base_loss, rises = measure_prices(
-        network.module, base, stand_ins, batches, loss[1],
+        network.module, base.graph_module, stand_ins, batches, loss[1],
         checkpoint=job.checkpoint.within("prices"), on_layer=job.counter("prices", len(stand_ins) * len(batches)),
     )  # fmt: skip
     if not math.isfinite(base_loss):
@@ -87,7 +87,7 @@ def _base_bits(choices: Choices) -> Bits:
     return Bits(8, 8 if activations else None)
 
 
-def _base(job: Job, bits: Bits, choices: Choices, loss: Loss) -> QuantizedModel:
+def _base(job: Job, bits: Bits, choices: Choices, loss: Loss) -> Assembled:
     """The network with every layer at the base precision, rounded to nearest; layers that must stay float do."""
     plain = replace(
         job.recipe, steps=0, block_steps=0, statistics="none", distillation=NO_DISTILLATION, tuning=NO_TUNING,

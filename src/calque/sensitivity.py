@@ -19,7 +19,6 @@ from calque.execution import call_node
 from calque.graph import Batch
 from calque.graph.signature import flatten, have_rows, layout_of, rows, select, split
 from calque.losses import Loss
-from calque.model import QuantizedModel
 
 PRICED_ROWS = 32  # at a time: all values that later layers still read are held for so many rows
 
@@ -68,7 +67,7 @@ def _joined(parts: list[Batch]) -> Batch:
 
 def measure_prices(
     float_module: fx.GraphModule,
-    base: QuantizedModel,
+    base: fx.GraphModule,
     stand_ins: StandIns,
     batches: list[Batch],
     loss: Loss,
@@ -85,11 +84,11 @@ def measure_prices(
     total = sum(rows(batch) for batch in batches)
     base_loss = 0.0
     sums = {name: [0.0] * len(modules) for name, modules in stand_ins.items()}
-    needs = checkpoint.needs(base=_state(base.graph_module), stand_ins=_state(*itertools.chain(*stand_ins.values())))
+    needs = checkpoint.needs(base=_state(base), stand_ins=_state(*itertools.chain(*stand_ins.values())))
     for index, batch in enumerate(batches):
         piece = checkpoint.get(f"prices {index}", needs)
         if piece is None:
-            found = _batch_losses(float_module, base.graph_module, stand_ins, batch, loss, on_layer)
+            found = _batch_losses(float_module, base, stand_ins, batch, loss, on_layer)
             checkpoint.put(f"prices {index}", Piece({}, {"losses": found}, needs))
         else:
             found = piece.facts["losses"]

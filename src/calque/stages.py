@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from calque.assembled import Assembled, assemble, link_requantization
 from calque.biases import tune_biases
 from calque.channel_statistics import ChannelStatistics, trained_statistics
 from calque.checkpoint import Checkpoint, Piece
@@ -21,7 +22,6 @@ from calque.graph import Batch
 from calque.graph.signature import flatten, rows
 from calque.job import Job
 from calque.losses import Loss, closeness, kl, kl_and_mse, mse
-from calque.model import QuantizedModel, assemble, link_requantization
 from calque.parallel import fit_choices
 from calque.placement import Edge, place
 from calque.quantizers import QuantizedLayer, Quantizer
@@ -41,7 +41,7 @@ GUARDED_STRENGTH = 0.5  # power of the gains: docs/experiments.md
 class Built:
     """A quantized network, what its sweep left, what distillation and bias tuning gained, and the seconds of each stage."""
 
-    model: QuantizedModel
+    model: Assembled
     swept: Swept
     distilled: Distilled | None = None
     tuned: Tuned | None = None
@@ -103,7 +103,7 @@ def _pieces(job: Job, plan: Plan) -> Checkpoint:
     return job.checkpoint.within(f"network-{zlib.crc32(identity):08x}")
 
 
-def distill_network(job: Job, model: QuantizedModel, loss: Loss, references: Sequence[Sequence[Tensor]]) -> Distilled:
+def distill_network(job: Job, model: Assembled, loss: Loss, references: Sequence[Sequence[Tensor]]) -> Distilled:
     """Distills the float network in place, by the job's recipe; what was finished before is not done again."""
     how, module, checkpoint = job.recipe.distillation, model.graph_module, _pieces(job, model.plan)
     needs = checkpoint.needs(network=Piece(module.state_dict(), {}))
@@ -140,7 +140,7 @@ class _Judge:
         self.loss = sum(size * loss(exact, found).item() for size, exact, found in pairs) / sum(self.sizes)
 
 
-def _normalize(job: Job, model: QuantizedModel, targets: Mapping[str, ChannelStatistics], judge: _Judge) -> None:
+def _normalize(job: Job, model: Assembled, targets: Mapping[str, ChannelStatistics], judge: _Judge) -> None:
     """Para-normalizes in place; guarded, it is undone where the outputs are no closer for it.
 
     Args:
@@ -162,7 +162,7 @@ def _normalize(job: Job, model: QuantizedModel, targets: Mapping[str, ChannelSta
         link_requantization(model.graph_module)
 
 
-def tune(job: Job, model: QuantizedModel, loss: Loss, references: Sequence[Sequence[Tensor]]) -> Tuned:
+def tune(job: Job, model: Assembled, loss: Loss, references: Sequence[Sequence[Tensor]]) -> Tuned:
     """Tunes the biases in place, by the job's recipe."""
     steps = job.recipe.tuning.steps
     judge = {"run": loss, "kl": kl, "mse": mse}[job.recipe.tuning.loss]
@@ -230,7 +230,7 @@ def _has_squares(leaf: object, *, but_infinite: bool = False) -> bool:
 
 
 @torch.no_grad()
-def measured_loss(job: Job, model: QuantizedModel, loss: Loss, references: Sequence[Sequence[Tensor]]) -> float:
+def measured_loss(job: Job, model: Assembled, loss: Loss, references: Sequence[Sequence[Tensor]]) -> float:
     """The loss of the whole network on the calibration inputs, without labels."""
     total = 0.0
     for batch, exact in zip(job.batches, references, strict=True):

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, fx
 
 from calque.arithmetic import SMALLEST_SCALE, bias_codes, per_channel, smallest_weight_scale
+from calque.assembled import grid_of, link_requantization
 from calque.calibration import real_tokens
 from calque.channel_statistics import ChannelStatistics
 from calque.execution import Execution
 from calque.graph import Batch, WeightedLayer
 from calque.graph.fold import folded
-from calque.model import grid_of, link_requantization
 from calque.quantizers import InPieces, QuantizedLayer
 from calque.store import Store
 

@@ -8,6 +8,7 @@ from importlib.metadata import version
 import torch
 from torch import Tensor, nn
 
+from calque.assembled import Assembled, compiled, grid_of
 from calque.costs import float_size, values_outside_layers
 from calque.errors import warn
 from calque.fidelity import held_out_fidelity
@@ -18,7 +19,6 @@ from calque.gains import Fidelity
 from calque.graph import Network
 from calque.graph.batching import layout_notes
 from calque.job import Job
-from calque.model import QuantizedModel, grid_of
 from calque.report import LayerReport, Report
 from calque.search import Found
 from calque.stages import Built
@@ -66,16 +66,17 @@ def summarize(
     )  # fmt: skip
 
 
-def _fidelity(job: Job, result: QuantizedModel, references: Sequence[Sequence[Tensor]]) -> Fidelity | None:
+def _fidelity(job: Job, result: Assembled, references: Sequence[Sequence[Tensor]]) -> Fidelity | None:
     """What quantization cost the outputs. Closed forms are fitted to all inputs in the end: what they chose between is gone."""
     fitted = job.recipe.solver == "closed_form" and job.recipe.steps > 0
+    evaluate = compiled(result.graph_module)
     return held_out_fidelity(
-        lambda inputs: list(job.network.module(*inputs)), lambda inputs: result.evaluate(*inputs),
-        job.batches, references, result.out_spec, fitted=fitted,
+        lambda inputs: list(job.network.module(*inputs)), lambda inputs: evaluate(result.graph_module, *inputs),
+        job.batches, references, job.network.out_spec, fitted=fitted,
     )  # fmt: skip
 
 
-def _computed_scales(model: QuantizedModel) -> list[str]:
+def _computed_scales(model: Assembled) -> list[str]:
     """Layers whose bias scales are exactly the products of their input's scale and their own."""
     found = []
     for name, layer in model.layers.items():
@@ -107,7 +108,7 @@ def _layers(built: Built, found: Found | None) -> tuple[LayerReport, ...]:
     )
 
 
-def _ranged(report: LayerReport, model: QuantizedModel) -> LayerReport:
+def _ranged(report: LayerReport, model: Assembled) -> LayerReport:
     layer = model.layers.get(report.name)
     if report.low is None or layer is None or layer.source is None:
         return report
@@ -158,7 +159,7 @@ def _file_notes(network: Network, on_disk: int, limit: int | None) -> list[str]:
     return notes
 
 
-def _filled(network: Network, result: QuantizedModel) -> list[str]:
+def _filled(network: Network, result: Assembled) -> list[str]:
     """A sentence on weights that are exactly zero, as pruning leaves them, and that the fits moved."""
     names, zeros, moved = [], 0, 0
     for name, layer in result.layers.items():

@@ -41,7 +41,7 @@ CASES: dict[str, list[str]] = {
         "--bits",
         "w8a8,w4a4,w2a4",
         "--size",
-        str(pieces.SIZE),
+        f"{pieces.SIZE}B",
         "--recipe",
         "{folder}/fast.toml",
         "--workers",

@@ -74,10 +74,10 @@ def name_axes(graph: onnx.GraphProto, model: QuantizedModel) -> None:
 
 def _free_axes(graph: onnx.GraphProto, model: QuantizedModel) -> Iterator[_Axis]:
     """The free axes of all inputs in order."""
-    example = laid_out(model.facts["example"], model.signature.layout)
+    example = laid_out(model.facts.example, model.signature.layout)
     layout = layout_of(example)
     apart = layout is None or layout.apart
-    group_of = {axis: group for group in model.facts.get("equal_axes") or () for axis in group}
+    group_of = {axis: group for group in model.facts.equal_axes or () for axis in group}
     leaves = zip(graph.input, leaf_names(example), flatten(example)[0], have_rows(example), strict=True)
     for value, argument, leaf, batched in leaves:
         for number, dim in enumerate(value.type.tensor_type.shape.dim):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from onnx.defs import OpSchema
 from torch import Tensor, fx, nn
 
+from calque.assembled import grid_of
 from calque.export.spatial import RESIZES, write_exactly
 from calque.graph.network import (
     ADDITIONS,
@@ -24,7 +25,7 @@ from calque.graph.network import (
     value_of,
 )
 from calque.graph.rewrite import free_name
-from calque.model import QuantizedModel, grid_of
+from calque.model import QuantizedModel
 from calque.quantizers import QuantizedLayer, Quantizer
 
 DOMAIN = "calque"

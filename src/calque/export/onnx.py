@@ -132,7 +132,7 @@ def float_onnx(original: nn.Module, model: QuantizedModel) -> onnx.ModelProto:
 
 def _exported(module: nn.Module, model: QuantizedModel) -> onnx.ModelProto:
     """A module of flat inputs as torch.onnx translates it."""
-    inputs: tuple[FlatInput | None, ...] = model.facts["inputs"]
+    inputs: tuple[FlatInput | None, ...] = model.facts.inputs
     if any(form is None for form in inputs):
         raise ExportError("every input of an exported network must be a tensor. Leave out arguments that are not.")
     forms = [form for form in inputs if form is not None]

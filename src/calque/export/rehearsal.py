@@ -81,9 +81,7 @@ def _attempt(call: Any, model: QuantizedModel, behind_nodes: Mapping[str, str], 
 
 def _cases(model: QuantizedModel) -> Iterator[list[Tensor]]:
     """Flat inputs: the example, its first row, and twice the size along the axes that are free."""
-    if "example" not in model.facts:
-        return
-    example = laid_out(model.facts["example"], model.signature.layout)
+    example = laid_out(model.facts.example, model.signature.layout)
     counts = (length(example), 1) if any(have_rows(example)) and _has_free_rows(model, example) else (length(example),)
     for count in counts:
         yield _leaves(cut(example, torch.arange(count)))
@@ -97,7 +95,7 @@ def _cases(model: QuantizedModel) -> Iterator[list[Tensor]]:
 
 
 def _forms(model: QuantizedModel, example: Batch) -> Iterator[tuple[FlatInput | None, bool]]:
-    return zip(model.facts["inputs"], have_rows(example), strict=True)
+    return zip(model.facts.inputs, have_rows(example), strict=True)
 
 
 def _has_free_rows(model: QuantizedModel, example: Batch) -> bool:
@@ -160,7 +158,7 @@ def _first_apart(
     found = dict(zip(names, outputs[len(outputs) - len(names) :], strict=True))
     moved = distant = 0.0
     for node in model.graph_module.graph.nodes:
-        name = str(model.facts["edges"].get(str(node.target))) if node.op == "call_module" else ""
+        name = str(model.facts.edges.get(str(node.target))) if node.op == "call_module" else ""
         if name in found:
             if codes[name].numel() != found[name].numel():
                 return node  # type: ignore[no-any-return]

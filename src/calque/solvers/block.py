@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, fx
 
 from calque.arithmetic import binary_unit
+from calque.assembled import grid_of
 from calque.errors import SpecError
 from calque.graph.blocks import axis_of
 from calque.graph.network import is_movement
-from calque.model import grid_of
 from calque.quantizers import QuantizedLayer, Quantizer
 from calque.settings import StepSizes
 from calque.solvers.adaquant import CHECKS

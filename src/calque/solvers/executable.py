@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from calque.assembled import grid_of, link_requantization
 from calque.losses import Loss
-from calque.model import grid_of, link_requantization
 from calque.quantizers import QuantizedLayer, Quantizer
 from calque.solvers.learnable import LearnableLayer, StandIn, execute, output_unit
 from calque.solvers.rows import Rows

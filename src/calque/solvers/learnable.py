@@ -2,7 +2,7 @@
 
 Hubara et al. 2021, section 3: straight through the rounding, zero outside the clip for x; scale and zero point learn through
 the rounding as in LSQ (Esser et al., 1902.08153). A stand-in returns real values and feeds no grid: the quantizer behind it
-quantizes. After putting restored modules into a network call `calque.model.link_requantization`.
+quantizes. After putting restored modules into a network call `calque.assembled.link_requantization`.
 """
 
 from abc import ABC, abstractmethod

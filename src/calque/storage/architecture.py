@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from calque.assembled import edge_quantizers
 from calque.errors import SpecError
 from calque.graph import Network, WeightedLayer
-from calque.model import QuantizedModel
 from calque.quantizers import QuantizedLayer, Quantizer
 from calque.storage.file import Tensors
 from calque.storage.rules import layers_of
@@ -80,19 +80,24 @@ def _is_quantizer(module: fx.GraphModule, node: fx.Node) -> bool:
     return node.op == "call_module" and isinstance(module.get_submodule(str(node.target)), Quantizer)
 
 
-def grids(q: QuantizedModel) -> dict[str, dict[str, Any]]:
-    """Edge -> its grid, what is put on it and who reads it; a quantizer goes by its edge's name."""
+def grids(graph_module: fx.GraphModule, edges: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Edge -> its grid, what is put on it and who reads it; a quantizer goes by its edge's name.
+
+    Args:
+        edges: the name of each quantizer's edge by the path of its module.
+    """
+    quantizers = edge_quantizers(graph_module, edges)
 
     def name(node: fx.Node) -> str:
-        return q.edge_name(node) if _is_quantizer(q.graph_module, node) else node.name
+        return edges[str(node.target)] if _is_quantizer(graph_module, node) else node.name
 
     result = {}
-    for node in q.graph_module.graph.nodes:
-        if _is_quantizer(q.graph_module, node):
+    for node in graph_module.graph.nodes:
+        if _is_quantizer(graph_module, node):
             source = node.args[0]
             assert isinstance(source, fx.Node)
             readers = sorted(name(user) for user in node.users)
-            grid = q.quantizers[name(node)]
+            grid = quantizers[name(node)]
             result[name(node)] = {
                 "bits": grid.bits,
                 "scale": grid.scale.item(),  # a float32 is the same after JSON

@@ -13,9 +13,8 @@ from calque.errors import SpecError
 from calque.fields import inside, require, shown
 from calque.graph import Network
 from calque.graph.spelling import respellings
-from calque.model import QuantizedModel
 from calque.placement import Edge
-from calque.quantizers import Quantizer
+from calque.quantizers import QuantizedLayer, Quantizer
 from calque.spec import Bits, Plan, check_entry
 from calque.storage.architecture import left_float
 from calque.storage.file import Tensors
@@ -160,9 +159,9 @@ def check_floats(network: Network, model: nn.Module, tensors: Tensors) -> None:
             _require_all(key, value, torch.isfinite(value) | infinite, "finite")
 
 
-def check_scales(q: QuantizedModel) -> None:
+def check_scales(layers: Mapping[str, QuantizedLayer]) -> None:
     """Raises SpecError where a bias is on another grid than the sums that it is added to."""
-    for name, layer in q.layers.items():
+    for name, layer in layers.items():
         grid, own = layer.source, layer.bias_scale
         if own is not None and grid is not None and not torch.allclose(own, grid.scale * layer.scale, SAME, 0):
             raise SpecError(
@@ -171,9 +170,8 @@ def check_scales(q: QuantizedModel) -> None:
             )
 
 
-def check_ranges(q: QuantizedModel, report: Table) -> None:
+def check_ranges(layers: Mapping[str, QuantizedLayer], grids: Mapping[str, Quantizer], report: Table) -> None:
     """Raises SpecError where a grid has another range than the report says."""
-    grids = q.quantizers
     for name, (bits, low, high) in report["tensors"].items():
         where = inside("report.tensors", name)
         if name not in grids:
@@ -181,7 +179,7 @@ def check_ranges(q: QuantizedModel, report: Table) -> None:
         require(bits == f"a{grids[name].bits}", where, f"of the grid's {grids[name].bits} bits", bits)
         _require_range(where, grids[name], low, high)
     for index, layer in enumerate(report["layers"]):
-        part = q.layers.get(layer["name"])
+        part = layers.get(layer["name"])
         if layer["low"] is not None:
             where = f"report.layers[{index}]"
             if part is None or part.source is None:

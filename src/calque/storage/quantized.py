@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from calque.admission import file_to_read, file_to_write, require_original, require_quantized
 from calque.arithmetic import pack, unpack
+from calque.assembled import Assembled, assemble
 from calque.errors import CalqueError, LoadError, SpecError
 from calque.factors import insert_factor
 from calque.files import FilePath
@@ -23,9 +24,10 @@ from calque.graph import Batch, Network, Signature, capture
 from calque.graph.copies import duplicate
 from calque.graph.signature import Axis, Layout, laid_out
 from calque.graph.surroundings import undisturbed
-from calque.model import QuantizedModel, assemble
+from calque.model import Facts, QuantizedModel
 from calque.partly import PartlyQuantized, whole_only
 from calque.placement import place
+from calque.prices import Prices
 from calque.quantizers import QuantizedLayer, Quantizer
 from calque.report import Report
 from calque.spec import Bits, Plan
@@ -61,7 +63,7 @@ def save(q: QuantizedModel, path: FilePath) -> None:
     path = file_to_write(path, "save(q, path)")
     tensors, layout = _tensors(q), q.signature.layout
     example: Tensors = {}
-    form = {name: describe_input(value, example) for name, value in q.facts["example"].items()}
+    form = {name: describe_input(value, example) for name, value in q.facts.example.items()}
     aliases = deduplicate(tensors)
     tensors.update({key: value for key, value in example.items() if not value.is_floating_point()})
     table = {
@@ -69,15 +71,15 @@ def save(q: QuantizedModel, path: FilePath) -> None:
         "versions": {"calque": version("calque"), "torch": torch.__version__},
         "plan": {name: str(bits) for name, bits in q.plan.items()},
         "report": None if q.report is None else json.loads(q.report.to_json()),
-        "placement": q.facts["placement"],
-        "dynamic": {name: sorted(axes) for name, axes in q.facts["dynamic"].items() if isinstance(axes, Mapping)},
-        "equal_axes": q.facts.get("equal_axes"),
+        "placement": q.facts.placement,
+        "dynamic": {name: sorted(axes) for name, axes in q.facts.dynamic.items() if isinstance(axes, Mapping)},
+        "equal_axes": q.facts.equal_axes,
         "inputs": form,
         "layout": None if layout is None else {**asdict(layout), "whole": sorted(layout.whole)},
         "layers": {name: {"bits": part.bits, "shape": list(part.codes.shape)} for name, part in q.layers.items()},
         "operators": operators(q.graph_module),
-        "grids": grids(q),
-        "scaled": q.facts["scaled"],
+        "grids": grids(q.graph_module, q.facts.edges),
+        "scaled": q.facts.scaled,
         "aliases": aliases,
     }
     check_table(json.loads(json.dumps(table)))
@@ -102,6 +104,11 @@ def load(path: FilePath, model: nn.Module) -> QuantizedModel:
     """
     path = file_to_read(path, "load(path, model)")
     require_original(model)
+    return restored(path, model)
+
+
+def restored(path: FilePath, model: nn.Module, prices: Prices | None = None) -> QuantizedModel:
+    """What `load` returns, with the prices that were measured beside it."""
     table, tensors = read(path)
     with _naming(path):
         check_table(table)
@@ -120,11 +127,16 @@ def load(path: FilePath, model: nn.Module) -> QuantizedModel:
     with _naming(path):
         check_floats(network, model, tensors)
     plan = Plan({name: Bits.parse(bits) for name, bits in table["plan"].items()})
-    result = _assembled(path, network, plan, table, tensors)
-    result.report = None if table["report"] is None else Report.from_json(json.dumps(table["report"]))
-    result.facts |= {"placement": table["placement"], "example": example, "dynamic": _dynamic(table)}
-    result.facts["equal_axes"] = _equal_axes(table)
-    return result
+    assembled = _assembled(path, network, plan, table, tensors)
+    facts = Facts.of(
+        assembled,
+        placement=table["placement"],
+        example=example,
+        dynamic=_dynamic(table),
+        equal_axes=_equal_axes(table),
+    )
+    report = None if table["report"] is None else Report.from_json(json.dumps(table["report"]))
+    return QuantizedModel(assembled, facts, report, prices)
 
 
 @contextmanager
@@ -136,9 +148,7 @@ def _naming(path: FilePath) -> Iterator[None]:
         raise LoadError(f"{path} cannot be loaded: {error} Save it again with calque.save.") from error
 
 
-def _assembled(
-    path: FilePath, network: Network, plan: Plan, table: Mapping[str, Any], tensors: Tensors
-) -> QuantizedModel:
+def _assembled(path: FilePath, network: Network, plan: Plan, table: Mapping[str, Any], tensors: Tensors) -> Assembled:
     """The network with the file's layers, grids and float tensors in it."""
     with _naming(path):
         check_plan(network, plan)
@@ -151,10 +161,10 @@ def _assembled(
         quantizers = {edge.name: _quantizer(table["grids"][edge.name], device) for edge in edges}
         result = assemble(network, edges, _layers(network, table, tensors), quantizers, plan)
         _restore_float(result, tensors)
-        check_scales(result)
+        check_scales(result.layers)
         if table["report"] is not None:
-            check_ranges(result, table["report"])
-    if grids(result) != table["grids"]:
+            check_ranges(result.layers, result.quantizers, table["report"])
+    if grids(result.graph_module, result.edges) != table["grids"]:
         raise _moved_grids(path, table)
     return result
 
@@ -233,7 +243,7 @@ def _layers(network: Network, table: Mapping[str, Any], tensors: Tensors) -> dic
     return layers
 
 
-def _restore_float(q: QuantizedModel, tensors: Tensors) -> None:
+def _restore_float(q: Assembled, tensors: Tensors) -> None:
     """Puts, in place, the stored tensors where the architecture's own weights are."""
     for name, _ in list(left_float(q.graph_module)):
         path, _, leaf = name.rpartition(".")
