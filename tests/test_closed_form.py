@@ -48,6 +48,11 @@ def problem(
     return LayerProblem(x, targets, weight, bias, rows[:border], rows[min(border, len(rows) - 1) :], activation)
 
 
+def copied(case: LayerProblem) -> LayerProblem:
+    """The problem with rows of its own: a solver uses them up."""
+    return replace(case, patches=case.patches.clone())
+
+
 def test_moments_are_the_covariances() -> None:
     x, targets = random(2, 50, 4) + 3, random(2, 50, 5, seed=1) - 2
 
@@ -288,7 +293,7 @@ def test_bits_that_share_their_moments_are_fitted_as_each_alone(monkeypatch: pyt
     x = random(1, 200, 12, seed=4)
     weight = random(1, 5, 12, seed=5)
     case = problem(x + 0.4 * random(1, 200, 12, seed=6), x @ weight.mT, weight, torch.relu)
-    alone = {bits: ClosedForm(case, None, rounds=2).fit(bits) for bits in (2, 3, 8)}
+    alone = {bits: ClosedForm(copied(case), None, rounds=2).fit(bits) for bits in (2, 3, 8)}
     counted: list[torch.Size] = []
     factorized = Metric.of
 
@@ -310,7 +315,7 @@ def test_ridges_that_are_tried_one_after_the_other_end_where_all_at_once_do(monk
     x = random(1, 200, 12, seed=4)
     weight = random(1, 5, 12, seed=5)
     case = problem(x + 0.4 * random(1, 200, 12, seed=6), x @ weight.mT, weight)
-    together = ClosedForm(case, None, rounds=1).fit(BITS)
+    together = ClosedForm(copied(case), None, rounds=1).fit(BITS)
     tried: list[int] = []
     trials = ClosedForm._trials
 
@@ -335,3 +340,16 @@ def test_a_handful_of_inputs_is_fitted(rows: int) -> None:
         q = calque.quantize(networks.small(seed), networks.images(rows, seed), bits="w8a8")
 
         assert torch.isfinite(q(networks.images(4, 9))).all()
+
+
+@pytest.mark.parametrize("grid", [None, Grid(torch.tensor(0.1), torch.tensor(120), 255)], ids=["float", "grid"])
+def test_the_rows_of_a_problem_are_held_once(grid: Grid | None) -> None:
+    x, weight = random(2, 100, 6, seed=0), random(2, 3, 6, seed=1)
+    case = problem(x.clone(), x @ weight.mT, weight)
+    rows = x if grid is None else grid.quantize(x)
+
+    solver = ClosedForm(case, grid, rounds=1)
+
+    assert solver.x.untyped_storage().data_ptr() == case.patches.untyped_storage().data_ptr()
+    order = rows[:, :80].var(1).argsort(1, descending=True)
+    assert torch.equal(torch.cat([solver.x, solver.held_out], 1), rows.gather(2, order[:, None].expand_as(rows)))

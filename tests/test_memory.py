@@ -38,6 +38,26 @@ calque.quantize(net, images, bits="w4a4", memory="300MB", progress=False)
 print(status("VmHWM") - before)
 """
 
+READING = """
+import os, sys, torch
+from calque.store import Store
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+with Store(int(sys.argv[1])) as store:
+    kept = [store.put(torch.full((4_000_000,), float(index))) for index in range(4)]
+    before, most, small = resident(), 0, []
+    for index in range(40):
+        value = store.get(kept[index % 4])
+        twice = value * 2
+        small.append(twice[::4000].clone())  # lies behind the large ones, and outlives them
+        most = max(most, resident() - before)
+        del value, twice
+print(most)
+"""
+
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
 def test_the_peak_keeps_to_the_budget_with_many_inputs() -> None:
@@ -61,6 +81,14 @@ def problem_of(values: Iterator[Tensor]) -> None:
     pairs = map(lambda *both: both, values, fleeting(5))
     weight, bias = torch.ones(4, 4, 1, 1), torch.zeros(4)
     layer_problem(Geometry("convolution"), weight, bias, torch.relu, pairs, inputs=10, generator=torch.Generator())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc is asked to give memory back")
+@pytest.mark.parametrize("memory", [1, 10 * MEGABYTE])
+def test_places_of_values_that_are_gone_do_not_add_up(memory: int) -> None:
+    done = subprocess.run([sys.executable, "-c", READING, str(memory)], capture_output=True, text=True, check=True)
+
+    assert int(done.stdout) < memory + 60 * MEGABYTE  # two values at a time, and a margin of as much
 
 
 READERS: dict[str, Callable[[Iterator[Tensor]], object]] = {

@@ -20,6 +20,7 @@ from calque.files import PREFIX, cannot_write
 SPACE = ". Values past the memory budget go there: set TMPDIR to a folder with more space, or raise the budget"
 MOST_MEMORY = 10**15  # bytes
 SMALL = 2**10  # bytes of a tensor that stays in memory: on disk it would hardly take less of it
+FREE = 2**27  # bytes that the allocator may hold free between two values: to map them anew takes time
 _UNITS = {"B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -179,6 +180,7 @@ class Store:
             held = self._held[_address(value)] = _Held(0, size)
             self.resident += size
         held.tensors += 1
+        self._trim_beyond(self.memory)
         return value
 
     def _spilled(self, value: Tensor) -> _OnDisk:
@@ -197,6 +199,7 @@ class Store:
         if not isinstance(kept, _OnDisk):
             return kept
         assert self._spill is not None
+        self._trim_beyond(self.memory)
         memory = torch.empty(kept.size, dtype=torch.uint8)
         self._spill.read(kept.start, _bytes(memory))
         return memory.view(kept.dtype).as_strided(kept.shape, kept.stride).to(kept.device)
@@ -218,8 +221,15 @@ class Store:
 
     def give_back(self) -> None:
         """Returns what the allocator holds free to the system, once the process has grown by a good part of the budget."""
+        self._trim_beyond(self.memory // 4)
+
+    def _trim_beyond(self, growth: int) -> None:
+        """The same once it has grown by so many bytes, or by FREE.
+
+        The place of a freed tensor is often a few bytes too small for the next of its size, and stays free beside it.
+        """
         now = _resident()
-        if now - self._least > self.memory // 4:
+        if now - self._least > min(growth, FREE):
             _trim()
             self._least = now = _resident()
         self._least = min(self._least, now)

@@ -58,10 +58,8 @@ class Sweep:
             fits: by layer, fits on float inputs (the parallel flavour), which are then put on the grids and not solved again.
         """
         self.needs: Needs = {}  # the piece of the layer in front, which depends on all before it
-        self.job = job
-        self.network = job.network
-        self.bits = bits
-        self.recipe = job.recipe
+        self.job, self.network, self.recipe = job, job.network, job.recipe
+        self.bits, self.store = bits, store
         self.checkpoint = checkpoint
         self.fits = fits or {}
         self.reference = Execution(self.network.module, job.batches, store)
@@ -201,6 +199,7 @@ class Sweep:
             fit = fit_from_piece(piece, self.network.weighted(layer.name).weight.device)
         else:
             fit = self._solved(layer, bits, ready)
+            self.store.give_back()
             piece = replace(self.migration.kept(layer.name, fit_to_piece(fit)), needs=needs)
             self.checkpoint.put(key, piece)
         self.needs = self.checkpoint.needs(before=piece)
@@ -219,6 +218,7 @@ class Sweep:
         if ready is not None:
             return placed(problem, ready, grid, bits.weight, tied or (ready.codes, ready.scale))
         settings = Settings.of(self.recipe, self.recipe.steps)
+        self.store.give_back()  # what the sampling left free, before the fit takes its own
         return solve_(
             problem, grid, bits.weight, settings, self.job.generator(layer.name), learn_grid=learn_grid, tied=tied,
             rows=self._rows(layer) if self.recipe.patches == "all" else None,
@@ -272,8 +272,8 @@ class Sweep:
             exact = real_tokens(self.reference.values(source), self.job.masks)
             least, largest = extremes(self.migration.inputs(layer.name, exact))
             others = [self.network.layers[name] for name in edge.readers if name != layer.name]
-            problems = [self._problem(other, None) for other in others if other.node.args[0] is source]
-            error = output_error([problem, *problems])
+            alike = [layer, *(other for other in others if other.node.args[0] is source)]
+            error = output_error(problem if each is layer else self._problem(each, None) for each in alike)
             low, high = search_range(least, largest, edge.bits, lambda s, z: error(s, z, qmax), tolerance)
         else:
             sample = self._sample(edge, source)

@@ -46,18 +46,8 @@ class Moments:
     @classmethod
     def of(cls, x: Tensor, targets: Tensor) -> "Moments":
         """Of inputs (groups, R, K) and targets (groups, R, O)."""
-        mean = x.mean(1, keepdim=True)
-        return cls._about(mean, x - mean, targets)
-
-    @classmethod
-    def of_(cls, x: Tensor, targets: Tensor) -> "Moments":
-        """`of`; the inputs are overwritten."""
-        mean = x.mean(1, keepdim=True)
-        return cls._about(mean, x.sub_(mean), targets)
-
-    @classmethod
-    def _about(cls, mean: Tensor, centred: Tensor, targets: Tensor) -> "Moments":
-        output, count = targets.mean(1, keepdim=True), targets.shape[1]
+        mean, output, count = x.mean(1, keepdim=True), targets.mean(1, keepdim=True), targets.shape[1]
+        centred = x - mean
         return cls(centred.mT @ centred / count, centred.mT @ (targets - output) / count, mean.mT, output, count)
 
     def merged(self, other: "Moments") -> "Moments":
@@ -120,6 +110,7 @@ class ClosedForm:
     has groups of inputs.
 
     Args:
+        problem: it is used up: its patches, a good part of a memory budget, are overwritten with the inputs that the fits read.
         grid: of the input, which stays.
         rounds: of coordinate descent and refitted scales after GPTQ.
     """
@@ -131,12 +122,15 @@ class ClosedForm:
         together = torch.equal(rows, torch.arange(problem.patches.shape[1], device=rows.device))
         self.all_targets = problem.targets if together else problem.targets[:, rows]
         self.targets, self.held_out_targets = self.all_targets[:, :fitted], self.all_targets[:, fitted:]
-        moments = Moments.of_(_on_grid(problem.patches, problem.fitted, grid), self.targets)
+        self.all_x = problem.patches if together else problem.patches[:, rows]
+        self.x, self.held_out = self.all_x[:, :fitted], self.all_x[:, fitted:]
+        if grid is not None:
+            _overwrite_(self.all_x, grid.quantize)
+        moments = Moments.of(self.x, self.targets)
         power = moments.power.diagonal(dim1=1, dim2=2)
         self.order = power.argsort(1, descending=True)
         index = self.order[:, None]
-        self.all_x = _on_grid(problem.patches, rows, grid, self.order)
-        self.x, self.held_out = self.all_x[:, :fitted], self.all_x[:, fitted:]
+        _overwrite_(self.all_x, lambda part: part.gather(2, index.expand_as(part)))
         self.moments = moments.ordered(self.order)
         self.inverse = self.order.argsort(1)
         self.weight = problem.weight.gather(2, index.expand_as(problem.weight)).mT.contiguous()
@@ -152,7 +146,9 @@ class ClosedForm:
         """
         problem = self.problem
         scale = self._initial(self.weight, self.moments.power, bits)
-        start = round_to_nearest(problem, self._stored(scale), self.grid, bits)
+        inputs = self.held_out.gather(2, self.inverse[:, None].expand_as(self.held_out))
+        start = round_to_nearest(problem, self._stored(scale), self.grid, bits, inputs=inputs)
+        del inputs
         ridge, error = self._best_ridge(bits)
         everything = self.moments.merged(Moments.of(self.held_out, self.held_out_targets))
         if problem.clipped:
@@ -192,8 +188,9 @@ class ClosedForm:
         strength = torch.tensor(ridges, device=self.unit.device)[:, None, None, None] * self._unit(moments)
         kept = self.metrics.get(ridges)
         if kept is None or kept[0] is not moments.power:  # clipped targets that move leave H as it was
-            eye = torch.eye(moments.power.shape[-1], device=moments.power.device)
-            kept = moments.power, Metric.of((moments.power + strength * eye).flatten(0, 1))
+            matrix = moments.power.repeat(len(ridges), 1, 1)
+            matrix.view(len(ridges), -1, *matrix.shape[1:]).diagonal(dim1=2, dim2=3).add_(strength[..., 0])
+            kept = moments.power, Metric.of(matrix)
             self.metrics = {key: self.metrics[key] for key in self.metrics if key == RIDGES} | {ridges: kept}
         metric = kept[1]
         return metric, metric.solve((moments.cross + strength * self.weight).flatten(0, 1))
@@ -264,15 +261,10 @@ class ClosedForm:
         return self.problem.held_out_error(self.held_out, (codes * scale).mT, bias)
 
 
-def _on_grid(patches: Tensor, rows: Tensor, grid: Grid | None, order: Tensor | None = None) -> Tensor:
-    """Some rows of patches (groups, R, K), rounded to the grid, with the inputs in an order (groups, K); one copy is made."""
-    found = patches.new_empty(len(patches), len(rows), patches.shape[2])
-    together = rows_together(patches)
-    for part, into in zip(torch.split(rows, together), torch.split(found, together, 1), strict=True):
-        x = patches[:, part]
-        x = x if order is None else x.gather(2, order[:, None].expand_as(x))
-        into.copy_(x if grid is None else grid.quantize(x))
-    return found
+def _overwrite_(rows: Tensor, change: Callable[[Tensor], Tensor]) -> None:
+    """Puts what a function of rows (groups, R, K) makes of them in their place, some at a time."""
+    for part in torch.split(rows, rows_together(rows), 1):
+        part.copy_(change(part))
 
 
 def _bias(moments: Moments, codes: Tensor, scale: Tensor) -> Tensor:

@@ -206,19 +206,29 @@ class Fit:
 
 
 def round_to_nearest(
-    problem: LayerProblem, scale: Tensor, grid: Grid | None, bits: int, codes: Tensor | None = None
+    problem: LayerProblem,
+    scale: Tensor,
+    grid: Grid | None,
+    bits: int,
+    codes: Tensor | None = None,
+    *,
+    inputs: Tensor | None = None,
 ) -> Fit:
     """The layer with its weights rounded to nearest on the given scales, or with the codes that it must have.
 
     The bias is the float one.
+
+    Args:
+        inputs: the held-out rows on the grid (groups, H, K), where the caller has them; the problem's patches are not read then.
     """
     qmin, qmax = weight_limits(bits)
     scale = scale.clamp(min=NEGLIGIBLE)
     codes = (
         (problem.weight / by_input(scale, problem.weight)).round().clamp(qmin, qmax) if codes is None else codes.float()
     )
-    x = problem.patches[:, problem.held_out]
-    inputs = x if grid is None else grid.quantize(x)
+    if inputs is None:
+        x = problem.patches[:, problem.held_out]
+        inputs = x if grid is None else grid.quantize(x)
     error = problem.held_out_error(inputs, codes * by_input(scale, codes), problem.bias)
     return Fit(codes.to(torch.int8), scale, problem.bias, grid, error, error)
 
@@ -246,10 +256,14 @@ def covariance(problem: LayerProblem, rows: int = 4096) -> Tensor:
     return x.transpose(1, 2) @ x / max(1, x.shape[1])
 
 
-def output_error(problems: list[LayerProblem], rows: int = 2048) -> Callable[[Tensor, Tensor, int], float]:
-    """The relative error that an activation grid alone causes at the outputs of the layers that read it."""
-    cases = []
-    for problem in problems:
+def output_error(problems: Iterable[LayerProblem], rows: int = 2048) -> Callable[[Tensor, Tensor, int], float]:
+    """The relative error that an activation grid alone causes at the outputs of the layers that read it.
+
+    Args:
+        problems: of these layers; none is kept.  rows: of each that are looked at, at most.
+    """
+
+    def case(problem: LayerProblem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         available = problem.patches.shape[1]
         count = max(1, min(rows, available, SEARCHED // problem.patches[:, 0].numel()))
         spread = torch.linspace(0, available - 1, count)
@@ -258,7 +272,9 @@ def output_error(problems: list[LayerProblem], rows: int = 2048) -> Callable[[Te
         weight = (problem.weight / binary_unit(problem.weight) / unit).transpose(1, 2)
         exact = x @ weight
         power = (exact - exact.mean(1, keepdim=True)).square().mean().clamp(min=CONSTANT)
-        cases.append((x, exact, weight, power))
+        return x, exact, weight, power
+
+    cases = list(map(case, problems))  # a loop's variable would keep each problem until the next one is there
 
     def error(scale: Tensor, zero_point: Tensor, qmax: int) -> float:
         total = 0.0

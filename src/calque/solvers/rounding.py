@@ -29,8 +29,8 @@ class Metric:
     @classmethod
     def of(cls, matrix: Tensor) -> "Metric":
         """M = A A^T with A upper triangular, from a Cholesky factorisation in reverse order; U = A^-1."""
-        lower: Tensor = torch.linalg.cholesky(matrix.flip(-2, -1))
-        return cls(matrix, _inverse_upper(lower.flip(-2, -1)))
+        root: Tensor = torch.linalg.cholesky(matrix.flip(-2, -1)).flip(-2, -1)  # the factor before the flip is not kept
+        return cls(matrix, _inverse_upper(root))
 
     def solve(self, right: Tensor) -> Tensor:
         """M^-1 right, (B, K, R)."""
