@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from calque.cli import run
+from calque.cli.curve import default_sweep, file_name, swept_quantity
 from calque.cli.folder import Run, write_start
-from calque.cli.plan import default_sweep, file_name, swept_quantity
 from calque.prices import Prices
 from calque.report import Finalist, Report
 from calque.spec import Plan

@@ -38,8 +38,7 @@ from calque.graph.signature import flatten, rows, select
 from calque.graph.surroundings import undisturbed
 from calque.model import QuantizedModel
 from calque.parts import PartlyQuantized, whole_only
-
-BOUND = 0.99  # least agreement of each output with the exact integer evaluation
+from calque.spec import BOUND
 
 FUSED = (
     "OpenVINO fuses operators across roundings (a residual add or an activation into the layer in front of it), so that codes "
