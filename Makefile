@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  if [ -z "$$found" ]; then echo "calque needs Python 3.11 or newer; none of python3.11, python3.12, python3.13, python3 is." >&2; exit 1; fi; \
 	  "$$found" -m venv --clear .venv; \
 	fi
-	@$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev,docs,openvino,qonnx]' --constraint constraints.txt
+	@$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[demo,plot,openvino,qonnx,dev,docs]' --constraint constraints.txt
 	@touch $@
 
 demo: setup

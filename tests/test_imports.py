@@ -20,10 +20,11 @@ HEAVY = {
 MOST_MODULES = 150  # of Python's own library and of calque that `import calque` loads: 60 with Python 3.11
 
 
-def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False, env=dict(os.environ)
-    )
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False,
+        env={**os.environ, **environment},
+    )  # fmt: skip
 
 
 def loaded_by(code: str) -> set[str]:
@@ -65,6 +66,31 @@ def test_help_and_misspelt_commands_do_not_wait_for_torch(arguments: list[str]) 
     loaded = loaded_by(f"from calque.cli import run; run({arguments})")
 
     assert not packages(loaded) & HEAVY
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("calque qu", ["quantize"]),
+        ("calque recipe ", list(SHIPPED)),
+        ("calque quantize --recipe a", ["accurate", "advanced"]),
+        ("calque verify --target ", ["onnxruntime", "openvino", "qonnx"]),
+    ],
+)
+def test_the_shell_is_offered_words_without_waiting_for_torch(words: str, offered: list[str]) -> None:
+    asked = {"_CALQUE_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    script = """
+import atexit, sys
+atexit.register(lambda: print(*{name.partition(".")[0] for name in sys.modules}, file=sys.stderr))
+sys.argv = ["calque"]
+from calque.cli import main
+main()
+"""
+    done = run(script, **asked)
+
+    assert done.stdout.split() == offered
+    assert "calque" in done.stderr.split()
+    assert not set(done.stderr.split()) & HEAVY
 
 
 def test_every_public_name_is_there_listed_and_imported_once() -> None:

@@ -7,6 +7,7 @@ import pytest
 
 ROOMS = (
     "errors",
+    "extras",
     "processes",
     "fields",
     "files",
@@ -69,6 +70,8 @@ ROOMS = (
     "pipeline",
     "export",
     "demo",
+    "machine",
+    "diagnosis",
     "cli",
 )
 FRONT_DOOR = "calque"  # the package itself: it imports the rooms, so only the last room may import it

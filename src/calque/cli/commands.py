@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from calque.cli.doctor import doctor_command
 from calque.cli.export import export_command, verify_command
 from calque.cli.latency import latency_command
 from calque.cli.plan import plan_command
 from calque.cli.quantize import quantize_command
 from calque.cli.signals import EndedError, ending_signals
 from calque.cli.terminal import complain, one_line, visible_warnings
-from calque.cli.words import ENTRY, Folder, Quiet, Seed
+from calque.cli.words import ENTRY, Folder, Quiet, Seed, recipes
 from calque.errors import CalqueError
 from calque.fields import shown
 from calque.files import LONGEST_PATH, temporary_folder, write_whole
@@ -31,7 +32,6 @@ INTERRUPTED = 130  # the exit code of a command that Ctrl-C ended
 DEMO = "demo.json"  # the file that tells a demonstration's folder from others
 
 app = typer.Typer(
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Accurate post-training quantization to 2-8 bits.",
 )
@@ -106,7 +106,7 @@ app.command("verify")(verify_command)
 
 @app.command("recipe")
 def recipe_command(
-    name: Annotated[str, typer.Argument(help=f"{', '.join(SHIPPED)} or a TOML file")],
+    name: Annotated[str, typer.Argument(help=f"{', '.join(SHIPPED)} or a TOML file", autocompletion=recipes)],
 ) -> None:
     """Prints a recipe as TOML, to be edited and passed back with --recipe."""
     from calque.recipe import find_recipe
@@ -116,6 +116,7 @@ def recipe_command(
 
 app.command("plan")(plan_command)
 app.command("latency")(latency_command)
+app.command("doctor")(doctor_command)
 
 
 @app.command("report")

@@ -14,7 +14,8 @@ from calque.budget import NANOSECONDS, Budget
 from calque.checkpoint import RUN
 from calque.cli.folder import CURVE, PICTURE, PLANS, PRICES, read_report
 from calque.cli.inputs import InputError, parse_budget
-from calque.errors import SpecError
+from calque.errors import MissingExtraError, SpecError
+from calque.extras import import_extra
 from calque.files import write_whole
 from calque.prices import Prices, Solution, priced
 from calque.report import table_lines
@@ -176,9 +177,18 @@ def write_plans(folder: Path, points: list[Point]) -> None:
 
 
 def write_curve(folder: Path, prices: Prices, points: list[Point], finalists: list[Point], *, swept: str) -> None:
-    """Writes the curve as a table and as a picture, each file whole."""
+    """Writes the curve as a table and as a picture, each file whole.
+
+    Raises:
+        MissingExtraError: nothing draws here; the table is written, and a picture of another curve is gone.
+    """
     write_whole(folder / CURVE, curve_csv(prices, points, finalists).encode())
-    write_whole(folder / PICTURE, draw_curve(prices, points, finalists, swept))
+    try:
+        picture = draw_curve(prices, points, finalists, swept)
+    except MissingExtraError:
+        (folder / PICTURE).unlink(missing_ok=True)
+        raise
+    write_whole(folder / PICTURE, picture)
 
 
 def file_name(name: str) -> str:
@@ -223,10 +233,14 @@ def in_unit(name: str, cost: int) -> float:
 
 
 def draw_curve(prices: Prices, points: list[Point], finalists: list[Point], swept: str) -> bytes:
-    """A PNG of the predicted increase of the loss over the swept cost, and of the measured one of finalists."""
+    """A PNG of the predicted increase of the loss over the swept cost, and of the measured one of finalists.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
     pairs = sorted((in_unit(swept, point.solution.costs[swept]), point.solution.increase) for point in points)
     costs, increases = [cost for cost, _ in pairs], [increase for _, increase in pairs]
-    # imported here: it takes a second, which commands that draw nothing need not wait for
+    import_extra("plot")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

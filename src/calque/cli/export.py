@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from calque.cli.words import Folder, Trust
+from calque.cli.words import Folder, Runtime, Trust
 from calque.spec import BOUND
 
 if TYPE_CHECKING:
     from calque.export import Target
 
-Runtime = Annotated[str, typer.Option("--target", help="onnxruntime, openvino or qonnx")]
 Metric = Annotated[
     str | None,
     typer.Option(

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from calque.cli.terminal import complain
-from calque.errors import InfeasibleBudgetError
+from calque.errors import InfeasibleBudgetError, MissingExtraError
 
 
 def plan_command(
@@ -55,11 +55,13 @@ def plan_command(
     write_plans(run, [*points, *finalists])
     kept = len(points) == 1 and has_curve(run)
     if not kept:
-        write_curve(run, prices, points, finalists, swept=swept_quantity(lists, latency, minimize))
+        try:
+            write_curve(run, prices, points, finalists, swept=swept_quantity(lists, latency, minimize))
+        except MissingExtraError as error:
+            complain("note", f"the curve is not drawn. {error}")
     for line in plan_table(prices, [*points, *finalists]):
         print(line)
     for name, error in failures.items():
         complain(f"infeasible, {name}", str(error))
-    print(
-        f"the plans are in {run / PLANS}, the curve{' of before' if kept else ''} in {run / CURVE} and {run / PICTURE}"
-    )
+    curves = " and ".join(str(run / name) for name in (CURVE, PICTURE) if (run / name).is_file())
+    print(f"the plans are in {run / PLANS}, the curve{' of before' if kept else ''} in {curves}")

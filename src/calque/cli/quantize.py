@@ -13,7 +13,7 @@ import typer
 
 from calque.cli.signals import shielded_workers
 from calque.cli.terminal import advice, complain, estimates
-from calque.cli.words import ENTRY, Quiet, Seed
+from calque.cli.words import ENTRY, Quiet, Seed, recipes
 from calque.errors import CalibrationError
 from calque.files import remove_folder
 from calque.spec import SHIPPED, Placement, Plan
@@ -41,7 +41,9 @@ def quantize_command(
     minimize: Annotated[str | None, typer.Option(help="dual form: size, bops or latency")] = None,
     loss: Annotated[str | None, typer.Option(help="kl, mse or my_package.my_module:loss")] = None,
     override: Annotated[list[str] | None, typer.Option(help="pattern=bits or pattern=float; repeatable")] = None,
-    recipe: Annotated[str | None, typer.Option(help=f"{', '.join(SHIPPED)} or a TOML file")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help=f"{', '.join(SHIPPED)} or a TOML file", autocompletion=recipes)
+    ] = None,
     placement: Annotated[str, typer.Option(help="integer or inputs")] = "integer",
     first_last: Annotated[str, typer.Option(help="bits of the ends, auto or none")] = "auto",
     dynamic: Annotated[list[str] | None, typer.Option(help="axes that may change: x:2,3; repeatable")] = None,

@@ -9,7 +9,10 @@ from typing import Annotated
 
 import typer
 
+from calque.spec import SHIPPED
+
 ENTRY = "calque"
+TARGETS = ("onnxruntime", "openvino", "qonnx")
 
 Folder = Annotated[Path, typer.Argument(help="the folder of a run", metavar="RUN")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress bars")]
@@ -23,3 +26,11 @@ Trust = Annotated[
         "--trust", help="import the function that run.json names, although others could have written its name"
     ),
 ]
+Runtime = Annotated[
+    str, typer.Option("--target", help="onnxruntime, openvino or qonnx", autocompletion=lambda: list(TARGETS))
+]
+
+
+def recipes() -> list[str]:
+    """What the shell offers where a recipe is asked for."""
+    return list(SHIPPED)
