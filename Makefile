@@ -1,4 +1,4 @@
-# make setup | demo | lint | types | docs | doctest | test | campaign | clean
+# make setup | demo | lint | types | docs | doctest | test | dist | campaign | clean
 .DEFAULT_GOAL := test
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -11,7 +11,7 @@ CODE := $(wildcard src tests benchmarks)
 # What the suite leaves out. The real tasks of ../shared run where it is there and skip where it is not.
 MARKS ?= not slow and not gpu
 
-.PHONY: setup demo lint types docs doctest test campaign clean
+.PHONY: setup demo lint types docs doctest test dist campaign clean
 
 setup: $(STAMP)
 
@@ -50,10 +50,20 @@ doctest: setup
 test: lint types docs doctest demo
 	$(PY) -m pytest -m "$(MARKS)" --cov --cov-report=term
 
+# Builds the sdist, the wheel from it, and installs that with what it needs where nothing is installed; minutes.
+dist: setup
+	rm -rf dist .venv-dist
+	$(PY) -m venv .venv-dist
+	.venv-dist/bin/python -m pip install --quiet --disable-pip-version-check build
+	.venv-dist/bin/python -m build --outdir dist .
+	.venv-dist/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl --constraint constraints.txt
+	cd dist && ../.venv-dist/bin/python -I -m calque --version && ../.venv-dist/bin/calque doctor
+	rm -rf .venv-dist
+
 # What may never go wrong, tried for ten minutes; writes docs/reliability.md.
 campaign: setup
 	nice $(PY) -m tests.campaign
 
 clean:
-	rm -rf site dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage src/*.egg-info
+	rm -rf .venv-dist site dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage src/*.egg-info
 	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +

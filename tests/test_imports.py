@@ -144,6 +144,33 @@ print(json.dumps(found == [True] * len(calque.__all__)))
     assert json.loads(done.stdout)
 
 
+def test_names_that_are_first_asked_for_under_modes_of_torch_compute_the_same() -> None:
+    """Modules are imported where a name is first asked for: nothing that they hold may depend on that place."""
+    quantizing = """
+import calque, torch
+net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)).eval()
+with torch.no_grad():
+    for seed, parameter in enumerate(net.parameters()):
+        parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)))
+x = torch.randn(16, 4, generator=torch.Generator().manual_seed(9))
+q = calque.quantize(net, x, bits="w3a4")
+print(*(value.double().sum().item() for value in q.state_dict().values()), *q(x).flatten().tolist())
+"""
+    asking = """
+import calque, torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+torch.set_default_dtype(torch.float64)
+with torch.device("meta"), FakeTensorMode(), torch.inference_mode():
+    for name in calque.__all__:
+        getattr(calque, name)
+torch.set_default_dtype(torch.float32)
+"""
+    plain, under_modes = run(quantizing), run(asking + quantizing)
+
+    assert (plain.returncode, under_modes.returncode) == (0, 0), under_modes.stderr
+    assert under_modes.stdout == plain.stdout
+
+
 def test_what_was_made_of_public_classes_is_unpickled_where_calque_was_not_imported() -> None:
     packed = pickle.dumps(calque.Budget(size=0.5)).hex()
 

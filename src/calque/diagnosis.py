@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from calque.extras import EXTRAS, pip_line
+from calque.extras import EXTRAS, import_extra, pip_line
 from calque.files import temporary_folder
 from calque.machine import Machine, this_machine
 
@@ -182,9 +182,7 @@ def _providers() -> list[str]:
 
 
 def _openvino_devices() -> list[str]:
-    import openvino
-
-    return list(openvino.Core().available_devices)
+    return list(import_extra("openvino").Core().available_devices)
 
 
 RUNTIMES: dict[str, Callable[[], list[str]]] = {"onnxruntime": _providers, "openvino": _openvino_devices}

@@ -57,8 +57,8 @@ def plan_command(
     if not kept:
         try:
             write_curve(run, prices, points, finalists, swept=swept_quantity(lists, latency, minimize))
-        except MissingExtraError as error:
-            complain("note", f"the curve is not drawn. {error}")
+        except MissingExtraError as missing:
+            complain("note", f"the curve is not drawn. {missing}")
     for line in plan_table(prices, [*points, *finalists]):
         print(line)
     for name, error in failures.items():
