@@ -1,4 +1,4 @@
-# make setup | demo | lint | types | docs | doctest | test | campaign | golden | clean
+# make setup | demo | lint | types | docs | doctest | test | dist | campaign | golden | clean
 .DEFAULT_GOAL := test
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -11,7 +11,7 @@ CODE := $(wildcard src tests benchmarks)
 # What the suite leaves out. The real tasks of ../shared run where it is there and skip where it is not.
 MARKS ?= not slow and not gpu
 
-.PHONY: setup demo lint types docs doctest test campaign golden clean
+.PHONY: setup demo lint types docs doctest test dist campaign golden clean
 
 setup: $(STAMP)
 
@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  if [ -z "$$found" ]; then echo "calque needs Python 3.11 or newer; none of python3.11, python3.12, python3.13, python3 is." >&2; exit 1; fi; \
 	  "$$found" -m venv --clear .venv; \
 	fi
-	@$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev,docs,openvino,qonnx]' --constraint constraints.txt
+	@$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[demo,plot,openvino,qonnx,dev,docs]' --constraint constraints.txt
 	@touch $@
 
 demo: setup
@@ -50,6 +50,16 @@ doctest: setup
 test: lint types docs doctest demo
 	$(PY) -m pytest -m "$(MARKS)" --cov --cov-report=term
 
+# Builds the sdist, the wheel from it, and installs that with what it needs where nothing is installed; minutes.
+dist: setup
+	rm -rf dist .venv-dist
+	$(PY) -m venv .venv-dist
+	.venv-dist/bin/python -m pip install --quiet --disable-pip-version-check build
+	.venv-dist/bin/python -m build --outdir dist .
+	.venv-dist/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl --constraint constraints.txt
+	cd dist && ../.venv-dist/bin/python -I -m calque --version && ../.venv-dist/bin/calque doctor
+	rm -rf .venv-dist
+
 # What may never go wrong, tried for ten minutes; writes docs/reliability.md.
 campaign: setup
 	nice $(PY) -m tests.campaign
@@ -59,5 +69,5 @@ golden: setup
 	PYTHONPATH=tests $(PY) -m golden $(RECORD)
 
 clean:
-	rm -rf site dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage src/*.egg-info
+	rm -rf .venv-dist site dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage src/*.egg-info
 	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +

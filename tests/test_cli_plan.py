@@ -2,13 +2,14 @@
 
 import csv
 import math
+import sys
 from pathlib import Path
 
 import pytest
 
 from calque.cli import run
+from calque.cli.curve import default_sweep, file_name, swept_quantity
 from calque.cli.folder import Run, write_start
-from calque.cli.plan import default_sweep, file_name, swept_quantity
 from calque.prices import Prices
 from calque.report import Finalist, Report
 from calque.spec import Plan
@@ -108,6 +109,21 @@ def test_the_default_sweeps_from_the_smallest_size_to_the_largest(folder: Path) 
     increases = [float(row["kl_increase"]) for row in rows]
     assert increases == sorted(increases, reverse=True)
     assert (folder / "pareto.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_all_but_the_picture_is_written(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "pareto.png").write_bytes(b"of another curve")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+
+    assert run(["plan", str(folder), "--size", "0.10,0.2"]) == 0
+
+    printed = capsys.readouterr()
+    assert printed.err == "note: the curve is not drawn. matplotlib is not installed: pip install 'calque[plot]'.\n"
+    assert printed.out.splitlines()[-1] == f"the plans are in {folder / 'plans'}, the curve in {folder / 'pareto.csv'}"
+    assert len(curve(folder)) == 2
+    assert not (folder / "pareto.png").exists()
 
 
 def test_the_default_sweep_is_over_what_is_allowed() -> None:

@@ -10,11 +10,13 @@ from torch import Tensor
 import oracles
 from calque.arithmetic import SMALLEST_SCALE, affine_grid, fake_quantize, weight_limits
 from calque.ranges import (
+    CLIP_CANDIDATES,
     PERCENTILE,
     ActivationRange,
     TensorSample,
     WeightRange,
     activation_range,
+    evenly_spaced,
     search_range,
     weight_scale,
 )
@@ -275,3 +277,17 @@ def test_a_constant_channel_is_represented(kind: WeightRange, value: float) -> N
     qmin, qmax = weight_limits(4)
     codes = (weight / scale[..., None]).round().clamp(qmin, qmax)
     assert torch.allclose(codes * scale[..., None], weight, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("first", "last", "count"), [(1.0, 0.2, 60), (1.0, 0.15, 60), (-0.3, 1.5, 17)])
+def test_evenly_spaced_numbers_are_torchs_to_the_last_bit_but_one(first: float, last: float, count: int) -> None:
+    made = torch.tensor(evenly_spaced(first, last, count))
+
+    torch.testing.assert_close(made, torch.linspace(first, last, count), rtol=2**-22, atol=2**-26)
+    assert made.tolist() == evenly_spaced(first, last, count)  # float32 numbers
+
+
+def test_clips_follow_evenly_spaced_logarithms() -> None:
+    torch.testing.assert_close(
+        torch.tensor(CLIP_CANDIDATES[12:]), torch.logspace(-0.3, -1.5, 16), rtol=2**-20, atol=0.0
+    )

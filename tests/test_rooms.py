@@ -8,6 +8,7 @@ import pytest
 ROOMS = (
     "errors",
     "gains",
+    "extras",
     "processes",
     "fields",
     "files",
@@ -74,6 +75,8 @@ ROOMS = (
     "pipeline",
     "export",
     "demo",
+    "machine",
+    "diagnosis",
     "cli",
 )
 FRONT_DOOR = "calque"  # the package itself: it imports the rooms, so only the last room may import it

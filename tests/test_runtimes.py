@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import calque
 import networks
-from calque.errors import SpecError, VerificationError
+from calque.errors import MissingExtraError, SpecError, VerificationError
 from calque.export import Target, count_kernels, run_onnx
 from calque.export.runtimes import DEFAULT, OnnxRuntime, _reads, open_runtime
 from calque.export.saturation import saturates
@@ -137,7 +137,7 @@ def test_a_missing_extra_is_named(
     path = calque.export_onnx(q, tmp_path / "model.onnx")
     monkeypatch.setitem(sys.modules, target, None)
 
-    with pytest.raises(VerificationError, match=rf"pip install 'calque\[{target}\]'"):
+    with pytest.raises(MissingExtraError, match=rf"^{target} is not installed: pip install 'calque\[{target}\]'"):
         calque.verify(path, q, test_inputs, target=target)
 
 

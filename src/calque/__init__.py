@@ -1,17 +1,11 @@
 """Accurate post-training quantization of PyTorch networks to 2-8 bits, shipped as verified ONNX."""
 
+import importlib
+import threading
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 from calque import errors
-from calque.budget import Budget
-from calque.export import Latency, LatencyTable, OnnxModel, Verification, export_onnx, latency_table, verify
-from calque.partly import PartlyQuantized
-from calque.pipeline import quantize
-from calque.prices import Prices
-from calque.recipe import Recipe
-from calque.report import Report
-from calque.spec import Plan
-from calque.storage import load, save
 
 __version__ = version("calque")
 
@@ -34,3 +28,54 @@ __all__ = [
     "save",
     "verify",
 ]
+
+# A name is imported when it is first asked for (PEP 562): what never exports does not wait for onnx, and what asks for
+# the version does not even wait for torch.
+_ROOMS = {
+    "Budget": "budget",
+    "Latency": "export.latency",
+    "LatencyTable": "export.table",
+    "OnnxModel": "export.module",
+    "PartlyQuantized": "partly",
+    "Plan": "spec",
+    "Prices": "prices.table",
+    "Recipe": "recipe",
+    "Report": "report",
+    "Verification": "export.verification",
+    "export_onnx": "export.onnx",
+    "latency_table": "export.table",
+    "load": "storage.quantized",
+    "quantize": "pipeline",
+    "save": "storage.quantized",
+    "verify": "export.verify",
+}
+
+if TYPE_CHECKING:
+    from calque.budget import Budget
+    from calque.export import Latency, LatencyTable, OnnxModel, Verification, export_onnx, latency_table, verify
+    from calque.partly import PartlyQuantized
+    from calque.pipeline import quantize
+    from calque.prices import Prices
+    from calque.recipe import Recipe
+    from calque.report import Report
+    from calque.spec import Plan
+    from calque.storage import load, save
+else:  # where a type checker saw it, every name would exist
+    _importing = threading.RLock()  # torch's modules import each other: two threads would each find some half-made
+
+    def __getattr__(name: str) -> object:
+        """The public name, or the room of this name, which is imported now."""
+        home = f"{__name__}.{_ROOMS.get(name, name)}"
+        try:
+            with _importing:
+                found = importlib.import_module(home)
+        except ModuleNotFoundError as error:
+            if error.name != home or name in _ROOMS:
+                raise
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+        if name in _ROOMS:
+            found = globals()[name] = getattr(found, name)
+        return found
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -8,10 +8,10 @@ from pathlib import Path
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from calque.export import export_onnx, run_onnx, verify
+from calque.extras import import_extra
 from calque.files import write_whole
 from calque.pipeline import quantize
 from calque.storage import save
@@ -106,8 +106,8 @@ class DigitNet(nn.Module):
 
 
 def digits(generator: torch.Generator) -> Digits:
-    """scikit-learn's 1797 digits in random order, the first TRAINING of them to train on."""
-    found = load_digits()
+    """scikit-learn's 1797 digits in random order, the first TRAINING of them to train on. Raises: MissingExtraError."""
+    found = import_extra("demo", "sklearn.datasets").load_digits()
     order = torch.randperm(len(found.target), generator=generator)
     images = torch.from_numpy(found.images).float()[order].unsqueeze(1) / BRIGHTEST
     labels = torch.from_numpy(found.target).long()[order]

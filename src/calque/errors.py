@@ -46,6 +46,10 @@ class VerificationError(CalqueError):
     verification: object | None = None
 
 
+class MissingExtraError(CalqueError, ImportError):
+    """An optional package that is not installed, or cannot be imported; the message has the line that installs it."""
+
+
 class CalibrationWarning(UserWarning):
     """Calibration data that is usable but weak; the message names the layer and the remedy."""
 

@@ -10,9 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import joblib
 import torch
-from joblib.parallel import LokyBackend
 from torch import Tensor, fx
 
 from calque.arithmetic import activation_limits, affine_grid
@@ -138,11 +136,18 @@ def _run(job: Job, waiting: list[list[Task]]) -> None:
         for task in tasks:
             fit_task(task)
     elif tasks:
-        owner, (backend, _) = Owner.current(), joblib.parallel.get_active_backend()
-        ready = {"initializer": end_with, "initargs": (owner,)} if isinstance(backend, LokyBackend) else {}
-        joblib.Parallel(n_jobs=job.workers, **ready)(joblib.delayed(fit_task_alone)(task, owner) for task in tasks)
+        _run_by_workers(tasks, job.workers)
     for group in waiting:
         _problem_file(group).unlink(missing_ok=True)
+
+
+def _run_by_workers(tasks: Sequence[Task], workers: int) -> None:
+    import joblib  # here: a run without workers does not wait for it
+    from joblib.parallel import LokyBackend
+
+    owner, (backend, _) = Owner.current(), joblib.parallel.get_active_backend()
+    ready = {"initializer": end_with, "initargs": (owner,)} if isinstance(backend, LokyBackend) else {}
+    joblib.Parallel(n_jobs=workers, **ready)(joblib.delayed(fit_task_alone)(task, owner) for task in tasks)
 
 
 def _problem_file(tasks: list[Task]) -> Path:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,9 +22,31 @@ ActivationRange = Literal["minmax", "mean_minmax", "percentile", "least_squares"
 WeightRange = Literal["minmax", "least_squares", "output"]
 
 PERCENTILE = 0.9999
-# Fractions of the largest value, from the widest: fine near 1, where 8 bits are decided, then evenly spaced logarithms.
-CLIP_CANDIDATES = [1 - 0.04 * step for step in range(12)] + torch.logspace(-0.3, -1.5, 16).tolist()
-WEIGHT_CANDIDATES = torch.linspace(1.0, 0.2, 60).tolist()
+
+
+def evenly_spaced(first: float, last: float, count: int) -> list[float]:
+    """`count` float32 numbers from `first` to `last`: those of torch.linspace where a processor fuses its products.
+
+    torch is not asked, as modules may be imported under another default dtype or device, or a mode that has no values.
+
+    >>> evenly_spaced(1.0, 0.0, 5)
+    [1.0, 0.75, 0.5, 0.25, 0.0]
+    """
+    low, high = np.float32(first), np.float32(last)
+    step = float((high - low) / np.float32(count - 1))
+    rising = [float(low) + step * index for index in range(count // 2)]
+    falling = [float(high) - step * (count - 1 - index) for index in range(count // 2, count)]
+    return np.array(rising + falling, dtype=np.float32).tolist()  # type: ignore[no-any-return]
+
+
+# Fractions of the largest value, from the widest: fine near 1, where 8 bits are decided, then evenly spaced logarithms:
+# torch.logspace(-0.3, -1.5, 16), whose last bits are not the same on all processors.
+CLIP_CANDIDATES = [1 - 0.04 * step for step in range(12)] + [
+    0.5011872053146362, 0.4168693721294403, 0.3467368483543396, 0.28840312361717224, 0.23988327383995056, 0.19952622056007385,
+    0.16595867276191711, 0.13803841173648834, 0.1148153692483902, 0.09549926221370697, 0.07943282276391983, 0.0660693496465683,
+    0.05495408922433853, 0.04570882022380829, 0.03801893815398216, 0.03162277489900589,
+]  # fmt: skip
+WEIGHT_CANDIDATES = evenly_spaced(1.0, 0.2, 60)
 TIE = 1e-4  # of a step; x / scale in float32 is off by up to 2e-5 at 255 steps
 TIES = 0.01  # share of values that may lie so near to the middle between two codes; evenly spread ones: 2e-4
 TIE_STEPS = 8

@@ -24,6 +24,10 @@ SEEDS = (-(2**63), 2**63 - 1)  # the least and the largest
 
 GROUPS = (16, 32, 64, 128, 256)  # inputs that may share a weight scale: what MatMulNBits reads
 
+SHIPPED = ("nearest", "light", "fast", "accurate", "sequential", "advanced", "paper-2021")  # recipes by name
+
+BOUND = 0.99  # least agreement of each output of a file with the exact integer evaluation
+
 OPTIONS = ("bits", "first_last")  # of quantize, which name bits as layers do
 
 _PATTERN = re.compile(r"(?:w(?P<w>\d{1,9}))?(?:a(?P<a>\d{1,9})|g(?P<g>\d{1,9}))?", re.ASCII)

@@ -9,13 +9,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, linprog, milp
-from scipy.sparse import csr_array
 
 from calque.allocation.reduction import Mask, Row, Whole, lowest, slack, total
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
 
 # HiGHS stops at an absolute gap of 1e-6, which scipy cannot change: below one unit of an objective of this size.
 LARGEST_OBJECTIVE = 1e6
@@ -41,10 +43,12 @@ class _Scaled:
     rows: Reals
     limits: Reals
     row_scales: Reals
-    one_each: csr_array
+    one_each: "csr_array"
 
 
 def _scaled(objective: Whole, rows: Sequence[Row], is_open: Mask) -> _Scaled:
+    from scipy.sparse import csr_array  # in functions: a run without a budget does not wait for scipy
+
     layers, _ = np.nonzero(is_open)
     variables = np.arange(len(layers))
 
@@ -62,6 +66,8 @@ def _scaled(objective: Whole, rows: Sequence[Row], is_open: Mask) -> _Scaled:
 
 def multipliers(objective: Whole, rows: Sequence[Row], is_open: Mask) -> list[float] | None:
     """What one unit of each row's limit is worth where choices may be mixed; None where even that is infeasible."""
+    from scipy.optimize import linprog
+
     program = _scaled(objective, rows, is_open)
     result = linprog(
         program.objective, A_ub=program.rows, b_ub=program.limits, A_eq=program.one_each,
@@ -98,6 +104,8 @@ def _cover(row: Row, choice: Sequence[int]) -> Row:
 
 
 def _solve_once(objective: Whole, rows: Sequence[Row], is_open: Mask) -> tuple[int, ...] | None:
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
     program = _scaled(objective, rows, is_open)
     constraints = [LinearConstraint(program.one_each, 1, 1)]
     if rows:

@@ -5,17 +5,11 @@ from typing import Annotated
 
 import typer
 
-from calque.cli.export import Trust
-from calque.cli.folder import NETWORK, PRICES, trusted_run
-from calque.cli.inputs import InputError, build_model, parse_bits
-from calque.cli.plan import read_prices
-from calque.cli.readers import load_calibration
-from calque.export import latency_table
-from calque.storage import load
+from calque.cli.words import Folder, Trust
 
 
 def latency_command(
-    run: Annotated[Path, typer.Argument(help="the folder of a run", metavar="RUN")],
+    run: Folder,
     output: Annotated[Path, typer.Option("-o", "--output", help="the CSV file to write", metavar="TABLE.CSV")],
     bits: Annotated[
         str | None,
@@ -31,6 +25,13 @@ def latency_command(
     quiet: Annotated[bool, typer.Option("--quiet", help="no progress bar")] = False,
 ) -> None:
     """Times each layer of a run's network at each choice of bits in ONNX Runtime, for a budget: --latency TABLE.CSV=4.0."""
+    from calque.cli.curve import read_prices
+    from calque.cli.folder import NETWORK, PRICES, trusted_run
+    from calque.cli.inputs import InputError, build_model, parse_bits
+    from calque.cli.readers import load_calibration
+    from calque.export import latency_table
+    from calque.storage import load
+
     settings = trusted_run(run, trust=trust)
     if not output.parent.is_dir():
         raise InputError(f"the folder {output.parent} does not exist. Make it first.")

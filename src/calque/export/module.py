@@ -32,8 +32,8 @@ class OnnxModel(nn.Module):
             target: the runtime: "onnxruntime" in a session with its defaults, "openvino" or "qonnx".
 
         Raises:
-            VerificationError: no ONNX file; one with another number of outputs than the network; a runtime that is not installed,
-                or cannot load it.
+            VerificationError: no ONNX file; one with another number of outputs than the network; a runtime that cannot load it.
+            MissingExtraError: a runtime that is not installed.
             SpecError: an unknown target; no path; no quantized network, or one quantized in parts, which are files of their own.
             OSError: no such file.
         """

@@ -1,10 +1,8 @@
 """What executes an exported file, behind one interface: ONNX Runtime, OpenVINO and QONNX's executor."""
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
@@ -16,6 +14,7 @@ from torch import Tensor
 
 from calque.errors import SpecError, VerificationError
 from calque.export.feeds import feeds_of
+from calque.extras import import_extra
 from calque.fields import shown
 from calque.files import temporary_folder
 
@@ -159,11 +158,12 @@ class OpenVino:
     """A file in OpenVINO on the CPU.
 
     Raises:
-        VerificationError: the extra is not installed, or OpenVINO cannot load the file.
+        MissingExtraError: the extra is not installed.
+        VerificationError: OpenVINO cannot load the file.
     """
 
     def __init__(self, proto: onnx.ModelProto, threads: int | None = None):
-        core = _extra("openvino", "openvino").Core()
+        core = import_extra("openvino").Core()
         content, limits = proto.SerializeToString(), {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
         self._inputs = list(proto.graph.input)
         self._compiled = _attempt(
@@ -195,13 +195,13 @@ class Qonnx:
     """A QONNX file in QONNX's own executor, which computes on real numbers, node by node.
 
     Raises:
-        VerificationError: the extra is not installed.
+        MissingExtraError: the extra is not installed.
     """
 
     def __init__(self, proto: onnx.ModelProto, threads: int | None = None):
-        self._execute = _extra("qonnx", "qonnx.core.onnx_exec").execute_onnx
-        self._wrap = _extra("qonnx", "qonnx.core.modelwrapper").ModelWrapper
-        self._infer = _extra("qonnx", "qonnx.transformation.infer_shapes").InferShapes
+        self._execute = import_extra("qonnx", "qonnx.core.onnx_exec").execute_onnx
+        self._wrap = import_extra("qonnx", "qonnx.core.modelwrapper").ModelWrapper
+        self._infer = import_extra("qonnx", "qonnx.transformation.infer_shapes").InferShapes
         self._proto = proto
 
     def run(self, leaves: Sequence[Tensor]) -> list[Tensor]:
@@ -236,7 +236,8 @@ def open_runtime(proto: onnx.ModelProto, target: Target, threads: int | None = N
 
     Raises:
         SpecError: an unknown target.
-        VerificationError: the runtime is not installed or cannot load the file.
+        MissingExtraError: the runtime is not installed.
+        VerificationError: it cannot load the file.
     """
     check_target(target)
     runtimes: dict[str, Callable[[onnx.ModelProto, int | None], Runtime]] = {
@@ -254,17 +255,10 @@ def check_name(target: object) -> None:
 
 
 def check_target(target: str) -> None:
-    """Raises: SpecError, where there is no such runtime; VerificationError, where its extra is not installed."""
+    """Raises: SpecError, where there is no such runtime; MissingExtraError, where its extra is not installed."""
     check_name(target)
     if target != "onnxruntime":
-        _extra(target, target)
-
-
-def _extra(name: str, module: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise VerificationError(f"{name} is not installed: pip install 'calque[{name}]'.") from error
+        import_extra(target)
 
 
 def _attempt(failure: str, call: Callable[[], Any]) -> Any:

@@ -38,8 +38,7 @@ from calque.graph.signature import flatten, rows, select
 from calque.graph.surroundings import undisturbed
 from calque.model import QuantizedModel
 from calque.partly import PartlyQuantized, whole_only
-
-BOUND = 0.99  # least agreement of each output with the exact integer evaluation
+from calque.spec import BOUND
 
 FUSED = (
     "OpenVINO fuses operators across roundings (a residual add or an activation into the layer in front of it), so that codes "
@@ -73,8 +72,9 @@ def verify(
             user opens them (not in QONNX's executor, which is no deployment).
 
     Raises:
-        VerificationError: the file is another network's or run's by its metadata; the runtime is not installed, or cannot load
-            or run the file; the inputs have another shape or type than the file's; the file has other outputs than the model;
+        MissingExtraError: the runtime is not installed.
+        VerificationError: the file is another network's or run's by its metadata; the runtime cannot load or run the
+            file; the inputs have another shape or type than the file's; the file has other outputs than the model;
             an output does not pass (`verification` of the error has all figures).
         SpecError: an unknown target, or a bound that is no share; no path; no quantized network, or one quantized in parts, which
             are verified one by one.

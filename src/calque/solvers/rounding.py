@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from calque.arithmetic import NEGLIGIBLE, weight_limits
+from calque.ranges import evenly_spaced
 
 BLOCK = 64  # columns whose changes reach the others in one product
 LEAF = 128  # size of the triangles that are inverted at once
-FRACTIONS = torch.linspace(1.0, 0.15, 60).tolist()  # of the smallest scale that clips nothing
+FRACTIONS = evenly_spaced(1.0, 0.15, 60)  # of the smallest scale that clips nothing
 
 
 @dataclass(frozen=True)
