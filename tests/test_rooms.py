@@ -12,6 +12,7 @@ ROOMS = (
     "processes",
     "fields",
     "files",
+    "holdout",
     "spec",
     "budget",
     "allocation",

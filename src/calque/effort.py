@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from calque.holdout import held_out_count
 from calque.ranges import CLIP_CANDIDATES, TIE_STEPS, WEIGHT_CANDIDATES
 from calque.solvers.adaquant import CHECKS, rows_per_step
 from calque.solvers.closed_form import CLIP_STEPS, FACTORS, RIDGES, TOGETHER
-from calque.solvers.problem import HELD_OUT, SEARCHED
+from calque.solvers.problem import SEARCHED
 from calque.solvers.rounding import BLOCK, FRACTIONS
 from calque.sweep import SAMPLED_VALUES
 
@@ -121,7 +122,7 @@ class Shape:
     @property
     def judging(self) -> int:
         """Held-out rows."""
-        return max(1, self.rows // HELD_OUT)
+        return held_out_count(self.rows) or self.rows
 
     def layer(self, rows: int) -> Effort:
         """The layer on so many rows, its inputs put on their grid, its outputs compared."""

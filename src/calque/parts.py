@@ -24,10 +24,10 @@ from calque.graph.outputs import flatten_outputs
 from calque.graph.paths import leaf_paths, output_names
 from calque.graph.rewrite import silent_tracing
 from calque.graph.signature import laid_out, rows, select
+from calque.holdout import held_out_count
 from calque.model import QuantizedModel
 from calque.partly import PartlyQuantized
 from calque.report import Report
-from calque.solvers.problem import HELD_OUT
 from calque.spec import Bits
 
 log = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def quantize_parts(
         f"the network cannot be captured whole; its parts are quantized in place: {', '.join(parts)}. {reason}",
         *skipped,
     ]
-    unseen = sum(map(rows, calibration)) >= HELD_OUT and all(_unseen(part) for part in parts.values())
+    unseen = held_out_count(sum(map(rows, calibration)), least=0) > 0 and all(_unseen(part) for part in parts.values())
     lost = _fidelity(judged, exact, _outputs(work, judged), held_out=unseen)
     return PartlyQuantized(work, parts, replace(_joined(work, parts, notes), fidelity=lost))
 
@@ -152,7 +152,7 @@ def _inputs_of(model: nn.Module, path: str, calibration: list[Batch]) -> list[Ba
 def _last(calibration: list[Batch]) -> list[Batch]:
     """The last fifth of the inputs, which no part's fits are fitted to; all of them where there are fewer than five."""
     total = sum(map(rows, calibration))
-    room = total // HELD_OUT or total
+    room = held_out_count(total, least=0) or total
     found: list[Batch] = []
     for batch in reversed(calibration):
         count = min(rows(batch), room)

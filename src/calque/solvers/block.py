@@ -19,6 +19,7 @@ from calque.assembled import grid_of
 from calque.errors import SpecError
 from calque.graph.blocks import axis_of
 from calque.graph.network import is_movement
+from calque.holdout import held_out_count
 from calque.quantizers import QuantizedLayer, Quantizer
 from calque.settings import StepSizes
 from calque.solvers.adaquant import CHECKS
@@ -33,7 +34,7 @@ from calque.solvers.learnable import (
     execute,
     output_unit,
 )
-from calque.solvers.problem import CONSTANT, HELD_OUT
+from calque.solvers.problem import CONSTANT
 
 log = logging.getLogger(__name__)
 
@@ -177,10 +178,8 @@ def fit_block(
 def _hold_out(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """(fitted, held out): int64 numbers of the inputs; a single input is both."""
     everything = torch.arange(count, device=device)
-    if count == 1:
-        return everything, everything
-    border = count - max(1, count // HELD_OUT)
-    return everything[:border], everything[border:]
+    border = count - held_out_count(count)
+    return everything[:border], everything[border:] if border < count else everything
 
 
 def _owned(problem: BlockProblem) -> list[fx.Node]:

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from calque.arithmetic import NEGLIGIBLE, TOGETHER, binary_unit, by_input, fake_quantize, weight_limits
 from calque.graph import Geometry
+from calque.holdout import held_out_count
 
 CONSTANT = 1e-30  # of the squared unit of outputs: the power of those that are the same everywhere
 SILENT = 1e-4  # of the power: less variance behind an activation is none
 POSITIONS = 32  # sampled output positions per input: 32 to 64 are enough (docs/method.md)
-HELD_OUT = 5  # one row in so many, by input, judges the iterates
 SEARCHED = 2**21  # values of the patches that judge an activation range: wide depthwise layers need few rows
 LARGEST = 2**25  # values of the sampled patches and targets at most, 128 MB
 
@@ -162,7 +162,7 @@ def layer_problem(
         owners.append(torch.arange(start, start + count).repeat_interleave(kept))
         start, filled = start + count, part.stop
     owner = torch.cat(owners).to(weight.device)
-    last = owner >= start - max(1, start // HELD_OUT) if start > 1 else torch.zeros_like(owner, dtype=torch.bool)
+    last = owner >= start - held_out_count(start)
     everything = torch.arange(filled, device=weight.device)
     return LayerProblem(
         patches[:, :filled],

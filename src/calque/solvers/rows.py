@@ -10,7 +10,7 @@ from torch import Tensor
 
 from calque.graph import Batch
 from calque.graph.signature import flatten, have_rows, layout_of, rows
-from calque.solvers.problem import HELD_OUT
+from calque.holdout import held_out_count
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ def hold_out(batches: Sequence[Batch], references: Sequence[Sequence[Any]]) -> t
         for batch, reference in zip(batches, references, strict=True)
     ]
     total = sum(part.count for part in whole)
-    border = total - total // HELD_OUT
+    border = total - held_out_count(total, least=0)
     fitted, held_out = [], []
     for part, end in zip(whole, accumulate(part.count for part in whole), strict=True):
         inside = min(part.count, max(0, border - (end - part.count)))

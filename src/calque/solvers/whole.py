@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from calque.graph import Geometry
+from calque.holdout import held_out_count
 from calque.solvers.adaquant import Draw, Linear
-from calque.solvers.problem import HELD_OUT
 
 INPUTS = 50  # inputs per step (Hubara et al. 2021, released code)
 
@@ -24,7 +24,7 @@ def whole_inputs(
         at: a batch's inputs and float outputs of the layer, before its activation.
     """
     starts = [0, *accumulate(sizes)]
-    fitted = max(1, starts[-1] - max(1, starts[-1] // HELD_OUT)) if starts[-1] > 1 else 1
+    fitted = starts[-1] - held_out_count(starts[-1])
 
     def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
         picked = torch.randperm(fitted, generator=generator)[:INPUTS]
