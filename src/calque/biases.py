@@ -7,7 +7,7 @@ output with a cosine decay, where the released code ("sgd") takes constant steps
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from calque.graph import Batch
 from calque.losses import Loss
 from calque.quantizers import QuantizedLayer
 from calque.settings import Tuning
-from calque.solvers.adaquant import CHECKS
+from calque.solvers.descent import Best, best_so_far, descend, iterates
 from calque.solvers.executable import Executable, largest_part
 from calque.solvers.gradients import loss_gradients
 from calque.solvers.learnable import FixedQuantizer, LearnableBias, LearnableLayer, LearnableScale, StandIn
@@ -66,21 +66,21 @@ def tune_biases(
         raise SpecError(
             f"the loss is {before} on the held-out inputs before any tuning. Pass a loss that is finite, or tune for 0 steps."
         )
-    kept, best = network.modules(), Tuned(before, before, 0)
+    start = Best(network.modules(), before, 0)
+    kept = start
+
+    def judge(layers: Mapping[str, QuantizedLayer]) -> float:
+        network.install(layers)
+        return network.loss(held_out, loss)
+
     try:
-        for step, layers in _descend(
-            network, alike(fitted), loss, tuning, memory=memory, generator=generator, on_step=on_step
-        ):
-            network.install(layers)
-            after = network.loss(held_out, loss)
-            if after < best.after:
-                kept, best = layers, Tuned(before, after, step)
+        found = _iterates(network, alike(fitted), loss, tuning, memory=memory, generator=generator, on_step=on_step)
+        for best in best_so_far(start, found, judge):
+            kept = best  # which an interrupt leaves
     finally:
-        network.install(kept)
-    log.info(
-        "biases: loss %.4g -> %.4g on held-out inputs (step %d of %d)", before, best.after, best.steps, tuning.steps
-    )
-    return best
+        network.install(kept.iterate)
+    log.info("biases: loss %.4g -> %.4g on held-out inputs (step %d of %d)", before, kept.loss, kept.step, tuning.steps)
+    return Tuned(before, kept.loss, kept.step)
 
 
 def _learnable(network: Executable, tuning: Tuning, part: Rows) -> dict[str, LearnableLayer]:
@@ -93,7 +93,7 @@ def _learnable(network: Executable, tuning: Tuning, part: Rows) -> dict[str, Lea
     return {name: kind(layer, units[name]) for name, layer in network.modules().items()}
 
 
-def _descend(
+def _iterates(
     network: Executable,
     groups: list[list[Rows]],
     loss: Loss,
@@ -103,34 +103,28 @@ def _descend(
     generator: torch.Generator,
     on_step: Callable[[int, float], None],
 ) -> Iterator[tuple[int, dict[str, QuantizedLayer]]]:
-    """The number of steps and the layers at CHECKS moments of the descent, which ends where the loss is not finite."""
+    """The number of steps and the layers at some moments of the descent, which ends where the loss is not finite."""
     largest = largest_part([part for group in groups for part in group])
     size = network.rows_at_a_time(largest, memory)
     layers = _learnable(network, tuning, largest.pick(torch.arange(min(ROWS, largest.count))))
     stand_ins: dict[str, StandIn] = {name: FixedQuantizer(part) for name, part in network.quantizers.items()}
     stand_ins |= layers
-
-    def outputs(inputs: Sequence[Any]) -> list[Any]:
-        return network.outputs(inputs, stand_ins)
-
     leaves = [leaf for layer in layers.values() for leaf in layer.leaves().values()]
     optimizer: torch.optim.Optimizer = (
         torch.optim.Adam(leaves, tuning.rate, eps=EPSILON)
         if tuning.optimizer == "adam"
         else torch.optim.SGD(leaves, tuning.rate)
     )
-    checks = {round(tuning.steps * (k + 1) / CHECKS) for k in range(CHECKS)}
-    for step in range(tuning.steps):
-        if tuning.optimizer == "adam":
-            optimizer.param_groups[0]["lr"] = tuning.rate * 0.5 * (1 + math.cos(math.pi * step / tuning.steps))
+
+    def outputs(inputs: Sequence[Any]) -> list[Any]:
+        return network.outputs(inputs, stand_ins)
+
+    def gradients() -> float:
         rows = draw(groups, tuning.rows, generator)
-        value, gradients = loss_gradients(outputs, rows, loss, leaves, size=size)
-        on_step(step + 1, value)
-        if not math.isfinite(value):
-            log.info("biases: the loss is %s at step %d; tuning ends here", value, step + 1)
-            return
-        for leaf, gradient in zip(leaves, gradients, strict=True):
+        value, found = loss_gradients(outputs, rows, loss, leaves, size=size)
+        for leaf, gradient in zip(leaves, found, strict=True):
             leaf.grad = gradient
-        optimizer.step()
-        if step + 1 in checks:
-            yield step + 1, network.restored(layers)
+        return value
+
+    taken = descend(optimizer, gradients, tuning.steps, falling=tuning.optimizer == "adam", on_step=on_step)
+    return iterates(taken, tuning.steps, lambda: network.restored(layers))

@@ -10,7 +10,6 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from calque.graph import Batch
 from calque.losses import Loss
 from calque.quantizers import QuantizedLayer, Quantizer
 from calque.settings import Distillation, StepSizes
+from calque.solvers.descent import Best, best_so_far, descend, iterates
 from calque.solvers.executable import Executable, largest_part
 from calque.solvers.gradients import loss_gradients
 from calque.solvers.learnable import (
@@ -98,27 +98,24 @@ def distill(
         )
     student = _Student(network, alike(fitted), teacher, loss, how, rates=rates, fixed_codes=fixed_codes, memory=memory)
     steps = how.steps or student.steps_in(60 * how.minutes - checking * len(CHECKS) - (time.perf_counter() - started))
-    kept, best = student.start(), Distilled(before, before, steps, 0, 0.0)
+    start = Best(student.start(), before, 0)
+    kept = start
+
+    def judge(parts: Parts) -> float:
+        network.install(parts)
+        return network.loss(judged, loss)
+
     try:
-        for step in student.descend(steps, generator):
-            on_step(step, steps)
-            if step not in {round(share * steps) for share in CHECKS}:
-                continue
-            parts = student.restored()
-            network.install(parts)
-            after = network.loss(judged, loss)
-            log.info(
-                "distillation: loss %.4g -> %.4g on held-out inputs and their mixtures (step %d of %d)",
-                before,
-                after,
-                step,
-                steps,
-            )
-            if after < best.after:
-                kept, best = parts, replace(best, after=after, kept=step)
+        taken = student.descend(steps, generator, lambda step, _: on_step(step, steps))
+        for best in best_so_far(start, iterates(taken, steps, student.restored, CHECKS), judge):
+            kept = best  # which an interrupt leaves
     finally:
-        network.install(kept)
-    return replace(best, seconds=time.perf_counter() - started)
+        network.install(kept.iterate)
+    log.info(
+        "distillation: loss %.4g -> %.4g on held-out inputs and their mixtures (step %d of %d)",
+        before, kept.loss, kept.step, steps,
+    )  # fmt: skip
+    return Distilled(before, kept.loss, steps, kept.step, time.perf_counter() - started)
 
 
 class _Student:
@@ -151,8 +148,8 @@ class _Student:
             for kind, leaf in found.items():
                 leaves.setdefault(kind, []).append(leaf)
         self.leaves = [leaf for group in leaves.values() for leaf in group]
-        self.rates: list[float] = [getattr(rates, kind) for kind in leaves]
-        self.optimizer = torch.optim.Adam([{"params": group} for group in leaves.values()], eps=EPSILON, fused=True)
+        groups_of = [{"params": group, "lr": getattr(rates, kind)} for kind, group in leaves.items()]
+        self.optimizer = torch.optim.Adam(groups_of, eps=EPSILON, fused=True)
 
     def start(self) -> Parts:
         """The network's parts as they are before any step."""
@@ -164,17 +161,9 @@ class _Student:
         grids = {name: grid.restored() for name, grid in self.grids.items()}
         return {**grids, **self.network.restored(self.layers, grids)}
 
-    def descend(self, steps: int, generator: torch.Generator) -> Iterator[int]:
+    def descend(self, steps: int, generator: torch.Generator, on_step: Callable[[int, float], None]) -> Iterator[int]:
         """The number of steps after each; ends where the loss is not finite."""
-        for step in range(steps):
-            for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-                group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
-            value = self._gradients(generator)
-            if not math.isfinite(value):
-                log.info("distillation: the loss is %s at step %d, where it ends", value, step + 1)
-                return
-            self.optimizer.step()
-            yield step + 1
+        return descend(self.optimizer, lambda: self._gradients(generator), steps, on_step=on_step)
 
     def steps_in(self, seconds: float) -> int:
         """How many steps the seconds hold, at least one, by the time of the first ones, which are not taken."""

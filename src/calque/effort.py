@@ -13,8 +13,9 @@ import torch
 
 from calque.holdout import held_out_count
 from calque.ranges import CLIP_CANDIDATES, TIE_STEPS, WEIGHT_CANDIDATES
-from calque.solvers.adaquant import CHECKS, rows_per_step
+from calque.solvers.adaquant import rows_per_step
 from calque.solvers.closed_form import CLIP_STEPS, FACTORS, RIDGES, TOGETHER
+from calque.solvers.descent import CHECKS
 from calque.solvers.problem import SEARCHED
 from calque.solvers.rounding import BLOCK, FRACTIONS
 from calque.sweep import SAMPLED_VALUES
@@ -157,7 +158,7 @@ def descent(shape: Shape, steps: int) -> Effort:
     patches, outputs = (rows * shape.groups * size for size in (shape.inputs, shape.outputs))
     step = Effort(450, products=7 * rows * shape.weights) + Effort.passes(75, shape.weights)
     step += Effort.passes(40, patches) + Effort.passes(30, outputs)
-    return step * steps + shape.layer(shape.judging) * (CHECKS + 1)
+    return step * steps + shape.layer(shape.judging) * (len(CHECKS) + 1)
 
 
 def closed_form(shape: Shape, rounds: int, fits: int = 1, moments: int = 1) -> Effort:

@@ -6,17 +6,17 @@ Deviations: the best iterate on held-out rows is kept, the start included; with 
 absolute ones, every layer moves in its own units and the rate falls by a cosine.
 """
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from calque.settings import StepSizes
-from calque.solvers.parameters import KINDS, Parameters
+from calque.solvers.descent import Best, best_iterate, descend, iterates
+from calque.solvers.parameters import KINDS
 from calque.solvers.problem import Fit, LayerProblem, correct_bias
 
-CHECKS = 8  # times that the iterate is judged on held-out rows
 BATCH_VALUES = 2**17  # patch values per step at most
 BATCH_ROWS = (32, 512)  # rows per step
 
@@ -69,36 +69,21 @@ def fit_layer(
         learn_grid: whether the input's scale and zero point may move (nothing else reads them).
         rows: what each step sees and how the layer maps it; the default are the problem's own patches.
     """
-    best = start
     corrected = correct_bias(problem, start)
     parameters = KINDS[rates.unit](problem, corrected, bits, codes=codes, learn_grid=learn_grid)
     draw, linear = rows or (sampled_rows(problem), multiply)
-    iterates = _descent(parameters, draw, linear, steps=steps, rates=rates, generator=generator)
-    for candidate in (corrected, *iterates):
-        if candidate.after < best.after and math.isfinite(candidate.after):
-            best = candidate
-    return best
+    optimizer = torch.optim.Adam(
+        [{"params": [leaf.requires_grad_()], "lr": rate} for leaf, rate in parameters.leaves(rates)]
+    )
 
-
-def _descent(
-    parameters: Parameters, draw: Draw, linear: Linear, *, steps: int, rates: StepSizes, generator: torch.Generator
-) -> Iterator[Fit]:
-    """The iterates at CHECKS moments of the descent."""
-    groups = [
-        {"params": [leaf.requires_grad_()], "lr": rate, "initial_lr": rate} for leaf, rate in parameters.leaves(rates)
-    ]
-    optimizer = torch.optim.Adam(groups)
-    activation = parameters.problem.activation
-    checks = {round(steps * (k + 1) / CHECKS) for k in range(CHECKS)}
-    for step in range(steps):
-        if rates.unit == "relative":
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * 0.5 * (1 + math.cos(math.pi * step / steps))
+    def gradients() -> None:
         x, target = draw(generator)
         bias = parameters.bias * parameters.bias_unit
-        error = activation(linear(parameters.inputs(x), parameters.weight(), bias)) - activation(target)
+        output = problem.activation(linear(parameters.inputs(x), parameters.weight(), bias))
+        error = output - problem.activation(target)
         optimizer.zero_grad()
         (error.square().mean() / parameters.power).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        if step + 1 in checks:
-            yield parameters.fit()
+
+    taken = descend(optimizer, gradients, steps, falling=rates.unit == "relative")
+    found = chain([(0, corrected)], iterates(taken, steps, parameters.fit))
+    return best_iterate(Best(start, start.after, 0), found, lambda fit: fit.after).iterate

@@ -6,8 +6,7 @@ layer moves in its own units and the rate falls by a cosine; the descent starts 
 """
 
 import logging
-import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +21,7 @@ from calque.graph.network import is_movement
 from calque.holdout import held_out_count
 from calque.quantizers import QuantizedLayer, Quantizer
 from calque.settings import StepSizes
-from calque.solvers.adaquant import CHECKS
+from calque.solvers.descent import Best, best_iterate, descend, iterates
 from calque.solvers.learnable import (
     FixedQuantizer,
     Kind,
@@ -162,14 +161,15 @@ def fit_block(
     fitted, held_out = _hold_out(len(problem.inputs), problem.inputs.device)
     start = {str(node.target): layer.alone() for node, layer in problem.layers().items()}
     before = problem.error(start, held_out, rows)
-    best = BlockFit(start, {str(node.target): problem.quantizers()[node] for node in _owned(problem)}, before, before)
+    grids = {str(node.target): problem.quantizers()[node] for node in _owned(problem)}
     twins = _Twins(problem, fitted[:rows], fixed_codes)
-    for layers, quantizers in _descend(
-        problem, twins, fitted, steps=steps, rows=rows, rates=rates, generator=generator
-    ):
-        after = problem.error({**layers, **quantizers}, held_out, rows)
-        if after < best.after:
-            best = BlockFit(layers, quantizers, before, after)
+    optimizer = torch.optim.Adam([{"params": [leaf], "lr": getattr(rates, kind)} for kind, leaf in twins.leaves()])
+    gradients = _gradients(problem, twins, fitted, rows=rows, generator=generator)
+    found = iterates(descend(optimizer, gradients, steps), steps, twins.restored)
+    kept = best_iterate(
+        Best((start, grids), before, 0), found, lambda parts: problem.error({**parts[0], **parts[1]}, held_out, rows)
+    )
+    best = BlockFit(*kept.iterate, before, kept.loss)
     names = ", ".join(best.layers)
     log.info("block %s error %.2e -> %.2e (%d steps)", names, best.before, best.after, steps)
     return best
@@ -251,38 +251,24 @@ class _Twins:
         return layers, {str(node.target): quantizers[starts[node]] for node in self.grids}
 
 
-def _descend(
-    problem: BlockProblem,
-    twins: _Twins,
-    fitted: Tensor,
-    *,
-    steps: int,
-    rows: int,
-    rates: StepSizes,
-    generator: torch.Generator,
-) -> Iterator[tuple[dict[str, QuantizedLayer], dict[str, Quantizer]]]:
-    """The block at CHECKS moments of the descent, which ends where its error is not finite."""
-    leaves = twins.leaves()
-    optimizer = torch.optim.Adam([{"params": [leaf], "lr": getattr(rates, kind)} for kind, leaf in leaves])
+def _gradients(
+    problem: BlockProblem, twins: _Twins, fitted: Tensor, *, rows: int, generator: torch.Generator
+) -> Callable[[], float]:
+    """What leaves the gradients of random inputs in the twins' leaves, and returns the relative error."""
+    leaves = [leaf for _, leaf in twins.leaves()]
     stand_ins = twins.stand_ins()
     # Adam's epsilon must be small beside the gradients of any block, whatever its unit
     unit = binary_unit(problem.targets)
     power = (problem.targets / unit).var().clamp(min=CONSTANT)
-    checks = {round(steps * (k + 1) / CHECKS) for k in range(CHECKS)}
-    for step in range(steps):
-        for group, (kind, _) in zip(optimizer.param_groups, leaves, strict=True):
-            group["lr"] = getattr(rates, kind) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+    def gradients() -> float:
         picked = fitted[torch.randperm(len(fitted), generator=generator)[:rows].to(fitted.device)]
         with torch.enable_grad():
             output = problem.run(problem.inputs[picked], stand_ins)
             error = ((output - problem.targets[picked]) / unit).square().mean() / power
-            gradients = torch.autograd.grad(
-                error, [leaf for _, leaf in leaves], allow_unused=True, materialize_grads=True
-            )
-        if not torch.isfinite(error):
-            return
-        for (_, leaf), gradient in zip(leaves, gradients, strict=True):
+            found = torch.autograd.grad(error, leaves, allow_unused=True, materialize_grads=True)
+        for leaf, gradient in zip(leaves, found, strict=True):
             leaf.grad = gradient
-        optimizer.step()
-        if step + 1 in checks:
-            yield twins.restored()
+        return error.item()
+
+    return gradients
