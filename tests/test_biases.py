@@ -11,13 +11,14 @@ import calque
 import networks
 from calque.biases import tune_biases
 from calque.errors import SpecError
+from calque.execution import execute
 from calque.gains import Tuned
 from calque.graph import Batch
 from calque.losses import Loss, kl, mse
 from calque.model import QuantizedModel
 from calque.settings import Moving, Optimizer, Tuning
 from calque.solvers.gradients import loss_gradients
-from calque.solvers.learnable import LearnableBias, LearnableScale, execute
+from calque.solvers.learnable import LearnableBias, LearnableScale
 from calque.solvers.rows import Rows, alike, draw, hold_out, join
 
 ADAM = Tuning("adam", steps=40, rows=32, rate=1e-2, parameters="biases")

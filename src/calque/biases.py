@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from calque.calibration import ROWS
 from calque.errors import SpecError
+from calque.execution import StandIn
 from calque.gains import Tuned
 from calque.graph import Batch
 from calque.losses import Loss
@@ -23,7 +24,7 @@ from calque.settings import Tuning
 from calque.solvers.descent import Best, best_so_far, descend, iterates
 from calque.solvers.executable import Executable, largest_part
 from calque.solvers.gradients import loss_gradients
-from calque.solvers.learnable import FixedQuantizer, LearnableBias, LearnableLayer, LearnableScale, StandIn
+from calque.solvers.learnable import FixedQuantizer, LearnableBias, LearnableLayer, LearnableScale
 from calque.solvers.rows import Rows, alike, draw, hold_out
 
 log = logging.getLogger(__name__)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from calque.execution import execute_whole
 from calque.filecosts import file_costs
 from calque.graph import Batch, Geometry, Network
 from calque.graph.network import is_movement, result_of
@@ -100,14 +101,11 @@ def value_shapes(network: Network, batch: Batch) -> dict[fx.Node, torch.Size]:
     """The shape of every tensor in the network for one row of the batch."""
     found: dict[fx.Node, torch.Size] = {}
 
-    class Recorder(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> object:
-            value = super().run_node(n)
-            if isinstance(value, torch.Tensor):
-                found[n] = value.shape
-            return value
+    def record(node: fx.Node, value: object) -> None:
+        if isinstance(value, torch.Tensor):
+            found[node] = value.shape
 
-    Recorder(network.module).run(*flatten(select(batch, torch.arange(1)))[0])
+    execute_whole(network.module, flatten(select(batch, torch.arange(1)))[0], record)
     return found
 
 

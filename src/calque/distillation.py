@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from calque.biases import EPSILON
 from calque.calibration import ROWS
 from calque.errors import SpecError
+from calque.execution import StandIn
 from calque.gains import Distilled
 from calque.graph import Batch
 from calque.losses import Loss
@@ -26,14 +27,7 @@ from calque.settings import Distillation, StepSizes
 from calque.solvers.descent import Best, best_so_far, descend, iterates
 from calque.solvers.executable import Executable, largest_part
 from calque.solvers.gradients import loss_gradients
-from calque.solvers.learnable import (
-    Kind,
-    LearnableCodes,
-    LearnableLayer,
-    LearnableQuantizer,
-    LearnableScale,
-    StandIn,
-)
+from calque.solvers.learnable import Kind, LearnableCodes, LearnableLayer, LearnableQuantizer, LearnableScale
 from calque.solvers.mixture import Teacher, can_mix, mixed
 from calque.solvers.rows import Rows, alike, draw, hold_out
 

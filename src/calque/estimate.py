@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -20,6 +19,7 @@ from calque.effort import (
     table,
     tensor_range,
 )
+from calque.execution import execute_whole
 from calque.graph import Network
 from calque.graph.signature import flatten, select
 from calque.job import Job
@@ -228,12 +228,9 @@ def _values(network: Network, job: Job) -> dict[fx.Node, tuple[tuple[int, ...], 
     """The shape of every tensor in the network for one input, and whether some value is below 0."""
     found: dict[fx.Node, tuple[tuple[int, ...], bool]] = {}
 
-    class Recorder(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            value = super().run_node(n)
-            if isinstance(value, Tensor):
-                found[n] = tuple(value.shape), value.is_floating_point() and bool((value < 0).any())
-            return value
+    def record(node: fx.Node, value: object) -> None:
+        if isinstance(value, Tensor):
+            found[node] = tuple(value.shape), value.is_floating_point() and bool((value < 0).any())
 
-    Recorder(network.module).run(*flatten(select(job.batches[0], torch.arange(1)))[0])
+    execute_whole(network.module, flatten(select(job.batches[0], torch.arange(1)))[0], record)
     return found

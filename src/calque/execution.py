@@ -1,7 +1,7 @@
 """A network executed on all calibration inputs, operator by operator, within a memory budget."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,9 @@ from torch import fx
 from calque.errors import CalibrationError
 from calque.graph.signature import Batch, flatten
 from calque.store import Store
+
+StandIn = Callable[..., Any]
+"""What is called in place of a module."""
 
 
 def call_node(
@@ -32,6 +35,50 @@ def call_node(
         return owner
     assert node.op == "output"
     return args[0]
+
+
+def execute(
+    module: fx.GraphModule,
+    nodes: Iterable[fx.Node],
+    values: Mapping[fx.Node, Any],
+    stand_ins: Mapping[str, StandIn] | None = None,
+    on_value: Callable[[fx.Node, Any], None] = lambda node, value: None,
+) -> Any:
+    """The value of the last of `nodes`, executed in order with the gradient mode of the caller.
+
+    Args:
+        values: of the nodes that are not executed but read; constants need not be among them.
+        stand_ins: by the target that a node calls, what is called in its place.
+        on_value: called with each node and its value.
+    """
+    order = list(nodes)
+    last = {source: node for node in order for source in node.all_input_nodes}
+    known, stand_ins = dict(values), stand_ins or {}
+    for node in order:
+        for source in node.all_input_nodes:
+            if source.op == "get_attr" and source not in known:
+                known[source] = call_node(module, source, (), {})
+        args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
+        called = stand_ins.get(str(node.target)) if node.op == "call_module" else None
+        known[node] = call_node(module, node, args, kwargs) if called is None else called(*args, **kwargs)
+        on_value(node, known[node])
+        for source in node.all_input_nodes:
+            if last[source] is node:
+                del known[source]
+    return known[order[-1]]
+
+
+def execute_whole(
+    module: fx.GraphModule,
+    leaves: Sequence[Any],
+    on_value: Callable[[fx.Node, Any], None],
+) -> Any:
+    """The network's output leaves for flat inputs; `on_value` is called with each node and its value, the inputs' too."""
+    nodes = list(module.graph.nodes)
+    values = dict(zip((node for node in nodes if node.op == "placeholder"), leaves, strict=True))
+    for node, value in values.items():
+        on_value(node, value)
+    return execute(module, [node for node in nodes if node.op != "placeholder"], values, on_value=on_value)
 
 
 class Execution:

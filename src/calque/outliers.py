@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from calque.calibration import real_tokens
 from calque.errors import warn
+from calque.execution import execute_whole
 from calque.graph import Batch, Network
 from calque.graph.network import value_of
 from calque.graph.signature import rows, select
@@ -212,13 +213,15 @@ class _Watch:
 
     def run(self, leaves: Sequence[Any]) -> Sequence[Any]:
         """The network's outputs on the next batch."""
-        result: Sequence[Any] = _Interpreter(self).run(*leaves)
+        result: Sequence[Any] = execute_whole(self.job.network.module, leaves, self.see)
         self._start += self.job.sizes[self._batch]
         self._batch += 1
         return result
 
-    def see(self, node: fx.Node, value: Tensor) -> None:
-        """Keeps the ends of one tensor."""
+    def see(self, node: fx.Node, value: object) -> None:
+        """Keeps the ends of a float tensor that may get a grid."""
+        if node not in self.places or not isinstance(value, Tensor) or not value.is_floating_point():
+            return
         count, mask = self.job.sizes[self._batch], self.job.masks[self._batch]
         if not value.numel() or value.shape[0] % count:
             return
@@ -234,18 +237,6 @@ class _Watch:
         ):  # aminmax is slow
             found = torch.zeros(count, device=value.device).scatter_reduce_(0, owners, ends.float(), reduce)
             kept[node][here] = found.cpu()
-
-
-class _Interpreter(fx.Interpreter):
-    def __init__(self, watch: _Watch):
-        super().__init__(watch.job.network.module)
-        self.watch = watch
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n in self.watch.places and isinstance(value, Tensor) and value.is_floating_point():
-            self.watch.see(n, value)
-        return value
 
 
 def _places(network: Network, batch: Batch) -> Mapping[fx.Node, str]:

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from calque.calibration import rows_at_a_time
 from calque.checkpoint import Checkpoint, Piece
-from calque.execution import call_node
+from calque.execution import execute
 from calque.graph import Batch
 from calque.graph.signature import flatten, have_rows, layout_of, rows, select, split
 from calque.losses import Loss
@@ -132,21 +132,13 @@ def _batch_losses(
             found[name] = [loss(reference, rest.outputs(part)).item() for part in stand_ins[name]]
             on_layer(name)
         if node.op != "placeholder":
-            values[node] = evaluate(module, node, values)
+            values[node] = execute(module, [node], values)
         if node.op == "output":
             found[""] = [loss(reference, values[node]).item()]
         for source in node.all_input_nodes:
             if last[source] is node:
                 values.pop(source, None)
     return found
-
-
-def evaluate(
-    module: fx.GraphModule, node: fx.Node, values: Mapping[fx.Node, Any], stand_in: nn.Module | None = None
-) -> Any:
-    """The node's value, from the values of its inputs."""
-    args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-    return call_node(module, node, args, kwargs, stand_in)
 
 
 class Suffix:
@@ -165,7 +157,6 @@ class Suffix:
             if reached.intersection(node.all_input_nodes):
                 reached.add(node)
         self.dependent = [node for node in after if node in reached]
-        self.last = {source: node for node in self.dependent for source in node.all_input_nodes}
         needed: set[fx.Node] = set()
         for node in reversed(after):
             if node in reached or node in needed:
@@ -173,15 +164,9 @@ class Suffix:
         self.values = values
         for node in after:
             if node in needed:
-                self.values[node] = evaluate(module, node, self.values)
+                self.values[node] = execute(module, [node], self.values)
 
     def outputs(self, stand_in: nn.Module) -> Any:
         """The network's output leaves with `stand_in` in the layer's place."""
-        changed: dict[fx.Node, Any] = {self.layer: evaluate(self.module, self.layer, self.values, stand_in)}
-        for node in self.dependent:
-            inputs = {s: changed[s] if s in changed else self.values[s] for s in node.all_input_nodes}
-            changed[node] = evaluate(self.module, node, inputs)
-            for source in node.all_input_nodes:
-                if source in changed and self.last[source] is node:
-                    del changed[source]
-        return changed[self.dependent[-1]]
+        order = [self.layer, *self.dependent]
+        return execute(self.module, order, self.values, {str(self.layer.target): stand_in})

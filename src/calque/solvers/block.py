@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from calque.arithmetic import binary_unit
 from calque.assembled import grid_of
 from calque.errors import SpecError
+from calque.execution import StandIn, execute
 from calque.graph.blocks import axis_of
 from calque.graph.network import is_movement
 from calque.holdout import held_out_count
@@ -29,8 +30,6 @@ from calque.solvers.learnable import (
     LearnableLayer,
     LearnableQuantizer,
     LearnableScale,
-    StandIn,
-    execute,
     output_unit,
 )
 from calque.solvers.problem import CONSTANT

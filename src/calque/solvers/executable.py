@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, fx
 
 from calque.assembled import grid_of, link_requantization
+from calque.execution import StandIn, execute
 from calque.losses import Loss
 from calque.quantizers import QuantizedLayer, Quantizer
-from calque.solvers.learnable import LearnableLayer, StandIn, execute, output_unit
+from calque.solvers.learnable import LearnableLayer, output_unit
 from calque.solvers.rows import Rows
 
 KEPT_FOR_BACKWARD = 4  # tensors per value of the network that a backward pass may need, estimated

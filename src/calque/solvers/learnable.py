@@ -6,11 +6,10 @@ quantizes. After putting restored modules into a network call `calque.assembled.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from calque.arithmetic import (
     SMALLEST_SCALE,
@@ -21,7 +20,6 @@ from calque.arithmetic import (
     weight_codes,
     weight_limits,
 )
-from calque.execution import call_node
 from calque.graph import Geometry
 from calque.quantizers import QuantizedLayer, Quantizer
 from calque.solvers.through import learn_through, quantize_through, weights_through
@@ -31,7 +29,6 @@ SMALLEST_UNIT = 0.1  # of the layer's mean deviation: the bias of a constant cha
 
 Kind = Literal["weight", "weight_scale", "bias", "activation_scale", "zero_point"]
 """What a leaf is; the names are those of the rates in `StepSizes`."""
-StandIn = Callable[..., Any]
 
 
 class FixedQuantizer:
@@ -203,34 +200,3 @@ def output_unit(layer: QuantizedLayer, output: Tensor) -> Tensor:
     unit = binary_unit(channels)
     deviation = (channels / unit).std(0, correction=0)
     return deviation.clamp(min=max(SMALLEST_UNIT * deviation.mean().item(), CONSTANT)) * unit
-
-
-def execute(
-    module: fx.GraphModule,
-    nodes: Iterable[fx.Node],
-    values: Mapping[fx.Node, Any],
-    stand_ins: Mapping[str, StandIn],
-    on_value: Callable[[fx.Node, Any], None] = lambda node, value: None,
-) -> Any:
-    """The value of the last of `nodes`, executed in order with the gradient mode of the caller.
-
-    Args:
-        values: of the nodes that are not executed but read; constants need not be among them.
-        stand_ins: by the target that a node calls, what is called in its place.
-        on_value: called with each node and its value.
-    """
-    order = list(nodes)
-    last = {source: node for node in order for source in node.all_input_nodes}
-    known = dict(values)
-    for node in order:
-        for source in node.all_input_nodes:
-            if source.op == "get_attr" and source not in known:
-                known[source] = call_node(module, source, (), {})
-        args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
-        called = stand_ins.get(str(node.target)) if node.op == "call_module" else None
-        known[node] = call_node(module, node, args, kwargs) if called is None else called(*args, **kwargs)
-        on_value(node, known[node])
-        for source in node.all_input_nodes:
-            if last[source] is node:
-                del known[source]
-    return known[order[-1]]
