@@ -41,15 +41,15 @@ def problem(
     weight: Tensor,
     activation: Callable[[Tensor], Tensor] = lambda value: value,
 ) -> LayerProblem:
-    """The problem of rows x (groups, R, K) of which the last fifth is held out."""
+    """The problem of rows x (groups, R, K), copied, of which the last fifth is held out; a solver uses it up."""
     rows = torch.arange(x.shape[1])
     border = max(1, 4 * len(rows) // 5)
     bias = torch.zeros(weight.shape[0], 1, weight.shape[1])
-    return LayerProblem(x, targets, weight, bias, rows[:border], rows[min(border, len(rows) - 1) :], activation)
+    return LayerProblem(x.clone(), targets, weight, bias, rows[:border], rows[min(border, len(rows) - 1) :], activation)
 
 
 def copied(case: LayerProblem) -> LayerProblem:
-    """The problem with rows of its own: a solver uses them up."""
+    """The problem with rows of its own, for another solver."""
     return replace(case, patches=case.patches.clone())
 
 
@@ -345,7 +345,7 @@ def test_a_handful_of_inputs_is_fitted(rows: int) -> None:
 @pytest.mark.parametrize("grid", [None, Grid(torch.tensor(0.1), torch.tensor(120), 255)], ids=["float", "grid"])
 def test_the_rows_of_a_problem_are_held_once(grid: Grid | None) -> None:
     x, weight = random(2, 100, 6, seed=0), random(2, 3, 6, seed=1)
-    case = problem(x.clone(), x @ weight.mT, weight)
+    case = problem(x, x @ weight.mT, weight)
     rows = x if grid is None else grid.quantize(x)
 
     solver = ClosedForm(case, grid, rounds=1)
