@@ -17,6 +17,7 @@ ROOMS = (
     "checkpoint",
     "arithmetic",
     "ranges",
+    "compat",
     "graph",
     "tensors",
     "placement",

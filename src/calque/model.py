@@ -10,6 +10,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from calque.calls import CallForm
+from calque.compat import children
 from calque.graph import Network
 from calque.graph.products import operands_of
 from calque.graph.rewrite import free_name
@@ -95,7 +96,7 @@ class QuantizedModel(nn.Module):
         """How the network may be called."""
         tensors = [form is not None for form in self.facts["inputs"]]
         example, dynamic = self.facts.get("example", {}), self.facts.get("dynamic", {})
-        return CallForm(self.signature, self.in_spec.child(1), tensors, self.facts["constants"], example, dynamic)
+        return CallForm(self.signature, children(self.in_spec)[1], tensors, self.facts["constants"], example, dynamic)
 
     @property
     def in_spec(self) -> pytree.TreeSpec:

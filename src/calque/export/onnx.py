@@ -15,6 +15,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from calque.admission import file_to_write, require_quantized
+from calque.compat import children
 from calque.errors import ExportError
 from calque.export.axes import name_axes
 from calque.export.compaction import drop_unread, fold_constants, share_constants, shorten
@@ -124,7 +125,7 @@ def float_onnx(original: nn.Module, model: QuantizedModel) -> onnx.ModelProto:
     Raises:
         ExportError: an operator without a translation, which is named; another network.
     """
-    proto = _exported(_Original(copy.deepcopy(original).eval(), model.in_spec.child(1)).eval(), model)
+    proto = _exported(_Original(copy.deepcopy(original).eval(), children(model.in_spec)[1]).eval(), model)
     name_values(proto.graph, interface(model))
     name_axes(proto.graph, model)
     return proto
