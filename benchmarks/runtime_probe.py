@@ -12,7 +12,10 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-PRECISE = {"session.x64quantprecision": "1", "session.qdq_matmulnbits_accuracy_level": "1"}  # as `calque.verify` sets them
+PRECISE = {
+    "session.x64quantprecision": "1",
+    "session.qdq_matmulnbits_accuracy_level": "1",
+}  # as `calque.verify` sets them
 
 
 def row(path: Path) -> dict[str, Any]:
