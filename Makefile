@@ -55,7 +55,7 @@ test: lint types docs doctest demo
 test-oldest: $(OLDEST)/.stamp
 	$(OLDEST)/bin/python -m pytest -m "$(MARKS)" -p no:cacheprovider
 
-$(OLDEST)/.stamp: setup pyproject.toml constraints-oldest.txt
+$(OLDEST)/.stamp: $(STAMP) pyproject.toml constraints-oldest.txt
 	$(PY) -m venv --clear $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint constraints-oldest.txt
 	@touch $@

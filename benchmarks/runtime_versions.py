@@ -160,7 +160,7 @@ def combined() -> list[str]:
 def write_table(path: Path) -> None:
     rows = read_rows(path, FIELDS)
     made = next(iter(rows.values()))["made"]
-    least = min(row["equal_plain"][0] for row in rows.values() if reads(row))
+    least = min((row["equal_plain"][0] for row in rows.values() if reads(row)), default=0.0)
     lines = [
         "# Releases of ONNX Runtime and the files that they read", "",
         f"Written by `python -m benchmarks.runtime_versions`; files made with {made}.", "",

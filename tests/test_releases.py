@@ -1,6 +1,7 @@
 """Which ONNX Runtime a file asks for, and what is said where an older one is installed."""
 
 import logging
+import tomllib
 from pathlib import Path
 
 import onnx
@@ -132,3 +133,15 @@ def test_export_keeps_a_file_that_the_installed_release_cannot_read_and_says_so(
     assert [
         record.getMessage().startswith("model.onnx: the file needs ONNX Runtime 1.24") for record in caplog.records
     ] == [True]
+
+
+def test_the_oldest_versions_that_are_tested_are_the_declared_ones() -> None:
+    root = Path(__file__).parents[1]
+    declared = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    lines = (root / "constraints-oldest.txt").read_text(encoding="utf-8").splitlines()
+    tested = dict(line.split("==") for line in lines if not line.startswith("#"))
+
+    bounds = dict(dependency.split(">=") for dependency in declared)
+
+    assert bounds.keys() <= tested.keys()
+    assert [name for name, bound in bounds.items() if not f"{tested[name]}.".startswith(f"{bound}.")] == []

@@ -271,17 +271,18 @@ def test_products_of_fewer_bits_are_named_on_an_accelerator() -> None:
 
 
 def test_a_function_under_torch_compile_may_quantize(expected: Codes) -> None:
-    found: list[Codes] = []
     model = networks.seeded(networks.Residual())
 
     @torch.compile(backend="eager")
-    def served(x: Tensor) -> Tensor:
+    def served(x: Tensor) -> tuple[Tensor, nn.Module]:
         y = x + 1
-        found.append(fitted(model))
-        return y * 2
+        q = calque.quantize(model, X, bits="w4a4", recipe=SHORT)
+        return y * 2, q
 
-    assert torch.equal(served(torch.ones(2)), torch.full((2,), 4.0))
-    assert same(found[0], expected)
+    result, q = served(torch.ones(2))
+
+    assert torch.equal(result, torch.full((2,), 4.0))
+    assert same(codes(q), expected)
 
 
 def test_a_thread_and_a_task_quantize_as_the_main_thread_does(expected: Codes) -> None:
