@@ -82,7 +82,7 @@ def make_files(folder: Path) -> None:
 def write(path: Path, q: Any, inputs: Tensor, expected: Tensor) -> None:
     file = calque.export_onnx(q, path.with_suffix(".onnx"))
     name = onnx.load(file).graph.input[0].name
-    np.savez(path.with_suffix(".npz"), **{name: inputs.numpy(), "expected_0": expected.detach().numpy()})
+    save(path, {name: inputs.numpy(), "expected_0": expected.detach().numpy()})
 
 
 def write_types(folder: Path, x: Any) -> None:
@@ -110,16 +110,21 @@ def probe(
     graph = helper.make_graph(nodes, "probe", [given], [made], list(constants))
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir)
     path.with_suffix(".onnx").write_bytes(proto.SerializeToString())
-    np.savez(path.with_suffix(".npz"), x=x, expected_0=expected)
+    save(path, {"x": x, "expected_0": expected})
+
+
+def save(path: Path, arrays: dict[str, Any]) -> None:
+    np.savez(path.with_suffix(".npz"), allow_pickle=False, **arrays)
 
 
 def python_of(release: str, folder: Path) -> Path:
     """The Python of the environment that has this release; it is made where it is not there."""
-    python = folder / release / "bin" / "python"
-    if not python.exists():
+    python, installed = folder / release / "bin" / "python", folder / release / "installed"
+    if not installed.exists():
         subprocess.run([sys.executable, "-m", "venv", str(folder / release)], check=True)
         numpy = "numpy<2" if release in NUMPY_1 else "numpy"
         subprocess.run([str(python), "-m", "pip", "install", "--quiet", f"onnxruntime=={release}", numpy], check=True)
+        installed.touch()
     return python
 
 

@@ -8,6 +8,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
+from torch import nn
 
 import calque
 import networks
@@ -42,7 +43,7 @@ def test_bits_ask_for_the_first_release_that_reads_them(bits: str, release: tupl
 
 
 def test_groups_ask_for_kernels_of_their_width(tmp_path: Path) -> None:
-    model = networks.seeded(networks.nn.Sequential(networks.nn.Linear(32, 8)))
+    model = networks.seeded(nn.Sequential(nn.Linear(32, 8)))
     x = networks.images(4, seed=0).reshape(-1, 32)
 
     found = {

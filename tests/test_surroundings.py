@@ -274,7 +274,7 @@ def test_a_function_under_torch_compile_may_quantize(expected: Codes) -> None:
     model = networks.seeded(networks.Residual())
 
     @torch.compile(backend="eager")
-    def served(x: Tensor) -> tuple[Tensor, nn.Module]:
+    def served(x: Tensor) -> tuple[Tensor, QuantizedModel]:
         y = x + 1
         q = calque.quantize(model, X, bits="w4a4", recipe=SHORT)
         return y * 2, q

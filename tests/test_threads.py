@@ -36,7 +36,9 @@ def test_threads_together_do_what_each_does_alone(seed: int) -> None:
     assert counts.tried == counts.right >= 6
 
 
-HAS_FLAG = hasattr(torch.fx._symbolic_trace, "is_fx_symbolic_tracing")  # which a thread can be kept from; not in torch 2.8
+HAS_FLAG = hasattr(
+    torch.fx._symbolic_trace, "is_fx_symbolic_tracing"
+)  # which a thread can be kept from; not in torch 2.8
 
 
 def in_thread(work: Callable[[], Any]) -> Any:

@@ -42,7 +42,7 @@ from calque.cli.latency import latency_command
 from calque.cli.plan import plan_command
 from calque.cli.readers import load_calibration
 from calque.cli.signals import EndedError, ending_signals, shielded_workers
-from calque.cli.terminal import advice, complain, estimates, one_line, visible_warnings
+from calque.cli.terminal import advice, complain, notes, one_line, visible_warnings
 from calque.cli.weights import load_weights
 from calque.demo import BITS, DemoRow, run_demo
 from calque.errors import CalibrationError, CalqueError
@@ -188,7 +188,7 @@ def quantize_command(
     arguments = [argument for argument in context.obj if argument not in ("--resume", "--overwrite")]
     with (
         advice(shlex.join([*_program(), *arguments, "--resume"]), lambda: is_started(output)),
-        estimates(quiet),
+        notes("calque.pipeline", quiet=quiet),
         shielded_workers(workers),
     ):
         scores = {} if evaluate is None else {"float": evaluate_model(evaluate, network)}

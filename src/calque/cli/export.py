@@ -11,6 +11,7 @@ from torch import nn
 from calque.cli.folder import NETWORK, Run, read_run, trusted_run, write_start
 from calque.cli.inputs import build_model, evaluate_model
 from calque.cli.readers import load_calibration
+from calque.cli.terminal import notes
 from calque.cli.weights import load_weights
 from calque.errors import VerificationError
 from calque.export import OnnxModel, Target, Verification, export_onnx, verify
@@ -50,9 +51,9 @@ def export_command(
     settings = trusted_run(run, trust=trust)
     original = build_model(settings.model)
     q = load(run / NETWORK, original)
-    export_onnx(
-        q, path, target=cast(Target, target), input_names=_names(input_names), output_names=_names(output_names)
-    )  # which checks all of them
+    names = {"input_names": _names(input_names), "output_names": _names(output_names)}
+    with notes("calque.export.onnx"):
+        export_onnx(q, path, target=cast(Target, target), **names)  # which checks all of them
     print(f"{path}: {path.stat().st_size:,} bytes")
     failure = None
     if check:
