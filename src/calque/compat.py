@@ -8,6 +8,9 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.utils._pytree import TreeSpec
 
+# torch 2.9 writes checks of *args that name nothing, and fails where it runs them; 2.13 does not (2.10 to 2.12: not tried).
+CHECKS_FAIL = (2, 9) <= tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
+
 # What `torch.set_float32_matmul_precision` means by its words, where torch has no other name for it.
 _PRECISIONS = {"highest": "none", "high": "tf32", "medium": "bf16"}
 
@@ -18,6 +21,11 @@ def unguarded(program: ExportedProgram) -> fx.GraphModule:
     module = program.module(**({"check_guards": False} if known else {}))
     assert isinstance(module, fx.GraphModule)
     return module
+
+
+def without_checks(program: ExportedProgram) -> None:
+    """Keeps torch from checking the inputs of a program wherever it takes it apart, in place."""
+    vars(program)["_example_inputs"] = None  # which the checks are made from
 
 
 def children(tree: TreeSpec) -> list[TreeSpec]:

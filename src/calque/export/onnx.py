@@ -17,7 +17,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from calque.admission import file_to_write, require_quantized
-from calque.compat import children
+from calque.compat import CHECKS_FAIL, children, without_checks
 from calque.errors import ExportError
 from calque.export.axes import name_axes
 from calque.export.compaction import drop_unread, fold_constants, share_constants, shorten
@@ -173,10 +173,12 @@ def _spelled(
 ) -> nn.Module | torch.export.ExportedProgram:
     """The module itself, or where code cannot spell one of its paths, a program that spells it otherwise."""
     spelled = respellings(module)
-    if not spelled:
+    if not spelled and not CHECKS_FAIL:
         return module
     program = torch.export.export(module, example, dynamic_shapes=(axes,), strict=False)
     respell(program, spelled)
+    if CHECKS_FAIL:
+        without_checks(program)
     return program
 
 
