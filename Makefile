@@ -1,4 +1,4 @@
-# make setup | demo | lint | types | docs | doctest | test | dist | campaign | golden | clean
+# make setup | demo | lint | types | docs | doctest | test | test-oldest | dist | campaign | golden | clean
 .DEFAULT_GOAL := test
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -7,11 +7,12 @@ SHELL := /bin/bash
 
 PY := .venv/bin/python
 STAMP := .venv/.stamp
+OLDEST := .venv-oldest
 CODE := $(wildcard src tests benchmarks)
 # What the suite leaves out. The real tasks of ../shared run where it is there and skip where it is not.
 MARKS ?= not slow and not gpu
 
-.PHONY: setup demo lint types docs doctest test dist campaign golden clean
+.PHONY: setup demo lint types docs doctest test test-oldest dist campaign golden clean
 
 setup: $(STAMP)
 
@@ -59,6 +60,15 @@ dist: setup
 	.venv-dist/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl --constraint constraints.txt
 	cd dist && ../.venv-dist/bin/python -I -m calque --version && ../.venv-dist/bin/calque doctor
 	rm -rf .venv-dist
+
+# The lowest versions that pyproject.toml declares, in an environment of its own (5 GB: torch brings CUDA's packages).
+test-oldest: $(OLDEST)/.stamp
+	$(OLDEST)/bin/python -m pytest -m "$(MARKS)" -p no:cacheprovider
+
+$(OLDEST)/.stamp: $(STAMP) pyproject.toml constraints-oldest.txt
+	$(PY) -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint constraints-oldest.txt
+	@touch $@
 
 # What may never go wrong, tried for ten minutes; writes docs/reliability.md.
 campaign: setup

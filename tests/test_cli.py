@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import safetensors.torch
 import torch
@@ -170,6 +171,19 @@ def test_export_writes_a_verified_file_and_report_repeats_the_table(
     assert f"model.onnx: {Path('model.onnx').stat().st_size:,} bytes" in printed
     assert "float kernels: none" in printed
     assert capsys.readouterr().out == table
+
+
+def test_a_runtime_too_old_for_the_file_is_a_note_of_export_and_an_error_of_verify(
+    work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantize("--weights", "weights.safetensors")
+    capsys.readouterr()
+    monkeypatch.setattr(ort, "__version__", "1.17.3")
+
+    assert run(["export", "run", "model.onnx"]) == 0
+    assert capsys.readouterr().err.startswith("note: model.onnx: the file needs ONNX Runtime 1.18 or newer")
+    assert run(["verify", "model.onnx", "run"]) == 1
+    assert "1.17.3 is installed. Run it where a newer one is: pip install" in capsys.readouterr().err
 
 
 def test_names_in_the_file_are_chosen_on_the_command_line(work: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,7 @@ ROOMS = (
     "settings",
     "recipe",
     "report",
+    "compat",
     "graph",
     "tensors",
     "store",

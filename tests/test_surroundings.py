@@ -61,7 +61,7 @@ def state() -> dict[str, Any]:
         "filters": list(warnings.filters), "showwarning": warnings.showwarning,
         "levels": {name: logger.level for name, logger in loggers.items()},
         "log filters": [list(handler.filters) for logger in loggers.values() for handler in logger.handlers],
-        "threads": torch.get_num_threads(), "dtype": torch.get_default_dtype(), "device": torch.get_default_device(),
+        "threads": torch.get_num_threads(), "dtype": torch.get_default_dtype(), "device": torch.empty(0).device,
         "grad": torch.is_grad_enabled(), "inference": torch.is_inference_mode_enabled(),
         "autocast": (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")),
         "deterministic": torch.are_deterministic_algorithms_enabled(), "anomaly": torch.is_anomaly_enabled(),
@@ -271,16 +271,18 @@ def test_products_of_fewer_bits_are_named_on_an_accelerator() -> None:
 
 
 def test_a_function_under_torch_compile_may_quantize(expected: Codes) -> None:
-    found: list[Codes] = []
+    model = networks.seeded(networks.Residual())
 
     @torch.compile(backend="eager")
-    def served(x: Tensor) -> Tensor:
+    def served(x: Tensor) -> tuple[Tensor, QuantizedModel]:
         y = x + 1
-        found.append(fitted())
-        return y * 2
+        q = calque.quantize(model, X, bits="w4a4", recipe=SHORT)
+        return y * 2, q
 
-    assert torch.equal(served(torch.ones(2)), torch.full((2,), 4.0))
-    assert same(found[0], expected)
+    result, q = served(torch.ones(2))
+
+    assert torch.equal(result, torch.full((2,), 4.0))
+    assert same(codes(q), expected)
 
 
 def test_a_thread_and_a_task_quantize_as_the_main_thread_does(expected: Codes) -> None:

@@ -36,6 +36,11 @@ def test_threads_together_do_what_each_does_alone(seed: int) -> None:
     assert counts.tried == counts.right >= 6
 
 
+HAS_FLAG = hasattr(
+    torch.fx._symbolic_trace, "is_fx_symbolic_tracing"
+)  # which a thread can be kept from; not in torch 2.8
+
+
 def in_thread(work: Callable[[], Any]) -> Any:
     found: list[Any] = []
     thread = threading.Thread(target=lambda: found.append(work()))
@@ -51,7 +56,7 @@ def test_other_threads_see_nothing_of_a_trace() -> None:
         encoder = nn.TransformerEncoder
         return (
             bool(torch.compiler.is_compiling()), bool(torch.compiler.is_exporting()),
-            torch.fx._symbolic_trace.is_fx_symbolic_tracing(), torch._C._get_mkldnn_enabled(),
+            HAS_FLAG and torch.fx._symbolic_trace.is_fx_symbolic_tracing(), torch._C._get_mkldnn_enabled(),
             bool(torch.backends.mha.get_fastpath_enabled()), inner(torch.ones(1, 3)).tolist(), encoder.__name__,
         )  # fmt: skip
 
@@ -117,6 +122,7 @@ def test_patches_of_a_turn_are_for_its_thread_alone() -> None:
     assert (nn.TransformerEncoder.forward, torch.autocast.__enter__) == before
 
 
+@pytest.mark.skipif(not HAS_FLAG, reason="this torch refuses compiled functions in all threads while one traces")
 def test_other_threads_compile_meanwhile_or_wait() -> None:
     served: list[Tensor] = []
     compiled = torch.compile(lambda x: x * 2 + 1, backend="eager")

@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from calque.compat import children
 from calque.graph.signature import Batch, Signature, flatten, leaf_names
 
 
@@ -59,14 +60,14 @@ class CallForm:
 
     def _another_form(self, batch: Batch) -> TypeError:
         """What is too much, missing or built otherwise, and what to do."""
-        known = dict(zip(self.tree.context, self.tree.children(), strict=True))
+        known = dict(zip(self.tree.context, children(self.tree), strict=True))
         for name, value in batch.items():
             if name not in known:
                 return TypeError(
                     f"{name} had forward's default at calibration, which is a constant of the quantized network. Got "
                     f"{_said(value)}; leave it out, or quantize with it in every calibration batch."
                 )
-            if flatten({name: value})[1].child(0) != known[name]:
+            if children(flatten({name: value})[1])[0] != known[name]:
                 before = _form(pytree.tree_unflatten(["..."] * known[name].num_leaves, known[name]))
                 return TypeError(f"{name} was {before} at calibration. Got {_said(value)}; pass it in the same form.")
         missing = [name for name in known if name not in batch]

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import fx
 
+from calque.compat import children
 from calque.filenodes import AXIS, HEAD, TABLES, TO, VALUE, constant_bytes, node_bytes, operator_bytes, tensor_bytes
 from calque.graph import Network, WeightedLayer
 from calque.graph.network import (
@@ -66,7 +67,9 @@ def _interface(network: Network) -> int:
     paths = zip(leaf_paths(network.out_spec), leaves, strict=True)
     names = iter(output_names([path for path, leaf in paths if leaf is not None]))
     results = [(next(names), 1, leaf) for leaf in leaves if leaf is not None]
-    given = zip(leaf_paths(network.in_spec.child(1)), network.module.graph.find_nodes(op="placeholder"), strict=True)
+    given = zip(
+        leaf_paths(children(network.in_spec)[1]), network.module.graph.find_nodes(op="placeholder"), strict=True
+    )
     inputs = [(joined(path), len(node.users), value_of(node)) for path, node in given]
     for name, uses, value in [*inputs, *results]:
         if value is not None:

@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from calque.assembled import Assembled, compiled, edge_quantizers, quantized_layers
 from calque.calls import CallForm
+from calque.compat import children
 from calque.graph import Batch, DynamicAxes
 from calque.graph.network import FlatInput
 from calque.integer import IntegerModel
@@ -135,7 +136,8 @@ class QuantizedModel(nn.Module):
         """How the network may be called."""
         facts = self.facts
         tensors = [form is not None for form in facts.inputs]
-        return CallForm(self.signature, self.in_spec.child(1), tensors, facts.constants, facts.example, facts.dynamic)
+        arguments = children(self.in_spec)[1]
+        return CallForm(self.signature, arguments, tensors, facts.constants, facts.example, facts.dynamic)
 
     @property
     def in_spec(self) -> pytree.TreeSpec:

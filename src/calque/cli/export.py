@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from calque.cli.terminal import notes
 from calque.cli.words import Folder, Runtime, Trust
 from calque.spec import BOUND
 
@@ -43,9 +44,9 @@ def export_command(
     settings = trusted_run(run, trust=trust)
     original = build_model(settings.model)
     q = load(run / NETWORK, original)
-    export_onnx(
-        q, path, target=cast("Target", target), input_names=_names(input_names), output_names=_names(output_names)
-    )  # which checks all of them
+    names = {"input_names": _names(input_names), "output_names": _names(output_names)}
+    with notes("calque.export.onnx"):
+        export_onnx(q, path, target=cast("Target", target), **names)  # which checks all of them
     print(f"{path}: {path.stat().st_size:,} bytes")
     failure = None
     if check:

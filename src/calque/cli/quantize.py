@@ -12,7 +12,7 @@ from typing import Annotated, cast
 import typer
 
 from calque.cli.signals import shielded_workers
-from calque.cli.terminal import advice, complain, estimates
+from calque.cli.terminal import advice, complain, notes
 from calque.cli.words import ENTRY, Quiet, Seed, recipes
 from calque.errors import CalibrationError
 from calque.files import remove_folder
@@ -94,7 +94,7 @@ def quantize_command(
     arguments = [argument for argument in context.obj if argument not in ("--resume", "--overwrite")]
     with (
         advice(shlex.join([*_program(), *arguments, "--resume"]), lambda: is_started(output)),
-        estimates(quiet),
+        notes("calque.pipeline", quiet=quiet),
         shielded_workers(workers),
         own_output(),
     ):

@@ -45,9 +45,9 @@ class _Notes(logging.Handler):
 
 
 @contextmanager
-def estimates(quiet: bool) -> Iterator[None]:
-    """Shows what the pipeline says of a run before it starts: its time and disk."""
-    log, handler = logging.getLogger("calque.pipeline"), _Notes(logging.INFO)
+def notes(module: str, *, quiet: bool = False) -> Iterator[None]:
+    """Shows what a module logs: a run's time and disk before it starts, or what the installed runtime cannot read."""
+    log, handler = logging.getLogger(module), _Notes(logging.INFO)
     level = log.level
     if not quiet:
         log.addHandler(handler)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import onnx
 from onnx import helper
 
+from calque.compat import children
 from calque.errors import ExportError, SpecError
 from calque.fields import shown
 from calque.graph import paths as tree_paths
@@ -66,7 +67,7 @@ def interface(
 
 def _argument_names(model: QuantizedModel) -> list[str]:
     """The flat inputs by forward's arguments, their keys and positions: image, boxes_0, features_p3."""
-    return [tree_paths.joined(path) for path in tree_paths.leaf_paths(model.in_spec.child(1))]
+    return [tree_paths.joined(path) for path in tree_paths.leaf_paths(children(model.in_spec)[1])]
 
 
 def _result_names(model: QuantizedModel) -> list[str]:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import operator
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -9,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnxruntime as ort
 import torch
 from onnx import helper
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from calque.admission import file_to_write, require_quantized
+from calque.compat import CHECKS_FAIL, children, without_checks
 from calque.errors import ExportError
 from calque.export.axes import name_axes
 from calque.export.compaction import drop_unread, fold_constants, share_constants, shorten
@@ -24,6 +27,7 @@ from calque.export.names import interface, name_values
 from calque.export.nodes import MICROSOFT, Expander, Shape
 from calque.export.qonnx import QONNX_DOMAIN, QuantExpander
 from calque.export.rehearsal import origins, rehearse
+from calque.export.releases import too_old
 from calque.export.runtimes import Target, check_name
 from calque.files import FilePath, write_whole
 from calque.graph.exclusive import exclusively
@@ -34,6 +38,8 @@ from calque.graph.spelling import respell, respellings
 from calque.graph.surroundings import undisturbed
 from calque.model import QuantizedModel
 from calque.partly import PartlyQuantized, whole_only
+
+log = logging.getLogger(__name__)
 
 OPSET = 21  # the first with INT4
 
@@ -57,7 +63,8 @@ def export_onnx(
         output_names: one for each output that is a tensor, in order. Default: the keys and fields of what forward returns, joined
             by "_"; without any "output", or "output_0", "output_1", ... by position.
 
-    A file for ONNX Runtime is run there before it is kept, on the few inputs that `model` has as an example.
+    A file for ONNX Runtime is run there before it is kept, on the few inputs that `model` has as an example. Where the installed
+    release is too old for the file's types or operators, the file is kept untried, and a logged warning says so.
 
     The file holds the plan, checksums of the network, which `verify` compares, the recipe and versions in its metadata. It is
     written to a temporary name and moved, so that nothing half-written is ever left at `path`. The same network gives the same
@@ -93,7 +100,11 @@ def export_onnx(
         shorten(proto.graph, _known_names(model).__contains__)
     _check(proto)
     if target == "onnxruntime":
-        rehearse(proto, model, behind_nodes)
+        reason = too_old(proto, ort.__version__)
+        if reason is None:
+            rehearse(proto, model, behind_nodes)
+        else:
+            log.warning("%s: %s. It was not tried here; verify it where it will run.", path.name, reason)
     for node in proto.graph.node if target != "qonnx" else ():
         if node.name not in model.layers:  # what failed in the rehearsal was found by its name
             node.name = ""
@@ -124,7 +135,7 @@ def float_onnx(original: nn.Module, model: QuantizedModel) -> onnx.ModelProto:
     Raises:
         ExportError: an operator without a translation, which is named; another network.
     """
-    proto = _exported(_Original(copy.deepcopy(original).eval(), model.in_spec.child(1)).eval(), model)
+    proto = _exported(_Original(copy.deepcopy(original).eval(), children(model.in_spec)[1]).eval(), model)
     name_values(proto.graph, interface(model))
     name_axes(proto.graph, model)
     return proto
@@ -162,10 +173,12 @@ def _spelled(
 ) -> nn.Module | torch.export.ExportedProgram:
     """The module itself, or where code cannot spell one of its paths, a program that spells it otherwise."""
     spelled = respellings(module)
-    if not spelled:
+    if not spelled and not CHECKS_FAIL:
         return module
     program = torch.export.export(module, example, dynamic_shapes=(axes,), strict=False)
     respell(program, spelled)
+    if CHECKS_FAIL:
+        without_checks(program)
     return program
 
 

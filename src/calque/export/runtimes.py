@@ -14,6 +14,7 @@ from torch import Tensor
 
 from calque.errors import SpecError, VerificationError
 from calque.export.feeds import feeds_of
+from calque.export.releases import UPGRADE, too_old
 from calque.extras import import_extra
 from calque.fields import shown
 from calque.files import temporary_folder
@@ -84,7 +85,7 @@ class OnnxRuntime:
         settings: entries of the session's configuration; exact products by default, which a session of a user does not have.
 
     Raises:
-        VerificationError: ONNX Runtime cannot load the file.
+        VerificationError: ONNX Runtime cannot load the file, or is older than the file's opset, IR version, types or operators.
     """
 
     def __init__(
@@ -95,6 +96,9 @@ class OnnxRuntime:
         optimize: bool = True,
         settings: Mapping[str, str] = EXACT,
     ):
+        reason = too_old(proto, ort.__version__)
+        if reason is not None:
+            raise VerificationError(f"{reason}. Run it where a newer one is: {UPGRADE}.")
         self._proto, self._threads, self._optimize, self._settings = proto, threads, optimize, settings
         self._session = self._open()
 

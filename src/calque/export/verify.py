@@ -73,9 +73,9 @@ def verify(
 
     Raises:
         MissingExtraError: the runtime is not installed.
-        VerificationError: the file is another network's or run's by its metadata; the runtime cannot load or run the
-            file; the inputs have another shape or type than the file's; the file has other outputs than the model;
-            an output does not pass (`verification` of the error has all figures).
+        VerificationError: the file is another network's or run's by its metadata; the runtime is older than what the file has
+            (both are named), or cannot load or run it; the inputs have another shape or type than the file's; the file has other
+            outputs than the model; an output does not pass (`verification` of the error has all figures).
         SpecError: an unknown target, or a bound that is no share; no path; no quantized network, or one quantized in parts, which
             are verified one by one.
         CaptureError: an `original` that is no float network, or does not take the inputs.

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.utils import _pytree as pytree
 
 from calque.graph.exclusive import exclusively
@@ -31,7 +32,8 @@ class Builder:
             made = self.node.graph.call_function(target, args, kwargs)
         made_args, made_kwargs = fx.map_arg((args, kwargs), lambda each: each.meta["val"])
         # torch counts modes for the whole process; its choice of a kernel would fix the sizes that it looks at
-        with exclusively(), self.mode, self._open_sizes():
+        # the dispatcher of tracing, without which composite operators of torch 2.8 cannot take open sizes
+        with exclusively(), enable_python_dispatcher(), self.mode, self._open_sizes():
             made.meta = {**self.meta, "val": target(*made_args, **made_kwargs)}
         return made
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch.utils import _pytree as pytree
 
+from calque.compat import children
 from calque.graph.outputs import Record
 
 Path = tuple[str | int, ...]  # keys and fields are strings, positions numbers
@@ -19,7 +20,7 @@ def leaf_paths(tree: pytree.TreeSpec) -> list[Path]:
     """
     if tree.is_leaf():
         return [()]
-    steps = zip(_steps(tree), map(tree.child, range(tree.num_children)), strict=True)
+    steps = zip(_steps(tree), children(tree), strict=True)
     return [(step, *path) for step, child in steps for path in leaf_paths(child)]
 
 

@@ -74,12 +74,15 @@ def find_products(module: fx.GraphModule) -> dict[str, Product]:
 def decompose_attention(graph: fx.Graph) -> None:
     """Replaces, in place, scaled_dot_product_attention by its products, mask and softmax.
 
-    Rows that a boolean mask leaves nothing of become zero, as the fused operator returns them.
+    Rows that a boolean mask leaves nothing of become zero, as the fused operator returns them. Its result lies otherwise in
+    memory than that of its products, so that views of it become reshapes (torch 2.8 traces no copy in front of them).
     """
-    for node in list(graph.nodes):
-        if node.target is aten.scaled_dot_product_attention.default:
-            build = Builder(node)
-            build.replace(_attention(build))
+    found = [node for node in graph.nodes if node.target is aten.scaled_dot_product_attention.default]
+    for node in found:
+        build = Builder(node)
+        build.replace(_attention(build))
+    for view in graph.find_nodes(op="call_function", target=aten.view.default) if found else ():
+        view.target = aten.reshape.default
 
 
 def _attention(build: Builder) -> fx.Node:

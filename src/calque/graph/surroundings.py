@@ -3,13 +3,14 @@
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 import torch
 from torch._compile import _disable_dynamo
 from torch.utils import _python_dispatch
 
+from calque.compat import product_precisions
 from calque.errors import SurroundingsError
 
 P = ParamSpec("P")
@@ -38,12 +39,9 @@ def require_exact_products(device: torch.device) -> None:
     """Raises SurroundingsError where float32 products may be computed with fewer bits on the device, or by other kernels."""
     if device.type == "cpu":
         lowered = {"bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported(), "tf32": torch.cpu._is_amx_tile_supported()}
-        kernels: Any = torch.backends.mkldnn  # which sets attributes that types do not know
-        asked = {kernels.matmul.fp32_precision, kernels.conv.fp32_precision}
     else:
         lowered = {"bf16": True, "tf32": True}
-        asked = {torch.backends.cuda.matmul.fp32_precision} if device.type == "cuda" else set()
-    found = [precision for precision in asked if lowered.get(precision)]
+    found = [precision for precision in product_precisions(device) if lowered.get(precision)]
     if found:
         raise SurroundingsError(
             f"float32 products may be computed as {found[0]} on {device} (torch.set_float32_matmul_precision, torch.backends), "

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
+from calque.compat import unguarded
 from calque.errors import CaptureError
 from calque.graph.outputs import flat_outputs
 from calque.graph.regions import open_regions
@@ -76,8 +77,7 @@ def trace(
             open_regions(program)
             if functional:
                 program = program.run_decompositions({})
-            module = program.module(check_guards=False)
-            assert isinstance(module, fx.GraphModule)
+            module = unguarded(program)
             tree = trees[-1] if trees else module._out_spec  # torch.export copies graphs, and their own forward runs
             assert isinstance(tree, pytree.TreeSpec)
             return module, tree
