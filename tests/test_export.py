@@ -281,7 +281,7 @@ def test_a_missing_folder_and_a_missing_file_are_named(tmp_path: Path, trained: 
     with pytest.raises(FileNotFoundError, match=r"no\.onnx"):
         calque.verify(tmp_path / "no.onnx", q, calibration)
     (tmp_path / "text.onnx").write_text("no model")
-    with pytest.raises(VerificationError, match=r"text\.onnx is not an ONNX file|cannot load"):
+    with pytest.raises(VerificationError, match=r"text\.onnx is not an ONNX file"):
         calque.verify(tmp_path / "text.onnx", q, calibration)
 
 
