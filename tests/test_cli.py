@@ -30,6 +30,7 @@ from calque.recipe import ADVANCED, Recipe, find_recipe
 from calque.report import Report
 from calque.spec import Bits, Plan
 from calque.storage import load
+from slow import slow
 
 MODULE = """
 import torch
@@ -234,14 +235,14 @@ def test_verify_of_another_runs_file_says_so_and_runs_nothing(work: Path, capsys
     assert "exported from another network or run" in printed.err
 
 
-@pytest.mark.parametrize("command", [["export", "run", "other.onnx"], ["verify", "model.onnx", "run"]])
-def test_an_unknown_target_ends_in_an_error(work: Path, capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
+def test_an_unknown_target_ends_in_an_error(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     quantize("--weights", "weights.safetensors")
     run(["export", "run", "model.onnx"])
     capsys.readouterr()
 
-    assert run([*command, "--target", "tpu"]) == 1
-    assert "target is one of onnxruntime, openvino, qonnx. Got 'tpu'" in capsys.readouterr().err
+    for command in (["export", "run", "other.onnx"], ["verify", "model.onnx", "run"]):
+        assert run([*command, "--target", "tpu"]) == 1
+        assert "target is one of onnxruntime, openvino, qonnx. Got 'tpu'" in capsys.readouterr().err
 
 
 def test_a_finished_run_is_not_overwritten_unless_asked(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -579,9 +580,9 @@ def report_of(folder: str = "run") -> Report:
     ("option", "values"),
     [
         ("--size", ("3.3kB", "3.05kB")),
-        ("--size", ("3300B", "3040B")),
+        slow("--size", ("3300B", "3040B")),
         ("--bops", ("0.06", "0.016")),
-        ("--bops", ("400K", "100K")),
+        slow("--bops", ("400K", "100K")),
         ("--activation-memory", ("0.26", "0.2")),
         ("--latency", ("table.csv=13", "table.csv=7")),
     ],
@@ -798,6 +799,7 @@ def _heard() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
+@pytest.mark.slow  # each runs three processes and their workers
 @pytest.mark.parametrize(
     ("number", "code", "said_last"),
     [
@@ -886,9 +888,14 @@ def test_a_latency_table_is_measured_and_limits_a_run(work: Path, capsys: pytest
 
 
 @pytest.mark.parametrize(
-    "command", [["export", "run", "model.onnx"], ["verify", "model.onnx", "run"]], ids=lambda c: c[0]
+    ("command", "path"),
+    [
+        (["export", "run", "model.onnx"], "run"),
+        (["verify", "model.onnx", "run"], "run/run.json"),
+        slow(["export", "run", "model.onnx"], "run/run.json"),
+        slow(["verify", "model.onnx", "run"], "run"),
+    ],
 )
-@pytest.mark.parametrize("path", ["run", "run/run.json"])
 def test_a_function_that_others_may_have_named_is_not_imported_without_trust(
     work: Path, capsys: pytest.CaptureFixture[str], command: list[str], path: str
 ) -> None:

@@ -136,6 +136,7 @@ except OSError as error:
 
 
 @posix
+@pytest.mark.slow  # another process imports everything
 def test_on_a_full_disk_the_old_file_stays_and_the_error_names_it(tmp_path: Path) -> None:
     files = ["q.safetensors", "m.onnx", "p.toml", "report.txt"]
     for name in files:

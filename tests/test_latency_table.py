@@ -18,6 +18,7 @@ from calque.export.verify import load_proto
 from calque.graph import Geometry
 from calque.model import QuantizedModel
 from calque.spec import Bits
+from slow import slow
 
 CONVOLUTION = Geometry("convolution", padding=(1, 1, 1, 1))
 SQUARE = (CONVOLUTION, (8, 8, 3, 3), (1, 8, 8, 8))
@@ -68,7 +69,7 @@ def test_a_layer_alone_runs_the_kernels_of_the_network_and_what_its_choice_puts_
     assert kernels(case) == expected
 
 
-@pytest.mark.parametrize("bits", ["w8a8", "w4a4", "w2a8", "w4"])
+@pytest.mark.parametrize("bits", ["w8a8", slow("w4a4"), slow("w2a8"), "w4"])
 def test_all_layers_alone_have_the_weighted_kernels_of_the_exported_network(
     tmp_path: Path, trained: nn.Module, calibration: Tensor, bits: str
 ) -> None:

@@ -26,6 +26,7 @@ from calque.report import Finalist
 from calque.search import _best, finalists
 from calque.spec import Bits
 from networks import Net
+from slow import slow
 
 QUICK = replace(LIGHT, name="quick", search_steps=0, priced_inputs=64, finalists=3)
 LADDER = ("w8a8", "w4a4", "w2a4")
@@ -97,7 +98,7 @@ def test_the_hand_made_size_and_operations_are_the_reports(model: nn.Module, inp
 # ---- budgets hold
 
 
-@pytest.mark.parametrize("share", [0.84, 0.93, "88%", 7400])
+@pytest.mark.parametrize("share", [slow(0.84), slow(0.93), "88%", 7400])
 def test_a_budget_on_size_holds_for_the_file(
     model: nn.Module, inputs: Tensor, share: float | str, tmp_path: Path
 ) -> None:

@@ -308,6 +308,7 @@ def test_weights_alone_leave_products_float(trained: Encoder) -> None:
     assert decibels(trained, q) > 10
 
 
+@pytest.mark.slow
 def test_budget_includes_tables(trained: Encoder) -> None:
     bits = ("w8a8", "w4a8", "w3a8")
     q = quantized(trained, bits=bits, budget=calque.Budget(size="52%"))
@@ -317,6 +318,7 @@ def test_budget_includes_tables(trained: Encoder) -> None:
     assert {q.plan["words"].weight, q.plan["positions"].weight} <= {3, 4, 8}
 
 
+@pytest.mark.slow
 def test_accurate_distills_an_encoder(trained: Encoder) -> None:
     short = replace(ACCURATE, distillation=replace(ACCURATE.distillation, minutes=0, steps=8))
     q = quantized(trained, bits="w4a4", recipe=short)
