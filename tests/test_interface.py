@@ -82,7 +82,7 @@ class Nested(nn.Module):
         return y
 
 
-@pytest.mark.parametrize("target", ["onnxruntime", "qonnx"])
+@pytest.mark.parametrize("target", ["onnxruntime", slow("qonnx")])
 def test_an_argument_keeps_its_name_in_every_file(tmp_path: Path, builtin: QuantizedModel, target: Target) -> None:
     q, model = builtin, networks.seeded(Builtin())
     calque.save(q, tmp_path / "q.safetensors")

@@ -188,7 +188,7 @@ def test_several_budgets_hold_together(model: nn.Module, inputs: Tensor, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("budget", "unit"), [(Budget(size=0.05), "size"), (Budget(bops=1000), "bops"), (Budget(size=100), "size")]
+    ("budget", "unit"), [(Budget(size=0.05), "size"), (Budget(bops=1000), "bops"), slow(Budget(size=100), "size")]
 )
 def test_an_infeasible_budget_names_the_smallest_feasible(
     model: nn.Module, inputs: Tensor, budget: Budget, unit: str
@@ -274,15 +274,15 @@ def test_tied_layers_with_different_choices_are_refused(inputs: Tensor) -> None:
 
 
 def test_the_chosen_finalist_has_the_least_measured_loss(model: nn.Module, inputs: Tensor) -> None:
-    recipe = replace(QUICK, finalists=6)
+    recipe = replace(QUICK, finalists=3)
     q = calque.quantize(model, inputs, bits=LADDER, budget=Budget(size=0.83), recipe=recipe, loss="kl")
 
     found = q.report.finalists
     (chosen,) = [each for each in found if each.chosen]
-    assert len(found) >= 6
+    assert len(found) >= 3
     assert chosen.measured == min(each.measured for each in found)
     assert chosen.plan == bits_of(q)
-    assert [each.predicted for each in found[:6]] == sorted(each.predicted for each in found[:6])
+    assert [each.predicted for each in found[:3]] == sorted(each.predicted for each in found[:3])
     for each in found:
         built = calque.quantize(
             model, inputs, plan=calque.Plan({n: Bits.parse(b) for n, b in each.plan.items()}), recipe=recipe
