@@ -1,6 +1,8 @@
-# make setup | demo | lint | types | docs | doctest | test | test-oldest | dist | campaign | golden | clean
+# make test         after each change: lint, types, documentation, doctests, the demo and all tests that are not slow
+# make test-all     the same with the slow tests, the real tasks of ../shared and coverage; what .ci/run calls
+# make test-oldest  the tests with the lowest versions that pyproject.toml declares
+# make setup | lint | types | docs | doctest | demo | dist | campaign | golden | clean
 .DEFAULT_GOAL := test
-.NOTPARALLEL:
 .DELETE_ON_ERROR:
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -9,10 +11,14 @@ PY := .venv/bin/python
 STAMP := .venv/.stamp
 OLDEST := .venv-oldest
 CODE := $(wildcard src tests benchmarks)
-# What the suite leaves out. The real tasks of ../shared run where it is there and skip where it is not.
-MARKS ?= not slow and not gpu
+# What test-all leaves out. The real tasks of ../shared run where it is there and skip where it is not.
+MARKS ?= not gpu
+# A worker per core, 8 at most: each takes 1 GB. Tests move to a worker that is idle, those of a file together.
+WORKERS := -n logical --maxprocesses 8 --dist worksteal
+# From make 4.0 on, what runs beside each other prints in one piece each.
+SYNC := $(if $(findstring output-sync,$(.FEATURES)),--output-sync)
 
-.PHONY: setup demo lint types docs doctest test test-oldest dist campaign golden clean
+.PHONY: setup demo lint types docs doctest checks test test-all test-oldest dist campaign golden clean
 
 setup: $(STAMP)
 
@@ -42,14 +48,21 @@ types: setup
 	$(PY) -m mypy $(CODE)
 
 docs: setup
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --site-dir site
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict --site-dir site
 
 doctest: setup
 	$(PY) -m pytest --doctest-modules --quiet src
 
+# What is no test of pytest's, two at a time.
+checks: setup
+	@$(MAKE) --no-print-directory -j2 $(SYNC) lint types docs demo
+
 # pytest runs last: its closing line is the last line of the output.
-test: lint types docs doctest demo
-	$(PY) -m pytest -m "$(MARKS)" --cov --cov-report=term
+test: checks
+	$(PY) -m pytest $(WORKERS) --doctest-modules -m "not slow and not gpu and not real" -r fE src tests
+
+test-all: checks
+	$(PY) -m pytest $(WORKERS) --doctest-modules -m "$(MARKS)" --cov --cov-report=term src tests
 
 # Builds the sdist, the wheel from it, and installs that with what it needs where nothing is installed; minutes.
 dist: setup

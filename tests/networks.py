@@ -1,12 +1,16 @@
 """Small networks that the tests share, each for one property of a graph."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from calque.model import QuantizedModel
+
+Exported = Callable[..., tuple[QuantizedModel, Path]]  # the fixture of tests/conftest.py
 CLASSES = 4
 SIDE = 8
 

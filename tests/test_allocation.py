@@ -199,15 +199,15 @@ def large_program(seed: int) -> tuple[Costs, Constraint, Constraint]:
     return losses, size, Constraint("bops", operations, sum(map(max, operations)) * 30 // 100)
 
 
-# Generous against a busy machine: medians are near 0.15 s and 0.6 s on one core.
+# Seconds of the processor, which others beside the test do not lengthen: medians are near 0.15 and 0.6.
 @pytest.mark.parametrize(("count", "seconds"), [(1, 5), (2, 30)])
 def test_200_layers_of_49_choices_are_solved_quickly(count: int, seconds: float) -> None:
     losses, *constraints = large_program(0)
-    started = time.perf_counter()
+    started = time.process_time()
 
     answer = allocate(losses, constraints[:count])
 
-    assert time.perf_counter() - started < seconds
+    assert time.process_time() - started < seconds
     assert all(cost_of(row.costs, answer.choice) <= row.limit for row in constraints[:count])
 
 

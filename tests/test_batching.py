@@ -16,6 +16,7 @@ from calque.graph import Signature
 from calque.graph.batching import find_layout
 from calque.graph.signature import Layout, laid_out, leaf_names, rows, select, split
 from networks import Net
+from slow import slow
 
 IMAGES = networks.images(60, seed=0)
 CPU = torch.device("cpu")
@@ -159,8 +160,15 @@ def test_a_network_with_a_whole_argument_is_quantized_saved_and_exported(tmp_pat
     assert again.signature.layout == q.signature.layout
 
 
-@pytest.mark.parametrize(("nodes", "fixed"), [((60, 60, 60), True), ((20, 30, 25), False)])
-@pytest.mark.parametrize("recipe", ["nearest", "light"])
+@pytest.mark.parametrize(
+    ("nodes", "fixed", "recipe"),
+    [
+        ((60, 60, 60), True, "nearest"),
+        ((20, 30, 25), False, "light"),
+        slow((60, 60, 60), True, "light"),
+        slow((20, 30, 25), False, "nearest"),
+    ],
+)
 def test_graphs_are_executed_whole_and_the_file_takes_other_sizes_where_calibration_had_several(
     tmp_path: Path, nodes: tuple[int, ...], fixed: bool, recipe: str
 ) -> None:

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 import networks
 from calque import recipe
+from slow import slow
 
 ROOT = Path(__file__).resolve().parents[1]
 # workers.md starts processes and a cluster: tests/test_parallel.py and tests/test_ray.py run what it shows.
 PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").rglob("*.md") if path.name != "workers.md")]
+FIRST = ("README", "index", "first-model")  # what people meet first is run after each change
 STEPS = 20  # of the shipped recipes at most: the pages say what is called, not how well it is fitted
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -79,7 +81,9 @@ def test_every_page_that_should_have_examples_has_some() -> None:
 
 
 @pytest.mark.usefixtures("few_steps")
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [page if page.stem in FIRST else slow(page) for page in PAGES if blocks(page)], ids=lambda page: page.stem
+)
 def test_the_examples_of_a_page_run(
     page: Path, model: nn.Module, test_inputs: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

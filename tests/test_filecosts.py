@@ -18,6 +18,7 @@ from calque.filesize import file_size
 from calque.graph import capture
 from calque.recipe import LIGHT, NEAREST
 from calque.spec import Placement
+from slow import slow
 
 TOLERANCE, ROUGH = 1.08, 1000
 SMALL_ROUGH = 8000  # bytes: a prediction is generous with operators, of which these networks are made
@@ -170,8 +171,17 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Sequence[object]]]
 }
 
 
-@pytest.mark.parametrize("bits", ["w8a8", "w3a4", "w4"])
-@pytest.mark.parametrize("model", MODELS)
+SIZED = {
+    ("residual", "w3a4"),
+    ("attention", "w4"),
+    ("branches of any size", "w8a8"),
+    ("mixed", "w3a4"),
+    ("encoder", "w8a8"),
+}
+EVERY_SIZE = itertools.product(MODELS, ("w8a8", "w3a4", "w4"))
+
+
+@pytest.mark.parametrize(("model", "bits"), [case if case in SIZED else slow(*case) for case in EVERY_SIZE])
 def test_no_file_is_larger_than_predicted(tmp_path: Path, model: str, bits: str) -> None:
     build, inputs = MODELS[model]
     q = calque.quantize(networks.seeded(build()), inputs(), bits=bits, recipe="nearest")
@@ -222,7 +232,7 @@ RUNS: dict[str, tuple[str, tuple[str, ...], str]] = {
 }
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", [run if run in ("depthwise", "shared weights") else slow(run) for run in RUNS])
 def test_the_file_of_a_run_keeps_its_budget(tmp_path: Path, run: str) -> None:
     model, candidates, size = RUNS[run]
     build, inputs = MODELS[model]

@@ -86,7 +86,7 @@ def test_what_is_no_regular_file_is_refused_and_stays(tmp_path: Path, kind: str)
         path.symlink_to(tmp_path if kind == "link to a directory" else path)
     before = names(tmp_path)
 
-    with pytest.raises(OSError, match=r"which no file can replace|symbolic links") as raised:
+    with pytest.raises(OSError, match="symbolic links" if kind == "loop" else "which no file can replace") as raised:
         write_whole(path, b"content")
 
     assert raised.value.filename == str(path)
@@ -136,6 +136,7 @@ except OSError as error:
 
 
 @posix
+@pytest.mark.slow  # another process imports everything
 def test_on_a_full_disk_the_old_file_stays_and_the_error_names_it(tmp_path: Path) -> None:
     files = ["q.safetensors", "m.onnx", "p.toml", "report.txt"]
     for name in files:

@@ -12,6 +12,7 @@ import calque
 from calque.graph import capture
 from calque.solvers.problem import layer_problem
 from networks import Net
+from slow import slow
 
 
 def seeded(build: type[nn.Module] | nn.Module) -> nn.Module:
@@ -98,7 +99,7 @@ class Signal(nn.Module):
         return logits
 
 
-@pytest.mark.parametrize("bits", ["w8a8", "w4a4"])
+@pytest.mark.parametrize("bits", [slow("w8a8"), "w4a4"])
 def test_signals_have_the_codes_and_kernels_of_images_of_height_one(bits: str, tmp_path: Path) -> None:
     one, two = seeded_norms(Signal(image=False)), Signal(image=True)
     two.load_state_dict({name: x[:, :, None] if x.dim() == 3 else x for name, x in one.state_dict().items()})

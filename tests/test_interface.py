@@ -31,6 +31,7 @@ from calque.graph.paths import leaf_paths
 from calque.graph.signature import Layout, laid_out
 from calque.model import QuantizedModel
 from networks import Net
+from slow import slow
 
 X = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
 AUTO = torch.export.Dim.AUTO
@@ -81,7 +82,7 @@ class Nested(nn.Module):
         return y
 
 
-@pytest.mark.parametrize("target", ["onnxruntime", "qonnx"])
+@pytest.mark.parametrize("target", ["onnxruntime", slow("qonnx")])
 def test_an_argument_keeps_its_name_in_every_file(tmp_path: Path, builtin: QuantizedModel, target: Target) -> None:
     q, model = builtin, networks.seeded(Builtin())
     calque.save(q, tmp_path / "q.safetensors")
@@ -197,7 +198,7 @@ def echo() -> QuantizedModel:
     return calque.quantize(networks.seeded(Echo()), (X, X.flip(0)), recipe="nearest")
 
 
-@pytest.mark.parametrize("target", ["onnxruntime", "openvino", "qonnx"])
+@pytest.mark.parametrize("target", ["onnxruntime", slow("openvino"), slow("qonnx")])
 def test_outputs_never_have_the_name_of_an_input_or_of_each_other(
     tmp_path: Path, echo: QuantizedModel, target: Target
 ) -> None:
@@ -212,7 +213,7 @@ def test_outputs_never_have_the_name_of_an_input_or_of_each_other(
     assert found.optimized.exact == 1
 
 
-@pytest.mark.parametrize("target", ["onnxruntime", "openvino", "qonnx"])
+@pytest.mark.parametrize("target", ["onnxruntime", slow("openvino"), slow("qonnx")])
 def test_chosen_names_are_the_files(tmp_path: Path, echo: QuantizedModel, target: Target) -> None:
     if target != "onnxruntime":
         pytest.importorskip(target)
@@ -455,6 +456,7 @@ file = calque.export_onnx(test_interface.shared(), {file!r})
 """
 
 
+@pytest.mark.slow  # another process imports everything
 def test_two_exports_have_the_same_bytes_in_one_process_and_in_another(tmp_path: Path) -> None:
     q = shared()
     files = [calque.export_onnx(q, tmp_path / f"{number}.onnx") for number in range(2)]

@@ -18,6 +18,7 @@ from calque.export.verify import load_proto
 from calque.graph import Geometry
 from calque.model import QuantizedModel
 from calque.spec import Bits
+from slow import slow
 
 CONVOLUTION = Geometry("convolution", padding=(1, 1, 1, 1))
 SQUARE = (CONVOLUTION, (8, 8, 3, 3), (1, 8, 8, 8))
@@ -68,7 +69,7 @@ def test_a_layer_alone_runs_the_kernels_of_the_network_and_what_its_choice_puts_
     assert kernels(case) == expected
 
 
-@pytest.mark.parametrize("bits", ["w8a8", "w4a4", "w2a8", "w4"])
+@pytest.mark.parametrize("bits", ["w8a8", slow("w4a4"), slow("w2a8"), "w4"])
 def test_all_layers_alone_have_the_weighted_kernels_of_the_exported_network(
     tmp_path: Path, trained: nn.Module, calibration: Tensor, bits: str
 ) -> None:
@@ -124,8 +125,8 @@ def test_equal_work_is_measured_once(short: None, q: QuantizedModel, calibration
 
     assert all(measured[name, "w8a8"] == measured[name, "w4a8"] for name in q.layers)
     assert all(measured[name, "w6a6"] == measured[name, "w4a4"] for name in q.layers)
-    assert [phase for phase, _, _ in seen] == ["latency"] * len(seen)
-    assert seen[-1][1] == seen[-1][2] == len(seen) == len(set(measured.values())) or len(seen) < len(measured)
+    # of 20 entries: five layers at 8 and at 4 bits, and conv2's work at 4 bits is conv1's
+    assert seen == [("latency", number, 9) for number in range(1, 10)]
 
 
 def test_layers_that_stay_float_or_look_rows_up_have_the_entries_that_a_run_asks_for(

@@ -59,6 +59,7 @@ print(most)
 """
 
 
+@pytest.mark.slow  # another process quantizes 1,500 images
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
 def test_the_peak_keeps_to_the_budget_with_many_inputs() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT, "1500"], capture_output=True, text=True, check=True)

@@ -75,8 +75,8 @@ def test_every_choice_but_float_has_a_fit_on_its_grid(network: Network, fits: Fi
         limit = 2 ** (bits.weight - 1)
         assert -limit <= fit.codes.min() < fit.codes.max() <= limit - 1
         assert fit.codes.numel() == network.weighted(name).weight.numel()
-        assert (fit.grid is None) == (bits.activation is None)
-        assert fit.grid is None or fit.grid.qmax == 2 ** (bits.activation or 0) - 1
+        highest = None if fit.grid is None else fit.grid.qmax
+        assert highest == (None if bits.activation is None else 2**bits.activation - 1)
 
 
 def test_a_fit_is_never_worse_than_rounding_and_steps_improve_it(network: Network) -> None:

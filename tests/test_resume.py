@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ import networks
 from calque.errors import SpecError
 from calque.model import QuantizedModel
 from calque.recipe import ADVANCED, SEQUENTIAL
+from slow import slow
 
 QUICK = replace(SEQUENTIAL, name="quick", steps=20)
 SEARCH = replace(
@@ -128,7 +130,7 @@ def survives_kills(server: ForkServerContext, folder: Path, case: str, *, kills:
     assert pieces(run) == before
 
 
-@pytest.mark.parametrize("case", ["fixed bits", "blocks and biases", "budget", "budget, parallel"])
+@pytest.mark.parametrize("case", ["budget", slow("fixed bits"), slow("blocks and biases"), slow("budget, parallel")])
 def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(
     server: ForkServerContext, tmp_path: Path, case: str
 ) -> None:
@@ -151,8 +153,15 @@ class _KilledError(BaseException):
     """Not an Exception, so that nothing in between catches it."""
 
 
-@pytest.mark.parametrize("case", ["fixed bits", "budget, parallel"])
-@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize(
+    ("case", "after"),
+    [
+        ("fixed bits", False),
+        slow("budget, parallel", True),
+        slow("fixed bits", True),
+        slow("budget, parallel", False),
+    ],
+)
 def test_a_run_may_end_before_or_after_any_of_its_files_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, after: bool
 ) -> None:
@@ -198,7 +207,7 @@ def test_a_finished_run_is_not_fitted_or_priced_again(tmp_path: Path) -> None:
     assert shown == []
 
 
-@pytest.mark.parametrize("case", [*CASES])
+@pytest.mark.parametrize("case", [slow(case) if case == "workers" else case for case in CASES])
 def test_a_finished_run_returns_its_result(tmp_path: Path, case: str) -> None:
     first = quantized(case, tmp_path)
 
@@ -280,6 +289,23 @@ def _other_weights() -> nn.Module:
     return networks.seeded(networks.Residual(), seed=1)
 
 
+STARTED: dict[str, Any] = {
+    "model": network, "calibration": INPUTS, "bits": "w4a4", "recipe": replace(QUICK, steps=0),
+}  # fmt: skip
+
+
+def call(folder: Path, *, model: Callable[[], nn.Module], calibration: object, **options: Any) -> QuantizedModel:
+    return calque.quantize(model(), calibration, run=folder, **options)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run, to be copied."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    call(folder, **STARTED)
+    return folder
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -303,21 +329,23 @@ def _other_weights() -> nn.Module:
     ],
 )
 def test_a_folder_of_other_settings_is_refused_by_name_and_left_as_it_is(
-    tmp_path: Path, change: dict[str, Any], named: str
+    tmp_path: Path, finished: Path, change: dict[str, Any], named: str
 ) -> None:
-    given: dict[str, Any] = {"model": network, "calibration": INPUTS, "bits": "w4a4", "recipe": replace(QUICK, steps=0)}
-
-    def call(**options: Any) -> None:
-        calque.quantize(options.pop("model")(), options.pop("calibration"), run=tmp_path, **options)
-
-    call(**given)
-    before = pieces(tmp_path)
+    folder = shutil.copytree(finished, tmp_path / "run")
+    before = pieces(folder)
 
     with pytest.raises(SpecError, match=rf"was started with other settings \({named}\)"):
-        call(**{**given, **change})
+        call(folder, **{**STARTED, **change})
 
-    assert pieces(tmp_path) == before
-    call(**given)
+    assert pieces(folder) == before
+
+
+def test_a_folder_that_refused_other_settings_takes_its_own(tmp_path: Path, finished: Path) -> None:
+    folder = shutil.copytree(finished, tmp_path / "run")
+    with pytest.raises(SpecError, match="was started with other settings"):
+        call(folder, **{**STARTED, "seed": 1})
+
+    assert_same(result(call(folder, **STARTED)), result(call(tmp_path / "other", **STARTED)))
 
 
 def test_two_processes_in_one_folder_are_kept_apart(server: ForkServerContext, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from calque.export.runtimes import DEFAULT, OnnxRuntime, _reads, open_runtime
 from calque.export.saturation import saturates
 from calque.export.verify import load_proto
 from calque.model import QuantizedModel
+from networks import Exported
 
 needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="the extra openvino is not installed")
 needs_qonnx = pytest.mark.skipif(find_spec("qonnx") is None, reason="the extra qonnx is not installed")
@@ -26,8 +27,19 @@ TARGETS = ["onnxruntime", pytest.param("openvino", marks=needs_openvino), pytest
 
 
 @pytest.fixture(scope="module")
-def q(trained: nn.Module, calibration: Tensor) -> QuantizedModel:
-    return calque.quantize(trained, calibration, bits="w4a8", first_last="w7a8", recipe="nearest")
+def made(exported: Exported) -> tuple[QuantizedModel, Path]:
+    return exported(bits="w4a8", first_last="w7a8")
+
+
+@pytest.fixture(scope="module")
+def q(made: tuple[QuantizedModel, Path]) -> QuantizedModel:
+    return made[0]
+
+
+@pytest.fixture(scope="module")
+def path(made: tuple[QuantizedModel, Path]) -> Path:
+    """The file of q for ONNX Runtime and OpenVINO."""
+    return made[1]
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -47,9 +59,8 @@ def test_every_runtime_agrees_with_the_exact_evaluation(
 
 @needs_openvino
 def test_openvino_reads_the_file_of_onnx_runtime_and_runs_its_layers_on_integers(
-    tmp_path: Path, q: QuantizedModel
+    tmp_path: Path, q: QuantizedModel, path: Path
 ) -> None:
-    path = calque.export_onnx(q, tmp_path / "model.onnx")
     same = calque.export_onnx(q, tmp_path / "same.onnx", target="openvino")
 
     integer, floats, _ = count_kernels(path, "openvino")
@@ -77,9 +88,8 @@ def test_a_qonnx_file_has_one_quant_node_per_tensor_with_its_bits(tmp_path: Path
 
 @pytest.mark.parametrize("target", TARGETS[:2])
 def test_latency_is_measured_beside_the_float_network_that_is_left_as_it_was(
-    tmp_path: Path, q: QuantizedModel, trained: nn.Module, test_inputs: Tensor, target: Target
+    q: QuantizedModel, trained: nn.Module, test_inputs: Tensor, target: Target, path: Path
 ) -> None:
-    path = calque.export_onnx(q, tmp_path / "model.onnx")
     trained.train()
     try:
         latency = calque.verify(path, q, test_inputs, target=target, original=trained).latency
@@ -116,25 +126,22 @@ def test_agreement_below_the_bound_is_an_error_with_all_figures(
 
 
 @pytest.mark.parametrize("bound", [-0.1, 1.1, float("nan")])
-def test_a_bound_is_a_share(tmp_path: Path, q: QuantizedModel, test_inputs: Tensor, bound: float) -> None:
-    path = calque.export_onnx(q, tmp_path / "model.onnx")
+def test_a_bound_is_a_share(q: QuantizedModel, test_inputs: Tensor, bound: float, path: Path) -> None:
     with pytest.raises(SpecError, match="bound is a share"):
         calque.verify(path, q, test_inputs, bound=bound)
 
 
-def test_an_unknown_target_is_refused(tmp_path: Path, q: QuantizedModel, test_inputs: Tensor) -> None:
+def test_an_unknown_target_is_refused(tmp_path: Path, q: QuantizedModel, test_inputs: Tensor, path: Path) -> None:
     with pytest.raises(SpecError, match=r"target is one of onnxruntime, openvino, qonnx\. Got 'coreml'"):
         calque.export_onnx(q, tmp_path / "model.onnx", target="coreml")  # type: ignore[arg-type]
-    path = calque.export_onnx(q, tmp_path / "model.onnx")
     with pytest.raises(SpecError, match="target is one of"):
         calque.verify(path, q, test_inputs, target="coreml")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("target", ["openvino", "qonnx"])
 def test_a_missing_extra_is_named(
-    tmp_path: Path, q: QuantizedModel, test_inputs: Tensor, target: Target, monkeypatch: pytest.MonkeyPatch
+    q: QuantizedModel, test_inputs: Tensor, target: Target, monkeypatch: pytest.MonkeyPatch, path: Path
 ) -> None:
-    path = calque.export_onnx(q, tmp_path / "model.onnx")
     monkeypatch.setitem(sys.modules, target, None)
 
     with pytest.raises(MissingExtraError, match=rf"^{target} is not installed: pip install 'calque\[{target}\]'"):
@@ -143,41 +150,35 @@ def test_a_missing_extra_is_named(
 
 @pytest.mark.parametrize("target", TARGETS[:2])
 def test_eight_bit_weights_are_noted_where_the_processor_saturates(
-    tmp_path: Path, trained: nn.Module, calibration: Tensor, test_inputs: Tensor, target: Target
+    test_inputs: Tensor, target: Target, exported: Exported
 ) -> None:
-    assert _notes_of(tmp_path, trained, calibration, test_inputs, target) == (saturates(target), False)
+    assert _notes_of(exported, test_inputs, target) == (saturates(target), False)
 
 
 @pytest.mark.parametrize("answer", [False, True])
 def test_the_note_of_eight_bit_weights_follows_the_processors_answer(
-    tmp_path: Path, trained: nn.Module, calibration: Tensor, test_inputs: Tensor, answer: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    test_inputs: Tensor, answer: bool, monkeypatch: pytest.MonkeyPatch, exported: Exported
+) -> None:
     module = sys.modules["calque.export.verify"]  # no test runs on both kinds of processors
     monkeypatch.setattr(module, "saturates", lambda target: answer)
 
-    assert _notes_of(tmp_path, trained, calibration, test_inputs, "onnxruntime") == (answer, False)
+    assert _notes_of(exported, test_inputs, "onnxruntime") == (answer, False)
 
 
-def _notes_of(
-    folder: Path, network: nn.Module, calibration: Tensor, inputs: Tensor, target: Target
-) -> tuple[bool, bool]:
-    """Whether the file of 8-bit weights has the note, and whether that of 7-bit weights has."""
-    wide = calque.quantize(network, calibration, bits="w8a8", recipe="nearest")
-    narrow = calque.quantize(network, calibration, bits="w7a8", recipe="nearest", first_last=None)
-    notes = [
-        calque.verify(calque.export_onnx(q, folder / "model.onnx"), q, inputs, target=target, bound=0).notes
-        for q in (wide, narrow)
-    ]
-    assert notes[1] == ()
-    return any("8-bit weights" in note and "w7a8" in note for note in notes[0]), bool(notes[1])
+def _notes_of(exported: Exported, inputs: Tensor, target: Target) -> tuple[bool, bool]:
+    """Whether the file of 8-bit weights has the note, and whether that of 7-bit weights has any."""
+    wide, narrow = (
+        calque.verify(path, q, inputs, target=target, bound=0).notes
+        for q, path in (exported(bits="w8a8"), exported(bits="w7a8", first_last=None))
+    )
+    return any("8-bit weights" in note and "w7a8" in note for note in wide), bool(narrow)
 
 
 def test_seven_bit_weights_are_exact_without_the_switch_for_exact_products(
-    tmp_path: Path, trained: nn.Module, calibration: Tensor, test_inputs: Tensor
+    test_inputs: Tensor, exported: Exported
 ) -> None:
-    q = calque.quantize(trained, calibration, bits="w7a8", recipe="nearest", first_last=None)
-    proto = load_proto(calque.export_onnx(q, tmp_path / "model.onnx"))
+    q, path = exported(bits="w7a8", first_last=None)
+    proto = load_proto(path)
     exact = q.integer()(test_inputs)
 
     plain = OnnxRuntime(proto, settings=DEFAULT).run([test_inputs])[0]
@@ -185,15 +186,10 @@ def test_seven_bit_weights_are_exact_without_the_switch_for_exact_products(
     torch.testing.assert_close(plain, exact)
 
 
-def test_float_kernels_have_a_reason(
-    tmp_path: Path, trained: nn.Module, calibration: Tensor, test_inputs: Tensor
-) -> None:
-    left = calque.quantize(trained, calibration, recipe="nearest", override={"head": None})
-    weights = calque.quantize(trained, calibration, bits="w4", recipe="nearest", first_last=None)
+def test_float_kernels_have_a_reason(test_inputs: Tensor, exported: Exported) -> None:
+    left, weights = exported(override={"head": None}), exported(bits="w4", first_last=None)
 
-    reasons = [
-        calque.verify(calque.export_onnx(q, tmp_path / "model.onnx"), q, test_inputs).reasons for q in (left, weights)
-    ]
+    reasons = [calque.verify(path, q, test_inputs).reasons for q, path in (left, weights)]
 
     assert "on no grid" in reasons[0]["Gemm"]
     assert reasons[1]["MatMulNBits"] == "weights alone are quantized (head)"
@@ -217,8 +213,8 @@ def test_a_convolution_in_blocks_of_channels_reads_what_it_reads_in_the_file() -
     assert _reads(unknown, makers) == ("x", "reorder")
 
 
-def test_a_verification_is_one_line_of_json(tmp_path: Path, q: QuantizedModel, test_inputs: Tensor) -> None:
-    result = calque.verify(calque.export_onnx(q, tmp_path / "model.onnx"), q, test_inputs)
+def test_a_verification_is_one_line_of_json(q: QuantizedModel, test_inputs: Tensor, path: Path) -> None:
+    result = calque.verify(path, q, test_inputs)
 
     line = result.to_json()
 
@@ -226,10 +222,7 @@ def test_a_verification_is_one_line_of_json(tmp_path: Path, q: QuantizedModel, t
     assert json.loads(line)["optimized"]["exact"] == result.agreement_exact
 
 
-def test_inputs_of_other_number_are_refused_by_every_runtime(
-    tmp_path: Path, q: QuantizedModel, test_inputs: Tensor
-) -> None:
-    path = calque.export_onnx(q, tmp_path / "model.onnx")
+def test_inputs_of_other_number_are_refused_by_every_runtime(test_inputs: Tensor, path: Path) -> None:
     with pytest.raises(VerificationError, match=r"the file has 1 inputs \(image\)\. Got 2"):
         run_onnx(path, [test_inputs, test_inputs])
     with pytest.raises(VerificationError, match=r"input image of the file is float32 \(batch, 1, 8, 8\)\. Got float32"):
@@ -263,13 +256,12 @@ def test_images_do_not_lie_between_two_codes_of_the_input_grid(recipe: str) -> N
 
 @pytest.mark.parametrize("answer", [False, True])
 def test_latency_is_that_of_the_default_session_and_where_products_need_a_setting_that_of_both(
-    tmp_path: Path, trained: nn.Module, calibration: Tensor, test_inputs: Tensor, answer: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    trained: nn.Module, test_inputs: Tensor, answer: bool, monkeypatch: pytest.MonkeyPatch, exported: Exported
+) -> None:
     monkeypatch.setattr(sys.modules["calque.export.verify"], "saturates", lambda target: answer)
-    q = calque.quantize(trained, calibration, bits="w8a8", recipe="nearest")
+    q, path = exported(bits="w8a8")
 
-    found = calque.verify(calque.export_onnx(q, tmp_path / "model.onnx"), q, test_inputs, original=trained)
+    found = calque.verify(path, q, test_inputs, original=trained)
 
     assert found.latency is not None
     written = json.loads(found.to_json())["latency"]
@@ -284,11 +276,11 @@ def test_latency_is_that_of_the_default_session_and_where_products_need_a_settin
 
 
 def test_products_that_the_runtime_itself_would_compute_on_rounded_inputs_need_a_setting(
-    tmp_path: Path, trained: nn.Module, calibration: Tensor, test_inputs: Tensor
+    trained: nn.Module, test_inputs: Tensor, exported: Exported
 ) -> None:
-    fused = calque.quantize(trained, calibration, bits="w4", recipe="nearest", first_last=None)
+    fused, path = exported(bits="w4", first_last=None)
 
-    found = calque.verify(calque.export_onnx(fused, tmp_path / "model.onnx"), fused, test_inputs, original=trained)
+    found = calque.verify(path, fused, test_inputs, original=trained)
 
     assert found.latency is not None
     assert found.latency.exact_settings == ("session.qdq_matmulnbits_accuracy_level = 1",)

@@ -26,11 +26,11 @@ from calque.report import Finalist
 from calque.search import _best, finalists
 from calque.spec import Bits
 from networks import Net
+from slow import slow
 
 QUICK = replace(LIGHT, name="quick", search_steps=0, priced_inputs=64, finalists=3)
 LADDER = ("w8a8", "w4a4", "w2a4")
 LAYERS = ("stem", "conv1", "conv2", "down", "head")
-ALL_EIGHT = dict.fromkeys(LAYERS, "w8a8")
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def test_the_hand_made_size_and_operations_are_the_reports(model: nn.Module, inp
 # ---- budgets hold
 
 
-@pytest.mark.parametrize("share", [0.84, 0.93, "88%", 7400])
+@pytest.mark.parametrize("share", [slow(0.84), slow(0.93), "88%", 7400])
 def test_a_budget_on_size_holds_for_the_file(
     model: nn.Module, inputs: Tensor, share: float | str, tmp_path: Path
 ) -> None:
@@ -111,7 +111,7 @@ def test_a_budget_on_size_holds_for_the_file(
     assert q.report.file_limit == limit
     assert f"; the budget allows {limit:,}" in str(q.report)
     (chosen,) = [each for each in q.report.finalists if each.chosen]
-    assert 0.97 * limit < chosen.size <= limit or bits_of(q) == ALL_EIGHT
+    assert 0.96 * limit < chosen.size <= limit  # every layer at 8 bits takes 7,847
     assert q.report.size == packed_size(q)
 
 
@@ -124,17 +124,22 @@ def test_a_budget_on_operations_holds(model: nn.Module, inputs: Tensor, share: f
     assert operations(q) == q.report.bit_operations
 
 
-@pytest.mark.parametrize("limit", [1536, 1400, 1280])
-def test_a_budget_on_activation_memory_holds(model: nn.Module, inputs: Tensor, limit: int) -> None:
-    budget = Budget(activation_memory=limit)
+MEMORY = 3 * 512  # the add has three tensors at 8 bits alive
 
-    try:
-        q = calque.quantize(model, inputs, bits=("w8a8", "w8a4", "w8a2"), budget=budget, recipe=QUICK)
-    except InfeasibleBudgetError:
-        assert limit < 3 * 512  # the add has three tensors at 8 bits alive
-        return
 
-    assert memory(q) <= limit
+def test_a_budget_on_activation_memory_holds(model: nn.Module, inputs: Tensor) -> None:
+    budget = Budget(activation_memory=MEMORY)
+
+    q = calque.quantize(model, inputs, bits=("w8a8", "w8a4", "w8a2"), budget=budget, recipe=QUICK)
+
+    assert memory(q) <= MEMORY
+
+
+def test_less_activation_memory_than_the_add_takes_is_refused(model: nn.Module, inputs: Tensor) -> None:
+    with pytest.raises(InfeasibleBudgetError, match="smallest feasible is 1,536"):
+        calque.quantize(
+            model, inputs, bits=("w8a8", "w8a4", "w8a2"), budget=Budget(activation_memory=MEMORY - 1), recipe=QUICK
+        )
 
 
 def test_a_tensor_kept_float_counts_as_float_under_a_memory_budget(model: nn.Module, inputs: Tensor) -> None:
@@ -183,7 +188,7 @@ def test_several_budgets_hold_together(model: nn.Module, inputs: Tensor, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("budget", "unit"), [(Budget(size=0.05), "size"), (Budget(bops=1000), "bops"), (Budget(size=100), "size")]
+    ("budget", "unit"), [(Budget(size=0.05), "size"), (Budget(bops=1000), "bops"), slow(Budget(size=100), "size")]
 )
 def test_an_infeasible_budget_names_the_smallest_feasible(
     model: nn.Module, inputs: Tensor, budget: Budget, unit: str
@@ -269,15 +274,15 @@ def test_tied_layers_with_different_choices_are_refused(inputs: Tensor) -> None:
 
 
 def test_the_chosen_finalist_has_the_least_measured_loss(model: nn.Module, inputs: Tensor) -> None:
-    recipe = replace(QUICK, finalists=6)
+    recipe = replace(QUICK, finalists=3)
     q = calque.quantize(model, inputs, bits=LADDER, budget=Budget(size=0.83), recipe=recipe, loss="kl")
 
     found = q.report.finalists
     (chosen,) = [each for each in found if each.chosen]
-    assert len(found) >= 6
+    assert len(found) >= 3
     assert chosen.measured == min(each.measured for each in found)
     assert chosen.plan == bits_of(q)
-    assert [each.predicted for each in found[:6]] == sorted(each.predicted for each in found[:6])
+    assert [each.predicted for each in found[:3]] == sorted(each.predicted for each in found[:3])
     for each in found:
         built = calque.quantize(
             model, inputs, plan=calque.Plan({n: Bits.parse(b) for n, b in each.plan.items()}), recipe=recipe
@@ -360,21 +365,21 @@ def test_in_the_dual_form_the_cheapest_that_keeps_the_loss_is_chosen(model: nn.M
 
 
 def test_where_no_finalist_keeps_the_loss_the_best_is_taken_and_noted(model: nn.Module, inputs: Tensor) -> None:
-    def growing(reference: object, output: object) -> Tensor:  # every layer's price is small, their sum's is not
-        assert isinstance(reference, Tensor)
-        assert isinstance(output, Tensor)
-        error = (reference - output).square().mean() / reference.var()
-        return torch.where(error > 0.05, error * 1000, error * 1e-3)
+    calls = itertools.count(1)
+
+    def late(
+        reference: object, output: object
+    ) -> Tensor:  # prices are small; what is measured then falls from call to call
+        call = next(calls)
+        return torch.tensor(call * 1e-6 if call <= 1 + len(LAYERS) else 1 / call)
 
     budget = Budget(loss=0.001, minimize="size")
-    q = calque.quantize(model, inputs, bits=("w8a8", "w3a3"), budget=budget, recipe=QUICK, loss=growing)
+    q = calque.quantize(model, [inputs], bits=("w8a8", "w3a3"), budget=budget, recipe=QUICK, loss=late)
 
     found = q.report.finalists
-    if all(each.measured > 0.001 for each in found):
-        assert any("no finalist keeps the loss budget of 0.001" in note for note in q.report.notes)
-    (chosen,) = [each for each in found if each.chosen]
-    kept = [each for each in found if each.measured <= 0.001]
-    assert chosen.size == min(each.size for each in kept) if kept else chosen.measured == min(e.measured for e in found)
+    assert min(each.measured for each in found) > 0.001
+    assert [each.chosen for each in found] == [False] * (len(found) - 1) + [True]
+    assert any("no finalist keeps the loss budget of 0.001" in note for note in q.report.notes)
 
 
 @pytest.mark.parametrize("budget", [Budget(size=0.5), Budget(loss=0.1, minimize="size")])

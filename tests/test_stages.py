@@ -123,10 +123,9 @@ def test_a_layer_that_stays_float_has_no_statistics_to_put_back() -> None:
     with torch.no_grad():
         expected = F.relu(model.norm1(model.one(INPUTS)))
         (grid,) = [quantizer for name, quantizer in q.quantizers.items() if name == "two.input"]
-        inside = expected.amax() <= grid.range[1]
 
     assert "one" not in q.layers
-    assert inside or grid.range[1] > 0.3 * expected.amax()
+    assert grid.range[1] > 0.3 * expected.amax()
 
 
 def test_a_layer_without_any_variance_keeps_its_gain() -> None:
@@ -161,14 +160,13 @@ def test_guarded_statistics_end_where_the_outputs_are_closest(trained: networks.
     recipes = {name: replace(FAST, statistics=name) for name in ("none", "guarded")}
     reference = [trained(calibration).detach()]
 
-    for bits in ("w2a2", "w3a2", "w4a4", "w2a8"):
-        models = {name: calque.quantize(trained, calibration, bits=bits, recipe=recipes[name]) for name in recipes}
-        losses = {name: kl(reference, [model(calibration)]).item() for name, model in models.items()}
+    losses = {
+        (bits, name): kl(reference, [calque.quantize(trained, calibration, bits=bits, recipe=recipe)(calibration)]).item()
+        for bits in ("w2a2", "w3a2") for name, recipe in recipes.items()
+    }  # fmt: skip
 
-        same = all(
-            torch.equal(layer.scale, models["none"].layers[n].scale) for n, layer in models["guarded"].layers.items()
-        )
-        assert losses["guarded"] == pytest.approx(losses["none"]) if same else losses["guarded"] < losses["none"]
+    assert losses["w2a2", "guarded"] < 0.9 * losses["w2a2", "none"]
+    assert losses["w3a2", "guarded"] <= losses["w3a2", "none"] * (1 + 1e-6)  # where every step is given back
 
 
 @pytest.mark.parametrize("placement", ["inputs", "integer"])

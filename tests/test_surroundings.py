@@ -247,19 +247,31 @@ def test_what_cannot_be_left_is_named(around: Callable[..., None], message: str,
     assert state() == before
 
 
-@pytest.mark.parametrize("precision", ["medium", "high"])
-def test_products_of_fewer_bits_are_named_where_the_processor_has_them(precision: str, expected: Codes) -> None:
-    with set_to(torch.set_float32_matmul_precision, precision, "highest"):
-        try:
-            found = fitted()
-        except SurroundingsError as error:
-            message = str(error)
-            found = expected
-        else:
-            message = "set_float32_matmul_precision"
+def processor_has(monkeypatch: pytest.MonkeyPatch, products: bool) -> None:
+    """Has torch say that the processor computes products of fewer bits than float32's, or that it does not."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: products)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: products)
 
-    assert "set_float32_matmul_precision" in message
-    assert same(found, expected)
+
+@pytest.mark.parametrize(("precision", "products"), [("medium", "bf16"), ("high", "tf32")])
+def test_products_of_fewer_bits_are_named_where_the_processor_has_them(
+    precision: str, products: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor_has(monkeypatch, True)
+
+    with (
+        set_to(torch.set_float32_matmul_precision, precision, "highest"),
+        pytest.raises(SurroundingsError, match=rf"{products} on cpu .*set_float32_matmul_precision.*highest"),
+    ):
+        fitted()
+
+
+@pytest.mark.parametrize("precision", ["medium", "high"])
+def test_a_precision_that_the_processor_lacks_is_no_obstacle(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    processor_has(monkeypatch, False)
+
+    with set_to(torch.set_float32_matmul_precision, precision, "highest"):
+        require_exact_products(torch.device("cpu"))
 
 
 def test_products_of_fewer_bits_are_named_on_an_accelerator() -> None:

@@ -24,11 +24,12 @@ from calque.graph.rewrite import silent_tracing
 from calque.graph.shortcuts import slow_attention, without_shortcuts
 from calque.graph.surroundings import undisturbed
 from campaign.threads import campaign, images, network, tensors
+from slow import slow
 
 X = networks.images(16, seed=0)
 
 
-@pytest.mark.parametrize("seed", [3, 7])  # quantizing beside loading, quantizing, exporting and training
+@pytest.mark.parametrize("seed", [3, slow(7)])  # quantizing beside loading, quantizing, exporting and training
 def test_threads_together_do_what_each_does_alone(seed: int) -> None:
     counts = campaign(2, seed=seed)
 

@@ -1,6 +1,8 @@
 """What `verify` lets pass: right files, whatever their outputs are; and what it refuses, and how it says so."""
 
+import functools
 import json
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,6 +85,22 @@ def quantized(name: str, **options: object) -> QuantizedModel:
     return calque.quantize(net, INPUTS, **{"bits": "w8a8", "recipe": "nearest", **options})  # type: ignore[arg-type]
 
 
+@functools.cache
+def made(name: str) -> tuple[QuantizedModel, bytes]:
+    """The network at 8 bits, which no test may change, and its file."""
+    q = quantized(name)
+    with tempfile.TemporaryDirectory() as folder:
+        return q, calque.export_onnx(q, Path(folder) / "model.onnx").read_bytes()
+
+
+def written(name: str, folder: Path) -> tuple[QuantizedModel, Path]:
+    """The network at 8 bits and its file in the folder."""
+    q, content = made(name)
+    path = folder / "model.onnx"
+    path.write_bytes(content)
+    return q, path
+
+
 def edited(path: Path, tensor: str, edit: Edit) -> Path:
     """The file with a constant changed, its metadata as they were."""
     proto = onnx.load(path)
@@ -95,8 +113,7 @@ def edited(path: Path, tensor: str, edit: Edit) -> Path:
 
 @pytest.mark.parametrize("name", FORWARDS)
 def test_a_right_file_passes_whatever_its_outputs_are(tmp_path: Path, name: str) -> None:
-    q = quantized(name)
-    path = calque.export_onnx(q, tmp_path / "model.onnx")
+    q, path = written(name, tmp_path)
 
     found = calque.verify(path, q, INPUTS)
 
@@ -139,20 +156,30 @@ def plus_200(values: Array) -> Array:
 def test_a_wrong_output_is_refused_by_its_name(
     tmp_path: Path, name: str, tensor: str, edit: Edit, position: int
 ) -> None:
-    q = quantized(name)
-    path = edited(calque.export_onnx(q, tmp_path / "model.onnx"), tensor, edit)
+    q, path = written(name, tmp_path)
+    path = edited(path, tensor, edit)
     output = onnx.load(path).graph.output[position].name
 
     with pytest.raises(VerificationError, match=rf"output {output} in ONNX Runtime is not that of") as caught:
         calque.verify(path, q, INPUTS)
 
     assert isinstance(caught.value.verification, calque.Verification)
-    assert calque.verify(path, q, INPUTS, bound=0).optimized == caught.value.verification.optimized
+
+
+def test_an_error_has_the_figures_that_a_check_without_a_bound_returns(tmp_path: Path) -> None:
+    q, path = written("sigmoid", tmp_path)
+    path = edited(path, "scores/scale", double)
+
+    with pytest.raises(VerificationError) as caught:
+        calque.verify(path, q, INPUTS)
+
+    found = caught.value.verification
+    assert isinstance(found, calque.Verification)
+    assert calque.verify(path, q, INPUTS, bound=0).optimized == found.optimized
 
 
 def test_a_change_behind_every_tensor_and_one_in_front_of_some_are_told_apart(tmp_path: Path) -> None:
-    q = quantized("two heads")
-    path = calque.export_onnx(q, tmp_path / "model.onnx")
+    q, path = written("two heads", tmp_path)
 
     with pytest.raises(VerificationError, match="No tensor in front of it has other codes"):
         calque.verify(edited(path, "boxes/scale", double), q, INPUTS)
@@ -161,7 +188,7 @@ def test_a_change_behind_every_tensor_and_one_in_front_of_some_are_told_apart(tm
 
 
 def test_the_file_of_another_run_is_refused_before_it_runs_and_noted_without_a_bound(tmp_path: Path) -> None:
-    q, other = quantized("sigmoid"), calque.quantize(Net(FORWARDS["sigmoid"][1], **parts("sigmoid")), INPUTS[:50])
+    q, other = made("sigmoid")[0], calque.quantize(Net(FORWARDS["sigmoid"][1], **parts("sigmoid")), INPUTS[:50])
     path = calque.export_onnx(other, tmp_path / "model.onnx")
     said = r"exported from another network or run: the plan is the same, .* are not \(layer stem, layer scores"
 
@@ -182,7 +209,7 @@ def test_another_plan_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         VerificationError, match=r"its plan is another one \(stem is w4a8 in the file and w8a8 in the net"
     ):
-        calque.verify(path, quantized("sigmoid"), INPUTS)
+        calque.verify(path, made("sigmoid")[0], INPUTS)
 
 
 def test_a_network_that_was_saved_and_loaded_is_the_one_of_its_file(tmp_path: Path) -> None:
@@ -197,8 +224,7 @@ def test_a_network_that_was_saved_and_loaded_is_the_one_of_its_file(tmp_path: Pa
 
 
 def test_a_file_without_calques_metadata_is_judged_by_its_outputs_and_that_is_noted(tmp_path: Path) -> None:
-    q = quantized("two heads")
-    path = calque.export_onnx(q, tmp_path / "model.onnx")
+    q, path = written("two heads", tmp_path)
     for file in (path, edited(path, "boxes/scale", double)):
         proto = onnx.load(file)
         del proto.metadata_props[:]
@@ -212,8 +238,8 @@ def test_a_file_without_calques_metadata_is_judged_by_its_outputs_and_that_is_no
 
 
 def test_damaged_metadata_and_other_outputs_are_named(tmp_path: Path) -> None:
-    q = quantized("two heads")
-    proto = onnx.load(calque.export_onnx(q, tmp_path / "model.onnx"))
+    q, path = written("two heads", tmp_path)
+    proto = onnx.load(path)
     fewer = tmp_path / "fewer.onnx"
     del proto.graph.output[1]
     onnx.save(proto, fewer)
@@ -263,15 +289,14 @@ class Returning:
 
 
 def returned(tmp_path: Path, name: str, change: Callable[[list[Tensor]], list[Tensor]]) -> Agreement:
-    q = quantized(name)
-    path = calque.export_onnx(q, tmp_path / "model.onnx")
+    q, path = written(name, tmp_path)
     names = [output.name for output in onnx.load(path).graph.output]
     runtime = Returning(path, change)
     return agreements([runtime], q, [{"x": INPUTS}], names, [])[0]  # type: ignore[list-item]  # it has no kernels
 
 
 def test_decibels_tell_the_error_beside_the_spread_of_the_output(tmp_path: Path) -> None:
-    exact = quantized("regression").integer()(INPUTS).double()
+    exact = made("regression")[0].integer()(INPUTS).double()
     error = 0.1 * exact.std(correction=0)
 
     noisy = returned(tmp_path, "regression", lambda outputs: [outputs[0] + error.float()])
@@ -337,8 +362,7 @@ def test_other_values_count_where_a_code_parts_and_few_codes_do(
     tmp_path: Path, name: str, moved: float, codes: int, share: float
 ) -> None:
     """Every row's values move by a part of their spread: beside equal codes, one other code a row, or most codes."""
-    q = quantized(name)
-    path, parts_at = calque.export_onnx(q, tmp_path / "model.onnx"), "stem.output"
+    (q, path), parts_at = written(name, tmp_path), "stem.output"
     proto = onnx.load(path)
     names = [output.name for output in proto.graph.output]
     onnx.save(_with_outputs(proto, list(q.quantizers)), path)
@@ -375,6 +399,7 @@ class Attention(nn.Module):
         return result
 
 
+@pytest.mark.slow  # four blocks of a transformer
 def test_single_codes_that_part_behind_float_kernels_do_not_fail_a_right_file(tmp_path: Path) -> None:
     q = calque.quantize(networks.seeded(Attention()), INPUTS, bits="w8a8", recipe="nearest")
     path = calque.export_onnx(q, tmp_path / "model.onnx")
@@ -390,8 +415,8 @@ def test_single_codes_that_part_behind_float_kernels_do_not_fail_a_right_file(tm
 
 
 def test_every_output_and_every_column_is_told_in_the_table_and_in_json(tmp_path: Path) -> None:
-    q = quantized("classes and scores")
-    found = calque.verify(calque.export_onnx(q, tmp_path / "model.onnx"), q, INPUTS)
+    q, path = written("classes and scores", tmp_path)
+    found = calque.verify(path, q, INPUTS)
     text, figures = str(found), json.loads(found.to_json())
 
     for output in found.optimized.outputs:
