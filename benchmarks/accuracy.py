@@ -22,10 +22,10 @@ from torch import Tensor, nn
 import calque
 from benchmarks.rows import Row, is_asked, measure_rows, read_rows
 from benchmarks.tasks import SETTINGS, Setting, load, quantize, score
-from calque.export import count_kernels, run_onnx
-from calque.model import QuantizedModel
+from calque.grid.bits import Bits
+from calque.quantized.model import QuantizedModel
 from calque.report import count_bits
-from calque.spec import Bits
+from calque.shipping import count_kernels, run_onnx
 
 FOLDER = Path(__file__).resolve().parent
 BATCH = 50

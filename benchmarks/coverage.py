@@ -32,12 +32,12 @@ from benchmarks.rows import Row, is_asked, measure_rows, read_rows
 from benchmarks.tasks import quantize
 from benchmarks.text import noise
 from calque.errors import CaptureError
-from calque.export.runtimes import open_runtime
-from calque.graph import Signature, capture
-from calque.graph.signature import flatten
-from calque.model import QuantizedModel
-from calque.partly import PartlyQuantized
+from calque.network import Signature, capture
+from calque.network.signature import flatten
+from calque.quantized.model import QuantizedModel
+from calque.quantized.partly import PartlyQuantized
 from calque.recipe import NEAREST
+from calque.shipping.runtimes import open_runtime
 
 FOLDER = Path(__file__).resolve().parent
 FIELDS = ("library", "name")

@@ -21,14 +21,14 @@ from benchmarks.accuracy import SHARES, commit, outputs, same
 from benchmarks.rows import Row, is_asked, measure_rows, read_rows
 from benchmarks.shapes import ALL, SHAPES, measure_shapes, shape_lines
 from benchmarks.tasks import SETTINGS, Setting, load, quantize, score
-from calque.export import Target
-from calque.export.agreement import LEVELS, spread_of
-from calque.export.latency import measure_latency
-from calque.export.onnx import float_onnx
-from calque.export.runtimes import DEFAULT, EXACT, Kernel, open_runtime
-from calque.export.saturation import saturates
-from calque.export.verify import load_proto
-from calque.model import QuantizedModel
+from calque.quantized.model import QuantizedModel
+from calque.shipping import Target
+from calque.shipping.agreement import LEVELS, spread_of
+from calque.shipping.latency import measure_latency
+from calque.shipping.onnx import float_onnx
+from calque.shipping.runtimes import DEFAULT, EXACT, Kernel, open_runtime
+from calque.shipping.saturation import saturates
+from calque.shipping.verify import load_proto
 
 FOLDER = Path(__file__).resolve().parent
 RECIPE = "light"  # files are the same in kind whatever fitted them

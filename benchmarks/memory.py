@@ -24,7 +24,7 @@ from benchmarks.accuracy import commit, outputs, peak_bytes, reset_peak
 from benchmarks.memory_models import MODELS, random_model
 from benchmarks.rows import Row, measure_rows, read_rows
 from benchmarks.tasks import SETTINGS, SHARED, load, quantize
-from calque.store import parse_bytes
+from calque.run.spill import parse_bytes
 
 FOLDER = Path(__file__).resolve().parent
 BITS, RECIPE, RANDOM_RECIPE = "w4a4", "sequential", "fast"

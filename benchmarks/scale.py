@@ -22,7 +22,7 @@ from benchmarks.accuracy import commit, fidelity, outputs, peak_bytes, reset_pea
 from benchmarks.architectures import ARCHITECTURES, random_network
 from benchmarks.rows import Row, is_asked, measure_rows, read_rows
 from benchmarks.tasks import load, quantize
-from calque.solvers import closed_form, rounding
+from calque.fitting import closed_form, rounding
 
 FOLDER = Path(__file__).resolve().parent
 RECIPE = "fast"

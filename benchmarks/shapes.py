@@ -15,10 +15,10 @@ import calque
 from benchmarks.architectures import random_network
 from benchmarks.rows import Row
 from benchmarks.tasks import quantize
-from calque.export.latency import in_turns
-from calque.export.onnx import float_onnx
-from calque.export.runtimes import DEFAULT, EXACT, OnnxRuntime
-from calque.export.verify import load_proto
+from calque.shipping.latency import in_turns
+from calque.shipping.onnx import float_onnx
+from calque.shipping.runtimes import DEFAULT, EXACT, OnnxRuntime
+from calque.shipping.verify import load_proto
 
 SHAPES, ALL = "ResNet-18", "all"
 PLANS = ("w8a8", "w4a8", "w4a4")

@@ -19,12 +19,12 @@ from torch import Tensor, fx
 
 from benchmarks.accuracy import BATCH, commit, fidelity
 from benchmarks.tasks import SETTINGS, load, score
-from calque.calibration import prepare
-from calque.channel_statistics import ChannelStatistics, trained_statistics
-from calque.execution import Execution
-from calque.graph import Batch, Network, Signature, WeightedLayer, capture
-from calque.statistics import absorb, para_normalize
-from calque.store import Store
+from calque.calibration.batches import prepare
+from calque.calibration.channel_statistics import ChannelStatistics, trained_statistics
+from calque.calibration.execution import Execution
+from calque.correction.normalization import absorb, para_normalize
+from calque.network import Batch, Network, Signature, WeightedLayer, capture
+from calque.run.spill import Store
 
 NETWORKS = ("resnet20_cifar10", "mobilenet_v1_0.25_224_imagenet", "digits_depthwise")
 SEEDS = (0, 1, 2)

@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import calque
-from calque.model import QuantizedModel
+from calque.quantized.model import QuantizedModel
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -24,9 +24,9 @@ from benchmarks.accuracy import commit
 from benchmarks.rows import Row, is_asked, measure_rows, read_rows
 from benchmarks.tasks import load, quantize
 from benchmarks.text_peers import PEERS
-from calque.export.latency import measure_latency
-from calque.export.onnx import float_onnx
-from calque.export.runtimes import open_runtime
+from calque.shipping.latency import measure_latency
+from calque.shipping.onnx import float_onnx
+from calque.shipping.runtimes import open_runtime
 
 FOLDER = Path(__file__).resolve().parent
 NETWORK = "minilm_stsb"

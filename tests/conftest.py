@@ -12,7 +12,7 @@ from torch import Tensor
 
 import calque
 import networks
-from calque.model import QuantizedModel
+from calque.quantized.model import QuantizedModel
 
 # qonnx registers a hook that prints at every test; what a test captures would begin with it.
 pytest_randomly.entrypoint_reseeds = []

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calque.model import QuantizedModel
+from calque.quantized.model import QuantizedModel
 
 Exported = Callable[..., tuple[QuantizedModel, Path]]  # the fixture of tests/conftest.py
 CLASSES = 4

@@ -10,8 +10,8 @@ from torch.nn.utils import parametrize
 
 import calque
 import networks
-from calque.costs import values_outside_layers
-from calque.graph import capture
+from calque.allocation.costs import values_outside_layers
+from calque.network import capture
 
 X = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
 

@@ -11,8 +11,8 @@ from torch.ao.nn.quantized import FloatFunctional
 
 import calque
 import networks
-from calque.admission import require_original
 from calque.errors import CalibrationError, CaptureError
+from calque.quantized.admission import require_original
 
 X = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
 

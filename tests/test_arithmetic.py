@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import oracles
-from calque.arithmetic import (
+from calque.grid.arithmetic import (
     BIAS_LIMIT,
     SMALLEST_SCALE,
     Grids,

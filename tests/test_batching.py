@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 import calque
 import networks
-from calque.calibration import prepare
+from calque.calibration.batches import prepare
 from calque.errors import CalibrationError
-from calque.graph import Signature
-from calque.graph.batching import find_layout
-from calque.graph.signature import Layout, laid_out, leaf_names, rows, select, split
+from calque.network import Signature
+from calque.network.batching import find_layout
+from calque.network.signature import Layout, laid_out, leaf_names, rows, select, split
 from networks import Net
 from slow import slow
 

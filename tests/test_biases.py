@@ -9,17 +9,17 @@ from torch import Tensor, nn
 
 import calque
 import networks
-from calque.biases import tune_biases
+from calque.calibration.execution import execute
+from calque.calibration.losses import Loss, kl, mse
+from calque.calibration.rows import Rows, alike, draw, hold_out, join
+from calque.correction.biases import tune_biases
+from calque.correction.gradients import loss_gradients
 from calque.errors import SpecError
-from calque.execution import execute
 from calque.gains import Tuned
-from calque.graph import Batch
-from calque.losses import Loss, kl, mse
-from calque.model import QuantizedModel
+from calque.network import Batch
+from calque.quantized.learnable import LearnableBias, LearnableScale
+from calque.quantized.model import QuantizedModel
 from calque.settings import Moving, Optimizer, Tuning
-from calque.solvers.gradients import loss_gradients
-from calque.solvers.learnable import LearnableBias, LearnableScale
-from calque.solvers.rows import Rows, alike, draw, hold_out, join
 
 ADAM = Tuning("adam", steps=40, rows=32, rate=1e-2, parameters="biases")
 PLENTY = 10**9

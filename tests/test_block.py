@@ -9,16 +9,16 @@ from torch import Tensor, fx, nn
 
 import calque
 import networks
-from calque.assembled import link_requantization
+from calque.calibration.execution import Execution
 from calque.errors import SpecError
-from calque.execution import Execution
-from calque.graph import Network, capture
-from calque.graph.blocks import find_blocks
-from calque.model import QuantizedModel
-from calque.quantizers import Quantizer
+from calque.fitting.block import BlockFit, BlockProblem, fit_block
+from calque.network import Network, capture
+from calque.network.blocks import find_blocks
+from calque.quantized.assembled import link_requantization
+from calque.quantized.model import QuantizedModel
+from calque.quantized.modules import Quantizer
+from calque.run.spill import Store
 from calque.settings import StepSizes
-from calque.solvers.block import BlockFit, BlockProblem, fit_block
-from calque.store import Store
 
 # The solver is tested at step sizes of its own, so that tuning the recipes moves no result here.
 RATES = StepSizes(weight=0.03, weight_scale=3e-3, bias=3e-3, activation_scale=3e-3, zero_point=3e-2)

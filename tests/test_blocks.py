@@ -4,9 +4,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import networks
-from calque.graph import Network, capture
-from calque.graph.blocks import Block, axis_of, find_blocks
-from calque.graph.network import aten
+from calque.network import Network, capture
+from calque.network.blocks import Block, axis_of, find_blocks
+from calque.network.network import aten
 
 
 def captured(model: nn.Module, channels: int = 4) -> Network:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calque.budget import Budget, nanoseconds, read_latency
+from calque.allocation.budget import Budget, nanoseconds, read_latency
 from calque.errors import SpecError
 
 FLOATS = {"size": 1000, "bops": 10**12, "activation_memory": 10**6}

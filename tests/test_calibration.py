@@ -6,15 +6,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import calque.calibration
+import calque.calibration.batches
 import networks
-from calque.calibration import ROWS, prepare
+from calque.calibration.batches import ROWS, prepare
+from calque.calibration.execution import Execution
 from calque.errors import CalibrationError, CalibrationWarning, SpecError
-from calque.execution import Execution
-from calque.graph import Batch, Signature, capture
-from calque.graph.batching import varying_axes
-from calque.graph.signature import rows
-from calque.store import Store, parse_bytes
+from calque.network import Batch, Signature, capture
+from calque.network.batching import varying_axes
+from calque.network.signature import rows
+from calque.run.spill import Store, parse_bytes
 from networks import Net
 
 IMAGES = networks.images(120, seed=0)
@@ -198,4 +198,4 @@ def test_an_execution_frees_what_nothing_reads_any_more() -> None:
 
 
 def test_rows_are_executed_a_few_at_a_time() -> None:
-    assert max(rows(batch) for batch in prepare(IMAGES, SIGNATURE, CPU)) == calque.calibration.ROWS
+    assert max(rows(batch) for batch in prepare(IMAGES, SIGNATURE, CPU)) == calque.calibration.batches.ROWS

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calque.checkpoint import IDENTITY, Checkpoint, Piece, alone, fingerprint, open_run
 from calque.errors import SpecError
-from calque.processes import host
+from calque.run.checkpoint import IDENTITY, Checkpoint, Piece, alone, fingerprint, open_run
+from calque.run.processes import host
 from test_processes import dead_process
 
 IDENTITY_OF_A_RUN = {"weights": "00ff", "seed": "0", "recipe": "name = 'light'"}

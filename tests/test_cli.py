@@ -27,10 +27,10 @@ from calque.cli.inputs import InputError, parse_axes, parse_overrides
 from calque.cli.readers import load_calibration
 from calque.cli.weights import load_weights
 from calque.errors import SpecError
+from calque.grid.bits import Bits, Plan
 from calque.recipe import ADVANCED, Recipe, find_recipe
 from calque.report import Report
-from calque.spec import Bits, Plan
-from calque.storage import load
+from calque.shipping.saved import load
 from slow import slow
 
 MODULE = """

@@ -10,9 +10,9 @@ import pytest
 from calque.cli import run
 from calque.cli.curve import default_sweep, file_name, swept_quantity
 from calque.cli.folder import Run, write_start
-from calque.prices import Prices
+from calque.grid.bits import Plan
+from calque.quantized.prices import Prices
 from calque.report import Finalist, Report
-from calque.spec import Plan
 
 BITS = ("w8a8", "w4a4", "w2a4")
 LAYERS = ("conv1", "block.conv1", "block.conv2", "linear")

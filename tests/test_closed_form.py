@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import calque
-import calque.sweep
+import calque.fitting.sequential
 import networks
-from calque.arithmetic import affine_grid
+from calque.fitting import closed_form
+from calque.fitting.closed_form import ClosedForm, Moments
+from calque.fitting.problem import Grid, LayerProblem
+from calque.fitting.rounding import FRACTIONS, Metric, descend, gptq, initial_scale, refitted_scale
+from calque.grid.arithmetic import affine_grid
 from calque.recipe import FAST, Recipe
-from calque.solvers import closed_form
-from calque.solvers.closed_form import ClosedForm, Moments
-from calque.solvers.problem import Grid, LayerProblem
-from calque.solvers.rounding import FRACTIONS, Metric, descend, gptq, initial_scale, refitted_scale
 
 Array = NDArray[np.float64]
 BITS = 3
@@ -284,7 +284,7 @@ def test_a_layer_in_front_of_an_add_makes_up_for_the_shortcut(monkeypatch: pytes
 
     recipe = replace(FAST, statistics="none")
     corrected = error(recipe)
-    monkeypatch.setattr(calque.sweep, "find_shortcuts", lambda network: {})
+    monkeypatch.setattr(calque.fitting.sequential, "find_shortcuts", lambda network: {})
 
     assert corrected < 0.9 * error(recipe)
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import calque
 import networks
-from calque.export import compaction
-from calque.export.decoding import Array, Decoder
+from calque.shipping import compaction, run_onnx
+from calque.shipping.decoding import Array, Decoder
 
 SEQUENCE, WIDTH = 24, 8
 
@@ -71,7 +71,7 @@ def test_a_linear_layer_on_tokens_of_free_number_keeps_both_axes_free(tmp_path: 
     path = calque.export_onnx(q, tmp_path / "model.onnx")
 
     longer = torch.randn(3, 11, WIDTH, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(calque.export.run_onnx(path, [longer]), q.integer()(longer), rtol=0, atol=0)
+    torch.testing.assert_close(run_onnx(path, [longer]), q.integer()(longer), rtol=0, atol=0)
     assert [node.op_type for node in onnx.load(path).graph.node].count("Shape") == 2  # one for each width
 
 

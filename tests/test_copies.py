@@ -13,8 +13,8 @@ from torch.nn.utils import prune, spectral_norm, weight_norm
 import calque
 import networks
 from calque.errors import CaptureError
-from calque.graph import capture
-from calque.graph.copies import duplicate
+from calque.network import capture
+from calque.network.copies import duplicate
 
 X = networks.images(32, seed=0)
 

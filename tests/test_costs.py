@@ -11,11 +11,11 @@ from torch import Tensor, fx, nn
 
 import calque
 import networks
-from calque.costs import Costs, activation_steps, costs, layer_size, value_shapes
-from calque.graph import Geometry, Network, capture
-from calque.graph.network import is_movement
-from calque.placement import place
-from calque.spec import FLOAT, Bits, Placement
+from calque.allocation.costs import Costs, activation_steps, costs, layer_size, value_shapes
+from calque.grid.bits import FLOAT, Bits, Placement
+from calque.network import Geometry, Network, capture
+from calque.network.network import is_movement
+from calque.quantized.placement import place
 
 INPUTS = networks.images(8, seed=0)
 LADDER = tuple(Bits(bits, bits) for bits in range(2, 9))

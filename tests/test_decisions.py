@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import networks
-from calque.decisions import decide_bits, decide_choices
 from calque.errors import SpecError
-from calque.graph import Network, capture
-from calque.graph.heads import heads
-from calque.spec import FLOAT, Bits, Plan
+from calque.grid.bits import FLOAT, Bits, Plan
+from calque.network import Network, capture
+from calque.network.heads import heads
+from calque.quantized.decisions import decide_bits, decide_choices
 
 CANDIDATES = ("w8a8", "w4a4", "w2a4")
 LAYERS = ("stem", "conv1", "conv2", "down", "head")

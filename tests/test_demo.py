@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from calque.demo import DemoRow, DigitNet, digits, run_demo, train
-from calque.storage import load
+from calque.cli.demo import DemoRow, DigitNet, digits, run_demo, train
+from calque.shipping.saved import load
 
 
 @pytest.fixture(scope="module")

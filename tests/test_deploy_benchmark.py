@@ -9,7 +9,7 @@ from benchmarks.rows import read_rows
 from benchmarks.shapes import ALL, SHAPES, shape_lines
 from benchmarks.tasks import SETTINGS
 
-from calque.export.runtimes import Kernel
+from calque.shipping.runtimes import Kernel
 
 
 def test_every_network_is_measured_at_every_plan() -> None:

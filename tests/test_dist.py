@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from calque.extras import EXTRAS
+from calque.run.extras import EXTRAS
 
 pytest.importorskip(
     "setuptools", minversion="77", reason="what builds calque is not installed: pip install setuptools>=77"

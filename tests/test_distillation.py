@@ -10,17 +10,18 @@ from torch import Tensor, nn
 
 import calque
 import networks
-from calque.distillation import CHECKS, distill
+from calque.calibration.losses import Loss, kl, mse
+from calque.calibration.rows import Rows
+from calque.correction.distillation import CHECKS, distill
+from calque.correction.mixture import can_mix, mixed
 from calque.errors import SpecError
 from calque.gains import Distilled
-from calque.graph import Batch
-from calque.losses import Loss, kl, mse
-from calque.model import QuantizedModel
+from calque.network import Batch
+from calque.quantized.model import QuantizedModel
+from calque.quantized.modules import Quantizer
 from calque.recipe import ACCURATE, FAST, NEAREST, Recipe
 from calque.report import Report
 from calque.settings import Distillation, StepSizes, Tuning
-from calque.solvers.mixture import can_mix, mixed
-from calque.solvers.rows import Rows
 
 HOW = Distillation(minutes=0, steps=40, rows=16, mixup=0.5)
 RATES = StepSizes(weight=0.05, weight_scale=3e-3, bias=3e-3, activation_scale=3e-3, zero_point=1e-2)
@@ -124,7 +125,7 @@ def test_every_bias_stays_on_the_accumulators_grid(student: Student, coarse: Qua
                 else None
             )
             assert layer.bias_scale is not None
-            if isinstance(grid, calque.quantizers.Quantizer):
+            if isinstance(grid, Quantizer):
                 torch.testing.assert_close(layer.bias_scale, grid.scale * layer.scale, rtol=1e-6, atol=0.0)
 
 

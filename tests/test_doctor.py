@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from calque.cli import run
-from calque.diagnosis import SUMS, Diagnosis, Package, diagnose, without_names
-from calque.extras import EXTRAS
-from calque.machine import FEATURES, this_machine
+from calque.cli.diagnosis import SUMS, Diagnosis, Package, diagnose, without_names
+from calque.cli.machine import FEATURES, this_machine
+from calque.run.extras import EXTRAS
 
 MACHINE = replace(this_machine(), system="Linux 6.1 (x86_64)", processor="Fast CPU", features=("AVX2",), memory=2**33)
 HEALTHY = Diagnosis(
@@ -91,7 +91,7 @@ def test_a_broken_extra_is_a_line_and_no_error(tmp_path: Path, monkeypatch: pyte
 def test_an_installation_that_cannot_export_does_not_work(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("calque.export.export_onnx", _fail)
+    monkeypatch.setattr("calque.shipping.export_onnx", _fail)
 
     assert run(["doctor"]) == 1
 

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 import calque
 import networks
-from calque.effort import Effort, Speed
-from calque.estimate import Forecast, forecast
-from calque.graph import Network, capture
-from calque.job import Job
-from calque.parallel import Choices
-from calque.progress import Phase
+from calque.calibration.job import Job
+from calque.fitting.parallel import Choices
+from calque.grid.bits import Bits
+from calque.network import Network, capture
+from calque.pipeline.effort import Effort, Speed
+from calque.pipeline.estimate import Forecast, forecast
 from calque.recipe import ADVANCED, RECIPES, Recipe
-from calque.spec import Bits
+from calque.run.progress import Phase
 
 PASS = 0.01  # seconds of the float network for one input
 SPEED = Speed(call=3e-6, value=1e-10, fresh=3e-10, product=2e-11)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 import calque
 import networks
 from calque.errors import ExportError, VerificationError
-from calque.export import count_kernels, run_onnx
-from calque.export.decoding import pack
+from calque.grid.bits import Placement
+from calque.shipping import count_kernels, run_onnx
+from calque.shipping.decoding import pack
 from networks import Exported, Net
 from slow import slow
 
@@ -24,7 +25,7 @@ BITS = ["w8a8", slow("w7a8"), slow("w6a6"), slow("w5a8"), "w4a8", "w4a4", slow("
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("placement", ["integer", "inputs"])
 def test_the_file_computes_the_exact_integer_evaluation(
-    test_inputs: Tensor, bits: str, placement: calque.spec.Placement, exported: Exported
+    test_inputs: Tensor, bits: str, placement: Placement, exported: Exported
 ) -> None:
     q, path = exported(bits=bits, placement=placement)
 

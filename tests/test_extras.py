@@ -8,7 +8,7 @@ import pytest
 
 from calque.cli import run
 from calque.errors import CalqueError, MissingExtraError
-from calque.extras import EXTRAS, import_extra
+from calque.run.extras import EXTRAS, import_extra
 
 DEVELOPMENT = {"dev", "docs"}
 PYPROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]

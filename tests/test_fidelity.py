@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 import calque
 import networks
-from calque.fidelity import fidelity, held_out_fidelity
+from calque.calibration.fidelity import fidelity, held_out_fidelity
 from calque.gains import LIMIT_DB, Fidelity, OutputFidelity
-from calque.graph.outputs import flatten_outputs
-from calque.graph.paths import leaf_paths, output_names
+from calque.network.outputs import flatten_outputs
+from calque.network.paths import leaf_paths, output_names
 from calque.recipe import LIGHT, SEQUENTIAL
 from calque.report import Report
 from networks import Net

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 import calque
 import networks
-from calque.decisions import decide_choices
-from calque.filecosts import file_costs
-from calque.filenodes import guessed_operators
-from calque.filesize import file_size
-from calque.graph import capture
+from calque.allocation.filecosts import file_costs
+from calque.allocation.filenodes import guessed_operators
+from calque.allocation.filesize import file_size
+from calque.grid.bits import Placement
+from calque.network import capture
+from calque.quantized.decisions import decide_choices
 from calque.recipe import LIGHT, NEAREST
-from calque.spec import Placement
 from slow import slow
 
 TOLERANCE, ROUGH = 1.08, 1000

@@ -15,10 +15,10 @@ from torch import nn
 
 import calque
 import networks
-from calque.files import DAY, remove_folder, sweep_drafts, sweep_folders, temporary_folder, write_whole
-from calque.processes import host
-from calque.spec import Bits, Plan
-from calque.store import Store
+from calque.grid.bits import Bits, Plan
+from calque.run.files import DAY, remove_folder, sweep_drafts, sweep_folders, temporary_folder, write_whole
+from calque.run.processes import host
+from calque.run.spill import Store
 from test_processes import dead_process
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="of POSIX")
@@ -109,9 +109,9 @@ import resource, sys
 from pathlib import Path
 import torch
 import calque, networks
-from calque.files import write_whole
-from calque.spec import Bits, Plan
-from calque.store import Store
+from calque.run.files import write_whole
+from calque.grid.bits import Bits, Plan
+from calque.run.spill import Store
 
 q = calque.quantize(networks.seeded(networks.Residual()), networks.images(8, seed=0), bits="w4a4", recipe="nearest")
 folder = Path(sys.argv[1])

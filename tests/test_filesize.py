@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import calque
 import networks
+from calque.grid.bits import Bits
 from calque.report import Report
 
 TOLERANCE, ROUGH = 1.08, 1000  # of a prediction over the file: a share, and bytes of what small files are made of
@@ -89,7 +90,7 @@ def test_groups_are_counted_as_they_are_stored(tmp_path: Path, bits: str) -> Non
 
     actual = calque.export_onnx(q, tmp_path / "model.onnx").stat().st_size
 
-    assert q.plan["down"] == calque.spec.Bits.parse(bits)
+    assert q.plan["down"] == Bits.parse(bits)
     assert actual <= q.report.file_size <= TOLERANCE * actual + ROUGH
 
 

@@ -11,14 +11,14 @@ from torch import Tensor, fx, nn
 
 import calque
 import networks
-from calque.graph import Network, capture
-from calque.graph.network import result_of
-from calque.graph.uncovered import plain_name
-from calque.integer import Accumulator, OnGrid, _Interpreter
-from calque.kernels import fuse, scale_product, settle_pool
-from calque.model import QuantizedModel
-from calque.quantizers import Quantizer
-from calque.spec import Placement
+from calque.grid.bits import Placement
+from calque.network import Network, capture
+from calque.network.network import result_of
+from calque.network.uncovered import plain_name
+from calque.quantized.integer import Accumulator, OnGrid, _Interpreter
+from calque.quantized.kernels import fuse, scale_product, settle_pool
+from calque.quantized.model import QuantizedModel
+from calque.quantized.modules import Quantizer
 from networks import Net
 
 IMAGES = torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(0))

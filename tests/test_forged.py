@@ -12,10 +12,10 @@ from torch import Tensor
 
 import networks
 from calque.errors import LoadError, SpecError
-from calque.model import QuantizedModel
-from calque.pipeline import quantize
+from calque.pipeline.quantize import quantize
+from calque.quantized.model import QuantizedModel
 from calque.report import Report
-from calque.storage import load, save
+from calque.shipping.saved import load, save
 from campaign.forged import Forgery, judge, metadata_forgeries, opened, sealed, tensor_forgeries
 
 SAMPLED = 250  # of the changes to the metadata; the campaign tries all

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import calque
-from calque.graph import capture
-from calque.solvers.problem import layer_problem
+from calque.fitting.problem import layer_problem
+from calque.network import Geometry, capture
 from networks import Net
 from slow import slow
 
@@ -217,7 +217,7 @@ def test_held_out_rows_are_those_of_whole_inputs() -> None:
     weight = noise(4, 4)
     x = torch.arange(10.0).repeat_interleave(3)[:, None, None].expand(30, 2, 4)  # 10 inputs of 3 windows
     problem = layer_problem(
-        calque.graph.Geometry("linear"), weight, weight[0], lambda y: y, [(x, x @ weight.mT)], inputs=10,
+        Geometry("linear"), weight, weight[0], lambda y: y, [(x, x @ weight.mT)], inputs=10,
         generator=torch.Generator(), sizes=[10],
     )  # fmt: skip
 

@@ -15,9 +15,9 @@ from torch.utils import _pytree as pytree
 import networks
 import oracles
 from calque.errors import CalibrationError, CaptureError
-from calque.graph import Batch, Geometry, Network, Signature, capture
-from calque.graph.network import find_shortcuts
-from calque.graph.signature import flatten, rows, select, split
+from calque.network import Batch, Geometry, Network, Signature, capture
+from calque.network.network import find_shortcuts
+from calque.network.signature import flatten, rows, select, split
 from networks import Net
 
 X = networks.images(5, seed=0, channels=4)

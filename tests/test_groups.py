@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 import calque
-from calque.arithmetic import by_input
-from calque.costs import layer_size
+from calque.allocation.costs import layer_size
 from calque.errors import SpecError
-from calque.graph import Geometry
-from calque.quantizers import QuantizedLayer
-from calque.ranges import weight_scale
+from calque.fitting.rounding import Metric, initial_scale, refitted_groups
+from calque.grid.arithmetic import by_input
+from calque.grid.bits import Bits
+from calque.grid.ranges import weight_scale
+from calque.network import Geometry
+from calque.quantized.modules import QuantizedLayer
 from calque.recipe import ACCURATE
-from calque.solvers.rounding import Metric, initial_scale, refitted_groups
-from calque.spec import Bits
 
 ROWS = 256
 

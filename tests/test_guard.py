@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 import calque
 import networks
-from calque.calibration import prepare
+from calque.calibration.batches import prepare
+from calque.calibration.job import Job
 from calque.errors import CalibrationError
-from calque.graph import Batch, Network, Signature, capture
-from calque.guard import Guarded, guard
-from calque.job import Job
-from calque.model import QuantizedModel
+from calque.grid.bits import Bits
+from calque.network import Batch, Network, Signature, capture
+from calque.pipeline.guard import Guarded, guard
+from calque.pipeline.trial import survey
+from calque.quantized.model import QuantizedModel
 from calque.recipe import NEAREST
-from calque.spec import Bits
-from calque.trial import survey
 from networks import Net
 
 INPUTS = networks.images(96, seed=3, channels=3)

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import calque
+from calque.calibration.samples import MOST_BATCHES, batches_of, unusual
 from calque.cli.readers import load_calibration
 from calque.errors import CalibrationError, CalqueError
-from calque.samples import MOST_BATCHES, batches_of, unusual
-from calque.spec import Bits, Plan
+from calque.grid.bits import Bits, Plan
 from campaign.bad_calls import calls
 from campaign.bad_commands import commands
 from campaign.bad_files import claimed, images, npz

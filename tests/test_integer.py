@@ -8,9 +8,9 @@ from torch import Tensor, nn
 import calque
 import networks
 import oracles
-from calque.arithmetic import EXACT_FLOAT32
-from calque.model import QuantizedModel
-from calque.quantizers import QuantizedLayer, Quantizer
+from calque.grid.arithmetic import EXACT_FLOAT32
+from calque.quantized.model import QuantizedModel
+from calque.quantized.modules import QuantizedLayer, Quantizer
 from networks import Net
 
 CALIBRATION = networks.images(40, seed=0)

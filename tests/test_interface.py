@@ -21,15 +21,15 @@ from torch.utils import _pytree as pytree
 import calque
 import networks
 from calque.errors import CaptureError, ExportError, SpecError, VerificationError
-from calque.export import Target, run_onnx
-from calque.export.names import interface
-from calque.export.onnx import float_onnx
-from calque.graph import Batch
-from calque.graph.batching import equal_axes
-from calque.graph.outputs import flatten_outputs
-from calque.graph.paths import leaf_paths
-from calque.graph.signature import Layout, laid_out
-from calque.model import QuantizedModel
+from calque.network import Batch
+from calque.network.batching import equal_axes
+from calque.network.outputs import flatten_outputs
+from calque.network.paths import leaf_paths
+from calque.network.signature import Layout, laid_out
+from calque.quantized.model import QuantizedModel
+from calque.shipping import Target, run_onnx
+from calque.shipping.names import interface
+from calque.shipping.onnx import float_onnx
 from networks import Net
 from slow import slow
 

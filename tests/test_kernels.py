@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 import calque
 import networks
-from calque.arithmetic import EXACT_FLOAT32
-from calque.export import run_onnx
-from calque.graph import Geometry
-from calque.graph.products import contracted_axes
-from calque.kernels import add, average, fuse, multiply, scale_product, settle, settle_pool, whole_numbers
-from calque.model import QuantizedModel
-from calque.quantizers import QuantizedLayer, Quantizer
-from calque.spec import Placement
+from calque.grid.arithmetic import EXACT_FLOAT32
+from calque.grid.bits import Placement
+from calque.network import Geometry
+from calque.network.rewrites.products import contracted_axes
+from calque.quantized.kernels import add, average, fuse, multiply, scale_product, settle, settle_pool, whole_numbers
+from calque.quantized.model import QuantizedModel
+from calque.quantized.modules import QuantizedLayer, Quantizer
+from calque.shipping import run_onnx
 from networks import Net
 
 CALIBRATION, INPUTS = networks.images(24, seed=0), networks.images(16, seed=1)

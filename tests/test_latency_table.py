@@ -8,16 +8,16 @@ from torch import Tensor, nn
 
 import calque
 import networks
-from calque.budget import read_latency
+from calque.allocation.budget import read_latency
 from calque.errors import SpecError
-from calque.export import LatencyTable, latency_table, table
-from calque.export.alone import Alone, write_alone
-from calque.export.runtimes import DEFAULT, OnnxRuntime
-from calque.export.surroundings import Standing, alone, standings
-from calque.export.verify import load_proto
-from calque.graph import Geometry
-from calque.model import QuantizedModel
-from calque.spec import Bits
+from calque.grid.bits import Bits
+from calque.network import Geometry
+from calque.quantized.model import QuantizedModel
+from calque.shipping import LatencyTable, latency_table, table
+from calque.shipping.alone import Alone, write_alone
+from calque.shipping.runtimes import DEFAULT, OnnxRuntime
+from calque.shipping.surroundings import Standing, alone, standings
+from calque.shipping.verify import load_proto
 from slow import slow
 
 CONVOLUTION = Geometry("convolution", padding=(1, 1, 1, 1))

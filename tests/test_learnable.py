@@ -4,10 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from calque.arithmetic import BIAS_LIMIT, learned_fake_quantize
-from calque.graph import Geometry
-from calque.quantizers import QuantizedLayer, Quantizer
-from calque.solvers.learnable import (
+from calque.grid.arithmetic import BIAS_LIMIT, learned_fake_quantize
+from calque.network import Geometry
+from calque.quantized.learnable import (
     SMALLEST_UNIT,
     FixedQuantizer,
     LearnableBias,
@@ -17,6 +16,7 @@ from calque.solvers.learnable import (
     LearnableScale,
     output_unit,
 )
+from calque.quantized.modules import QuantizedLayer, Quantizer
 
 INPUT_SCALE = torch.tensor(0.25)
 

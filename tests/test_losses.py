@@ -13,8 +13,8 @@ from torch.utils import _pytree as pytree
 
 import calque
 import networks
+from calque.calibration.losses import Loss, closeness, find_loss, kl, mse
 from calque.errors import SpecError
-from calque.losses import Loss, closeness, find_loss, kl, mse
 
 
 def random(shape: tuple[int, ...], seed: int, spread: float = 1.0) -> Tensor:

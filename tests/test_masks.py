@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 import calque
 import networks
-from calque.calibration import token_masks
+from calque.calibration.batches import token_masks
 from calque.errors import CalibrationError
 
 WIDTH, LENGTH = 16, 10

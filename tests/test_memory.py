@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 import networks
-from calque.calibration import largest_output, real_tokens
-from calque.channel_statistics import ChannelStatistics
-from calque.graph import Geometry
-from calque.quantizers import InPieces, QuantizedLayer, Quantizer
-from calque.ranges import TensorSample, extremes
-from calque.solvers.problem import layer_problem
-from calque.store import Kept, Store
+from calque.calibration.batches import largest_output, real_tokens
+from calque.calibration.channel_statistics import ChannelStatistics
+from calque.fitting.problem import layer_problem
+from calque.grid.ranges import TensorSample, extremes
+from calque.network import Geometry
+from calque.quantized.modules import InPieces, QuantizedLayer, Quantizer
+from calque.run.spill import Kept, Store
 
 MEGABYTE = 10**6
 SCRIPT = """
@@ -40,7 +40,7 @@ print(status("VmHWM") - before)
 
 READING = """
 import os, sys, torch
-from calque.store import Store
+from calque.run.spill import Store
 
 def resident():
     with open("/proc/self/statm") as file:
@@ -185,6 +185,6 @@ def test_a_layer_in_pieces_gives_the_same_bits(kind: str, monkeypatch: pytest.Mo
     x = networks.images(7, seed=0, channels=8, side=8)
     whole = layer(grid(x))
 
-    monkeypatch.setattr("calque.quantizers.TOGETHER", 2 * x[0].numel())
+    monkeypatch.setattr("calque.quantized.modules.TOGETHER", 2 * x[0].numel())
 
     assert torch.equal(InPieces(layer, grid)(x), whole)

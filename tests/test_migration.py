@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 import calque
 import networks
-from calque.graph import Network
-from calque.graph.capture import capture
-from calque.migration import LARGEST, Migration
-from calque.placement import place
+from calque.fitting.channel_scales.migration import LARGEST, Migration
+from calque.fitting.problem import LayerProblem
+from calque.grid.bits import FLOAT, Bits
+from calque.network import Network
+from calque.network.capture import capture
+from calque.quantized.placement import place
 from calque.recipe import FAST
-from calque.solvers.problem import LayerProblem
-from calque.spec import FLOAT, Bits
 
 W4A4 = Bits(4, 4)
 

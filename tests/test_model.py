@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 import calque
 import networks
-from calque.assembled import assemble, grid_of
 from calque.errors import CalibrationError
-from calque.graph import capture
-from calque.model import QuantizedModel
-from calque.quantizers import QuantizedLayer
+from calque.network import capture
+from calque.quantized.assembled import assemble, grid_of
+from calque.quantized.model import QuantizedModel
+from calque.quantized.modules import QuantizedLayer
 from networks import Net
 
 INPUTS = networks.images(6, seed=5)

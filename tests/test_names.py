@@ -16,13 +16,13 @@ from torch import Tensor, nn
 import calque
 import networks
 from calque.cli import run
-from calque.graph import Network, capture
-from calque.graph.spelling import respellings
-from calque.model import QuantizedModel
-from calque.placement import place
+from calque.grid.bits import Bits
+from calque.network import Network, capture
+from calque.network.spelling import respellings
+from calque.network.tensors import named_tensors
+from calque.quantized.model import QuantizedModel
+from calque.quantized.placement import place
 from calque.recipe import ACCURATE, FAST
-from calque.spec import Bits
-from calque.tensors import named_tensors
 from networks import Net
 from slow import slow
 

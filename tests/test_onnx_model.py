@@ -177,7 +177,7 @@ def test_export_scores_by_a_metric_of_its_own_and_json_has_scores(
 def test_a_file_below_the_bound_is_scored_before_that_is_an_error(
     work: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("calque.export.verification.LEAST_DB", 300.0)
+    monkeypatch.setattr("calque.shipping.verification.LEAST_DB", 300.0)
     assert run(["export", "run", "m.onnx"]) == 0
 
     assert run(["verify", "m.onnx", "run"]) == 1

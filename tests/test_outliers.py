@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import calque
 import networks
 from calque.errors import CalibrationWarning
-from calque.model import QuantizedModel
-from calque.outliers import FEWEST, few, many
+from calque.pipeline.outliers import FEWEST, few, many
+from calque.quantized.model import QuantizedModel
 from calque.recipe import RECIPES
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import calque
 from calque.errors import CaptureError
-from calque.graph import capture
-from calque.graph.outputs import flatten_outputs
+from calque.network import capture
+from calque.network.outputs import flatten_outputs
 from calque.recipe import ACCURATE, FAST, Recipe, find_recipe
 from networks import Net
 

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 import calque
 import networks
-from calque.checkpoint import Checkpoint
+from calque.calibration.job import Job
 from calque.errors import CalibrationError
-from calque.graph import Network, capture
-from calque.job import Job
-from calque.parallel import Fits, fit_choices
+from calque.fitting.parallel import Fits, fit_choices
+from calque.grid.bits import FLOAT, Bits
+from calque.network import Network, capture
 from calque.recipe import SEQUENTIAL, Recipe
+from calque.run.checkpoint import Checkpoint
 from calque.settings import StepSizes
-from calque.spec import FLOAT, Bits
 from networks import Net
 
 INPUTS = networks.images(40, seed=0)

@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import calque
 import networks
 from calque.errors import CalibrationError, CalibrationWarning, SpecError
-from calque.model import QuantizedModel
+from calque.grid.bits import FLOAT, Bits, Placement, Plan
+from calque.quantized.model import QuantizedModel
 from calque.recipe import FAST, NEAREST, SEQUENTIAL
-from calque.spec import FLOAT, Bits, Placement, Plan
 from networks import Net
 from slow import slow
 

@@ -4,10 +4,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import networks
-from calque.graph import Network, capture
-from calque.placement import Edge, place
-from calque.spec import FLOAT, Bits, Placement
-from calque.tensors import shared_tensors
+from calque.grid.bits import FLOAT, Bits, Placement
+from calque.network import Network, capture
+from calque.network.tensors import shared_tensors
+from calque.quantized.placement import Edge, place
 from networks import Net
 
 X = networks.images(3, seed=0, channels=4)

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, fx
 
 import networks
-from calque.channel_statistics import ChannelStatistics, trained_statistics
-from calque.execution import Execution
-from calque.graph import Batch, Network, WeightedLayer, capture
-from calque.statistics import absorb, para_normalize
-from calque.store import Store
+from calque.calibration.channel_statistics import ChannelStatistics, trained_statistics
+from calque.calibration.execution import Execution
+from calque.correction.normalization import absorb, para_normalize
+from calque.network import Batch, Network, WeightedLayer, capture
+from calque.run.spill import Store
 
 Statistics = dict[str, ChannelStatistics]
 GAIN = (0.6, 1.6)  # its inverse is within GAIN_LIMITS

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calque.budget import Budget, nanoseconds
+from calque.allocation.budget import Budget, nanoseconds
+from calque.allocation.plans import Solution, pareto, priced, solve
 from calque.errors import InfeasibleBudgetError, SpecError
-from calque.prices import Prices, Solution, pareto, priced, solve
+from calque.quantized.prices import Prices
 
 BITS = ("w8a8", "w4a4", "w2a4")
 PRICES = Prices(

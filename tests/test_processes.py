@@ -9,7 +9,7 @@ import time
 import pytest
 
 from calque import processes
-from calque.processes import Owner, end_with, host, is_alive
+from calque.run.processes import Owner, end_with, host, is_alive
 
 LOAD = f"""
 import importlib.util, sys  # without the package, which takes seconds to load

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 import calque
 import networks
 from calque.errors import SpecError
-from calque.partly import PartlyQuantized
-from calque.progress import Bar, Phase, Told, watched
+from calque.quantized.partly import PartlyQuantized
 from calque.recipe import NEAREST
+from calque.run.progress import Bar, Phase, Told, watched
 
 INPUTS = networks.images(20, seed=0)
 

@@ -8,8 +8,8 @@ from torch import Tensor
 import networks
 import oracles
 from calque.errors import SpecError
-from calque.graph import Geometry
-from calque.quantizers import QuantizedLayer, Quantizer
+from calque.network import Geometry
+from calque.quantized.modules import QuantizedLayer, Quantizer
 
 
 def quantizer(scale: float = 0.5, zero_point: int = 3, bits: int = 4) -> Quantizer:

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import oracles
-from calque.arithmetic import SMALLEST_SCALE, affine_grid, fake_quantize, weight_limits
-from calque.ranges import (
+from calque.grid.arithmetic import SMALLEST_SCALE, affine_grid, fake_quantize, weight_limits
+from calque.grid.ranges import (
     CLIP_CANDIDATES,
     PERCENTILE,
     ActivationRange,

@@ -10,7 +10,7 @@ from torch import Tensor
 import calque
 import networks
 from calque.errors import SpecError
-from calque.model import QuantizedModel
+from calque.quantized.model import QuantizedModel
 from calque.recipe import ADVANCED, FAST, NEAREST, NO_TUNING, RECIPES, SEQUENTIAL, Recipe, find_recipe
 from calque.settings import Distillation, StepSizes, Tuning
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import calque
 import networks
-from calque.graph import Network, capture
+from calque.network import Network, capture
 from calque.recipe import SEQUENTIAL
 from networks import Net
 

@@ -13,9 +13,9 @@ from torch import nn
 import calque
 import networks
 from calque.errors import VerificationError
-from calque.export import run_onnx
-from calque.export.releases import NEWEST, READS, need, too_old
-from calque.model import QuantizedModel
+from calque.quantized.model import QuantizedModel
+from calque.shipping import run_onnx
+from calque.shipping.releases import NEWEST, READS, need, too_old
 
 X = networks.images(16, seed=0)
 

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 import calque
 import networks
-from calque.costs import FLOAT_BITS, layer_size
-from calque.graph import Geometry
-from calque.model import QuantizedModel
+from calque.allocation.costs import FLOAT_BITS, layer_size
+from calque.network import Geometry
+from calque.quantized.model import QuantizedModel
 from calque.report import LayerReport, Report, signal_to_noise, table_lines
 from networks import Net
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import calque
 import networks
 from calque.errors import SpecError
-from calque.model import QuantizedModel
+from calque.quantized.model import QuantizedModel
 from calque.recipe import ADVANCED, SEQUENTIAL
 from slow import slow
 

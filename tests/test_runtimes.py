@@ -14,11 +14,11 @@ from torch import Tensor, nn
 import calque
 import networks
 from calque.errors import MissingExtraError, SpecError, VerificationError
-from calque.export import Target, count_kernels, run_onnx
-from calque.export.runtimes import DEFAULT, OnnxRuntime, _reads, open_runtime
-from calque.export.saturation import saturates
-from calque.export.verify import load_proto
-from calque.model import QuantizedModel
+from calque.quantized.model import QuantizedModel
+from calque.shipping import Target, count_kernels, run_onnx
+from calque.shipping.runtimes import DEFAULT, OnnxRuntime, _reads, open_runtime
+from calque.shipping.saturation import saturates
+from calque.shipping.verify import load_proto
 from networks import Exported
 
 needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="the extra openvino is not installed")
@@ -159,7 +159,7 @@ def test_eight_bit_weights_are_noted_where_the_processor_saturates(
 def test_the_note_of_eight_bit_weights_follows_the_processors_answer(
     test_inputs: Tensor, answer: bool, monkeypatch: pytest.MonkeyPatch, exported: Exported
 ) -> None:
-    module = sys.modules["calque.export.verify"]  # no test runs on both kinds of processors
+    module = sys.modules["calque.shipping.verify"]  # no test runs on both kinds of processors
     monkeypatch.setattr(module, "saturates", lambda target: answer)
 
     assert _notes_of(exported, test_inputs, "onnxruntime") == (answer, False)
@@ -258,7 +258,7 @@ def test_images_do_not_lie_between_two_codes_of_the_input_grid(recipe: str) -> N
 def test_latency_is_that_of_the_default_session_and_where_products_need_a_setting_that_of_both(
     trained: nn.Module, test_inputs: Tensor, answer: bool, monkeypatch: pytest.MonkeyPatch, exported: Exported
 ) -> None:
-    monkeypatch.setattr(sys.modules["calque.export.verify"], "saturates", lambda target: answer)
+    monkeypatch.setattr(sys.modules["calque.shipping.verify"], "saturates", lambda target: answer)
     q, path = exported(bits="w8a8")
 
     found = calque.verify(path, q, test_inputs, original=trained)

@@ -13,11 +13,11 @@ from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, Te
 
 import calque
 import networks
-from calque.calibration import ROWS, prepare
+from calque.calibration.batches import ROWS, prepare
+from calque.calibration.samples import as_tensors, batches_of
 from calque.errors import CalibrationError, CalibrationWarning
-from calque.graph import Signature
-from calque.graph.signature import rows
-from calque.samples import as_tensors, batches_of
+from calque.network import Signature
+from calque.network.signature import rows
 
 IMAGES = networks.images(120, seed=0)
 LABELS = torch.arange(120)

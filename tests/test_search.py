@@ -17,14 +17,14 @@ import calque
 import networks
 from calque import Budget
 from calque.errors import InfeasibleBudgetError, SpecError
-from calque.graph import capture
-from calque.model import QuantizedModel
-from calque.placement import place
-from calque.prices import Prices
+from calque.grid.bits import Bits
+from calque.network import capture
+from calque.pipeline.search import _best, finalists
+from calque.quantized.model import QuantizedModel
+from calque.quantized.placement import place
+from calque.quantized.prices import Prices
 from calque.recipe import LIGHT, SEQUENTIAL
 from calque.report import Finalist
-from calque.search import _best, finalists
-from calque.spec import Bits
 from networks import Net
 from slow import slow
 

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 import calque
 import networks
-from calque.checkpoint import Checkpoint
-from calque.graph import Batch, Network, capture
-from calque.graph.signature import flatten, rows
-from calque.losses import Loss, mse
-from calque.model import QuantizedModel
-from calque.sensitivity import PRICED_ROWS, measure_prices, thin
+from calque.allocation.sensitivity import PRICED_ROWS, measure_prices, thin
+from calque.calibration.losses import Loss, mse
+from calque.network import Batch, Network, capture
+from calque.network.signature import flatten, rows
+from calque.quantized.model import QuantizedModel
+from calque.run.checkpoint import Checkpoint
 from networks import Net
 
 INPUTS = networks.images(24, seed=0)

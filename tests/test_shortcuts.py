@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import calque
-from calque.graph import Network, capture
+from calque.network import Network, capture
 
 WIDTH, PLACES = 8, 6
 

@@ -6,12 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import networks
-from calque.arithmetic import affine_grid
-from calque.graph import Geometry, capture
-from calque.ranges import weight_scale
-from calque.settings import StepSizes
-from calque.solvers.adaquant import fit_layer
-from calque.solvers.problem import (
+from calque.fitting.adaquant import fit_layer
+from calque.fitting.problem import (
     POSITIONS,
     Fit,
     Grid,
@@ -21,6 +17,10 @@ from calque.solvers.problem import (
     output_error,
     round_to_nearest,
 )
+from calque.grid.arithmetic import affine_grid
+from calque.grid.ranges import weight_scale
+from calque.network import Geometry, capture
+from calque.settings import StepSizes
 
 # The solver is tested at step sizes of its own, so that tuning the recipes moves no result here.
 RATES = StepSizes(weight=0.03, weight_scale=3e-3, bias=3e-3, activation_scale=3e-3, zero_point=3e-2)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 import calque
 import networks
 from calque.errors import ExportError
-from calque.export import lowering
-from calque.export.runtimes import OnnxRuntime
-from calque.export.spatial import adaptive_average, adaptive_maximum, clipped_average, weighted_average
+from calque.shipping import lowering
+from calque.shipping.runtimes import OnnxRuntime
+from calque.shipping.spatial import adaptive_average, adaptive_maximum, clipped_average, weighted_average
 
 Operator = Callable[[Tensor], Tensor]
 

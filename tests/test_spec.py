@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calque.errors import SpecError
-from calque.spec import FLOAT, Bits, Plan, apply_overrides, check_entry, uniform
+from calque.grid.bits import FLOAT, Bits, Plan, apply_overrides, check_entry, uniform
 
 WIDTHS = st.none() | st.integers(2, 8)
 BITS = st.builds(Bits, WIDTHS, WIDTHS)

@@ -9,18 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import calque
-import calque.stages
+import calque.pipeline.build
 import networks
-from calque.channel_statistics import ChannelStatistics, trained_statistics
+from calque.calibration.channel_statistics import ChannelStatistics, trained_statistics
+from calque.calibration.execution import Execution
+from calque.calibration.job import Job
+from calque.calibration.losses import kl
 from calque.errors import CalibrationError
-from calque.execution import Execution
-from calque.graph import Network, WeightedLayer, capture
-from calque.job import Job
-from calque.losses import kl
-from calque.quantizers import QuantizedLayer
+from calque.grid.bits import Placement
+from calque.network import Network, WeightedLayer, capture
+from calque.pipeline.build import float_outputs
+from calque.quantized.modules import QuantizedLayer
 from calque.recipe import FAST, NEAREST
-from calque.stages import float_outputs
-from calque.store import Store
+from calque.run.spill import Store
 from networks import Net
 
 TRAINED = replace(NEAREST, statistics="trained")
@@ -171,16 +172,19 @@ def test_guarded_statistics_end_where_the_outputs_are_closest(trained: networks.
 
 @pytest.mark.parametrize("placement", ["inputs", "integer"])
 def test_statistics_are_judged_by_the_outputs_of_the_finished_network(
-    trained: networks.Residual, calibration: Tensor, placement: calque.spec.Placement, monkeypatch: pytest.MonkeyPatch
+    trained: networks.Residual,
+    calibration: Tensor,
+    placement: Placement,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     losses = []
-    judge = calque.stages._Judge.__call__
+    judge = calque.pipeline.build._Judge.__call__
 
-    def kept(self: calque.stages._Judge, outputs: Iterable[list[Tensor]]) -> None:
+    def kept(self: calque.pipeline.build._Judge, outputs: Iterable[list[Tensor]]) -> None:
         judge(self, outputs)
         losses.append(self.loss)
 
-    monkeypatch.setattr(calque.stages._Judge, "__call__", kept)
+    monkeypatch.setattr(calque.pipeline.build._Judge, "__call__", kept)
     q = calque.quantize(trained, networks.pieces(calibration, [100, 28]), bits="w3a3", recipe=FAST, placement=placement)
 
     assert len(losses) == 2
@@ -191,7 +195,9 @@ def test_guarded_statistics_are_undone_where_the_outputs_are_no_closer(
     trained: networks.Residual, calibration: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values = iter([1.0, 0.5, 1.0, 1.0])
-    monkeypatch.setattr(calque.stages._Judge, "__call__", lambda judge, outputs: setattr(judge, "loss", next(values)))
+    monkeypatch.setattr(
+        calque.pipeline.build._Judge, "__call__", lambda judge, outputs: setattr(judge, "loss", next(values))
+    )
 
     kept, undone = (calque.quantize(trained, calibration, bits="w3a3", recipe=FAST) for _ in range(2))
     plain = calque.quantize(trained, calibration, bits="w3a3", recipe=replace(FAST, statistics="none"))

@@ -10,13 +10,13 @@ from torch import Tensor, fx
 
 import calque
 import networks
-from calque.channel_statistics import ChannelStatistics
-from calque.execution import Execution
-from calque.graph import Batch, Geometry, Network, WeightedLayer, capture
-from calque.model import QuantizedModel
-from calque.quantizers import QuantizedLayer
-from calque.statistics import GAIN_LIMITS, absorb, correction, para_normalize
-from calque.store import Store
+from calque.calibration.channel_statistics import ChannelStatistics
+from calque.calibration.execution import Execution
+from calque.correction.normalization import GAIN_LIMITS, absorb, correction, para_normalize
+from calque.network import Batch, Geometry, Network, WeightedLayer, capture
+from calque.quantized.model import QuantizedModel
+from calque.quantized.modules import QuantizedLayer
+from calque.run.spill import Store
 
 CONVOLUTION, LINEAR = Geometry("convolution"), Geometry("linear")
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 import networks
 from calque.errors import LoadError
-from calque.files import write_whole
-from calque.model import QuantizedModel
-from calque.pipeline import quantize
+from calque.grid.bits import Placement
+from calque.pipeline.quantize import quantize
+from calque.quantized.model import QuantizedModel
 from calque.recipe import NEAREST, SEQUENTIAL
-from calque.spec import Placement
-from calque.storage import load, save
+from calque.run.files import write_whole
+from calque.shipping.saved import load, save
 
 QUICK = SEQUENTIAL.to_toml().replace("\nsteps = 250", "\nsteps = 5")
 

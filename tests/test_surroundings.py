@@ -25,8 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import calque
 import networks
 from calque.errors import SurroundingsError
-from calque.graph.surroundings import require_exact_products
-from calque.model import QuantizedModel
+from calque.network.surroundings import require_exact_products
+from calque.quantized.model import QuantizedModel
 from calque.recipe import SEQUENTIAL
 
 SHORT = replace(SEQUENTIAL, name="short", steps=8)  # gradient descent

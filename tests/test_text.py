@@ -9,16 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import calque
-from calque.calibration import prepare, real_tokens, token_axis, token_masks
+from calque.calibration.batches import prepare, real_tokens, token_axis, token_masks
+from calque.calibration.job import Job
 from calque.errors import SpecError
-from calque.graph import Geometry, Signature, capture
-from calque.job import Job
-from calque.model import QuantizedModel
-from calque.quantizers import QuantizedLayer
+from calque.fitting.channel_scales.smoothing import best_scale, linear_groups, smooth
+from calque.fitting.embedding import fit_table
+from calque.grid.bits import Bits
+from calque.network import Geometry, Signature, capture
+from calque.quantized.model import QuantizedModel
+from calque.quantized.modules import QuantizedLayer
 from calque.recipe import ACCURATE, FAST
-from calque.smoothing import best_scale, linear_groups, smooth
-from calque.solvers.table import fit_table
-from calque.spec import Bits
 from text_networks import FREE, HEADS, LENGTH, Encoder, sentences, trained_encoder
 
 

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 import calque
 import networks
 from calque.errors import CaptureError
-from calque.graph.exclusive import exclusively, for_this_thread
-from calque.graph.regions import in_float32
-from calque.graph.rewrite import silent_tracing
-from calque.graph.shortcuts import slow_attention, without_shortcuts
-from calque.graph.surroundings import undisturbed
+from calque.network.exclusive import exclusively, for_this_thread
+from calque.network.rewrites.functional import silent_tracing
+from calque.network.rewrites.regions import in_float32
+from calque.network.rewrites.shortcuts import slow_attention, without_shortcuts
+from calque.network.surroundings import undisturbed
 from campaign.threads import campaign, images, network, tensors
 from slow import slow
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from calque.arithmetic import fake_quantize, learned_fake_quantize, round_through
-from calque.solvers.through import learn_through, weights_through
+from calque.grid.arithmetic import fake_quantize, learned_fake_quantize, round_through
+from calque.grid.straight_through import learn_through, weights_through
 
 # Away from rounding edges, where the two may take different sides.
 VALUES = torch.randn(4, 5, 6, 7, generator=torch.Generator().manual_seed(0))

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 import calque
 import networks
 from calque.errors import CaptureError
-from calque.graph import capture
-from calque.model import QuantizedModel
+from calque.fitting.layer import Settings, solve_
+from calque.fitting.problem import Grid, LayerProblem
+from calque.grid.bits import Placement
+from calque.network import capture
+from calque.quantized.model import QuantizedModel
 from calque.recipe import NO_TUNING, RECIPES, Recipe
 from calque.settings import Solver
-from calque.solvers.layer import Settings, solve_
-from calque.solvers.problem import Grid, LayerProblem
-from calque.spec import Placement
 
 INPUTS = networks.images(20, seed=0, channels=2, side=5)
 POWERS = [(-40, 30), (30, -40), (-90, -90)]  # of two: of the inputs, of the outputs

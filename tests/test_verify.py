@@ -18,13 +18,13 @@ from torch import Tensor, nn
 import calque
 import networks
 from calque.errors import SpecError, VerificationError
-from calque.export import Agreement
-from calque.export.agreement import agreements, spread_of
-from calque.export.runtimes import OnnxRuntime
-from calque.export.verification import LIMIT_DB
-from calque.export.verify import _with_outputs, load_proto
-from calque.model import QuantizedModel
-from calque.partly import PartlyQuantized
+from calque.quantized.model import QuantizedModel
+from calque.quantized.partly import PartlyQuantized
+from calque.shipping import Agreement, OutputAgreement
+from calque.shipping.agreement import agreements, spread_of
+from calque.shipping.runtimes import OnnxRuntime
+from calque.shipping.verification import LIMIT_DB
+from calque.shipping.verify import _with_outputs, load_proto
 from networks import Net
 
 INPUTS = networks.images(200, seed=0)
@@ -341,7 +341,7 @@ def test_whole_numbers_count_where_they_are_equal_and_have_no_decibels(tmp_path:
 def test_an_output_passes_by_its_share_and_its_error_and_without_a_bound_by_neither(
     decibels: float | None, share: float, bound: float, passes: bool
 ) -> None:
-    output = calque.export.OutputAgreement("y", "values", share, share, decibels, 0.0, 0.0)
+    output = OutputAgreement("y", "values", share, share, decibels, 0.0, 0.0)
 
     assert output.passes(bound) == passes
 

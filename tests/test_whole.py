@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from calque.graph import Geometry
-from calque.solvers.problem import layer_problem
-from calque.solvers.whole import INPUTS, whole_inputs
+from calque.fitting.problem import layer_problem
+from calque.fitting.whole_inputs import INPUTS, whole_inputs
+from calque.network import Geometry
 
 LINEAR = Geometry("linear")
 SHAPE = torch.Size([1, 1])

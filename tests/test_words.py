@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 import calque
 import networks
-from calque.calls import CallForm
 from calque.cli.inputs import InputError
 from calque.cli.readers import load_calibration
 from calque.cli.weights import load_weights
 from calque.errors import CalibrationError, CaptureError, SpecError
-from calque.graph.trace import trace
+from calque.network.trace import trace
+from calque.quantized.calls import CallForm
 
 X = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
 IDS = torch.randint(0, 10, (16, 5), generator=torch.Generator().manual_seed(0))

@@ -6,7 +6,7 @@ from functools import partial
 import calque
 from benchmarks.peers.adapter import COMMON, Method, Problem, Result, main
 from benchmarks.peers.network import CANDIDATES, END_BITS, layers, parse, prepare
-from calque.costs import CHANNEL_BYTES
+from calque.allocation.costs import CHANNEL_BYTES
 from calque.recipe import RECIPES
 
 

@@ -32,34 +32,34 @@ __all__ = [
 # A name is imported when it is first asked for (PEP 562): what never exports does not wait for onnx, and what asks for
 # the version does not even wait for torch.
 _ROOMS = {
-    "Budget": "budget",
-    "Latency": "export.latency",
-    "LatencyTable": "export.table",
-    "OnnxModel": "export.module",
-    "PartlyQuantized": "partly",
-    "Plan": "spec",
-    "Prices": "prices.table",
+    "Budget": "allocation.budget",
+    "Latency": "shipping.latency",
+    "LatencyTable": "shipping.table",
+    "OnnxModel": "shipping.module",
+    "PartlyQuantized": "quantized.partly",
+    "Plan": "grid.bits",
+    "Prices": "quantized.prices",
     "Recipe": "recipe",
     "Report": "report",
-    "Verification": "export.verification",
-    "export_onnx": "export.onnx",
-    "latency_table": "export.table",
-    "load": "storage.quantized",
-    "quantize": "pipeline",
-    "save": "storage.quantized",
-    "verify": "export.verify",
+    "Verification": "shipping.verification",
+    "export_onnx": "shipping.onnx",
+    "latency_table": "shipping.table",
+    "load": "shipping.saved.quantized",
+    "quantize": "pipeline.quantize",
+    "save": "shipping.saved.quantized",
+    "verify": "shipping.verify",
 }
 
 if TYPE_CHECKING:
-    from calque.budget import Budget
-    from calque.export import Latency, LatencyTable, OnnxModel, Verification, export_onnx, latency_table, verify
-    from calque.partly import PartlyQuantized
-    from calque.pipeline import quantize
-    from calque.prices import Prices
+    from calque.allocation.budget import Budget
+    from calque.grid.bits import Plan
+    from calque.pipeline.quantize import quantize
+    from calque.quantized.partly import PartlyQuantized
+    from calque.quantized.prices import Prices
     from calque.recipe import Recipe
     from calque.report import Report
-    from calque.spec import Plan
-    from calque.storage import load, save
+    from calque.shipping import Latency, LatencyTable, OnnxModel, Verification, export_onnx, latency_table, verify
+    from calque.shipping.saved import load, save
 else:  # where a type checker saw it, every name would exist
     _importing = threading.RLock()  # torch's modules import each other: two threads would each find some half-made
 

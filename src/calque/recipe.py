@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from calque.errors import SpecError
-from calque.fields import choice, number, parse_toml, require, shown, whole
-from calque.ranges import ActivationRange, WeightRange
+from calque.grid.bits import naming, read_text, toml_string
+from calque.grid.ranges import ActivationRange, WeightRange
+from calque.run.fields import choice, number, parse_toml, require, shown, whole
 from calque.settings import LEAST_RATE, MOST_RATE, MOST_STEPS, Distillation, Solver, StepSizes, Tuning
-from calque.spec import naming, read_text, toml_string
 
 TensorRange = Literal["minmax", "mean_minmax", "percentile", "least_squares"]
 Flavour = Literal["sequential", "parallel"]
@@ -59,7 +59,7 @@ class Recipe:
         tolerance: of the range estimators "output" and "least_squares": the widest range is taken whose error is at most this
             share above the least.
         migration: exponent of the channel scales that move over a ReLU or ReLU6 into the weights on both sides; 0 for none, also
-            in front of linear layers, where the exponents are chosen by error (calque.smoothing). It
+            in front of linear layers, where the exponents are chosen by error (calque.fitting.channel_scales.smoothing). It
             needs the flavour "sequential", sampled patches, statistics that are not the trained ones, and no block_steps.
         rates: step sizes of AdaQuant and of distillation.
         distillation: of the float network's outputs into all parameters, end to end; 0 minutes and 0 steps for none.

@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from calque.fields import (
+from calque.gains import Distilled, Fidelity
+from calque.grid.bits import SEEDS, written_bits
+from calque.run.fields import (
     COUNT,
     Check,
     flag,
@@ -21,8 +23,6 @@ from calque.fields import (
     text,
     whole,
 )
-from calque.gains import Distilled, Fidelity
-from calque.spec import SEEDS, written_bits
 
 HEADINGS = (
     "layer",

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from calque.fields import choice, number, whole
+from calque.run.fields import choice, number, whole
 
 MOST_STEPS, MOST_ROWS = 1_000_000, 65_536  # of an optimizer, of inputs per step
 LEAST_RATE, MOST_RATE = 1e-12, 1e6
@@ -24,7 +24,7 @@ class StepSizes:
         weight, weight_scale, bias, activation_scale, zero_point: a rate each.
         unit: "relative": weights and the zero point in levels of their grid, scales by their logarithm, the bias in standard
             deviations of the output, each falling by a cosine. "absolute": everything in units of the layer
-            (`calque.solvers.units`), the scales as the ranges that they span and the zero point as the range's lower end,
+            (`calque.fitting.units`), the scales as the ranges that they span and the zero point as the range's lower end,
             constant. The released code of Hubara et al. 2021 has real units; its rates are for values of about 1.
     """
 

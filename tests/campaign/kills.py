@@ -25,7 +25,7 @@ from torch import Tensor
 
 import calque.cli
 from calque.recipe import FAST, SEQUENTIAL
-from calque.storage.file import read
+from calque.shipping.saved.file import read
 
 from . import pieces
 

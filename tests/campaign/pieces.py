@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import calque
-from calque.model import QuantizedModel
+from calque.quantized.model import QuantizedModel
 from calque.recipe import ADVANCED, FAST, NO_DISTILLATION
 
 Result = dict[str, Any]

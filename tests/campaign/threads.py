@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import calque
-from calque.model import QuantizedModel
+from calque.quantized.model import QuantizedModel
 from calque.recipe import SEQUENTIAL
 
 SIDE = 8

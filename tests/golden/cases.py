@@ -10,8 +10,8 @@ from torch import nn
 import calque
 import networks
 from calque.errors import CaptureWarning
+from calque.grid.bits import Bits
 from calque.recipe import RECIPES, Recipe
-from calque.spec import Bits
 from text_networks import FREE, Encoder, sentences, trained_encoder
 
 IMAGES = 96

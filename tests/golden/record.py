@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from calque.quantizers import QuantizedLayer, Quantizer
+from calque.quantized.modules import QuantizedLayer, Quantizer
 
 PATH = Path(__file__).with_name("codes.json")
 Record = dict[str, dict[str, str]]  # environment -> case -> hash

@@ -8,7 +8,7 @@ import numpy as np
 from calque.allocation.reduction import Mask, Row, Whole, lowest, total
 from calque.allocation.search import best_choice
 from calque.errors import InfeasibleBudgetError, SpecError
-from calque.fields import shown
+from calque.run.fields import shown
 
 Costs = Sequence[Sequence[int]]  # [layer][choice], whole numbers
 

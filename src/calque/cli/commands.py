@@ -19,13 +19,13 @@ from calque.cli.signals import EndedError, ending_signals
 from calque.cli.terminal import complain, one_line, visible_warnings
 from calque.cli.words import ENTRY, Folder, Quiet, Seed, recipes
 from calque.errors import CalqueError
-from calque.fields import shown
-from calque.files import LONGEST_PATH, temporary_folder, write_whole
-from calque.progress import Phase, watched
-from calque.spec import SHIPPED
+from calque.grid.bits import SHIPPED
+from calque.run.fields import shown
+from calque.run.files import LONGEST_PATH, temporary_folder, write_whole
+from calque.run.progress import Phase, watched
 
 if TYPE_CHECKING:
-    from calque.demo import DemoRow
+    from calque.cli.demo import DemoRow
 
 MISSPELT = 2  # the exit code of a command that cannot be read
 INTERRUPTED = 130  # the exit code of a command that Ctrl-C ended
@@ -59,8 +59,8 @@ def demo_command(
     quiet: Quiet = False,
 ) -> None:
     """Trains, quantizes, exports and verifies a small network on handwritten digits; prints one table."""
+    from calque.cli.demo import BITS, run_demo
     from calque.cli.folder import claim, versions
-    from calque.demo import BITS, run_demo
 
     phases = [  # about the seconds of each, the capture's among them
         Phase("train", (4.0,)),

@@ -10,16 +10,17 @@ from pathlib import Path
 
 import numpy as np
 
-from calque.budget import NANOSECONDS, Budget
-from calque.checkpoint import RUN
+from calque.allocation.budget import NANOSECONDS, Budget
+from calque.allocation.plans import Solution, priced
 from calque.cli.folder import CURVE, PICTURE, PLANS, PRICES, read_report
 from calque.cli.inputs import InputError, parse_budget
 from calque.errors import MissingExtraError, SpecError
-from calque.extras import import_extra
-from calque.files import write_whole
-from calque.prices import Prices, Solution, priced
+from calque.grid.bits import Bits, Plan
+from calque.quantized.prices import Prices
 from calque.report import table_lines
-from calque.spec import Bits, Plan
+from calque.run.checkpoint import RUN
+from calque.run.extras import import_extra
+from calque.run.files import write_whole
 
 SWEEP = 15  # sizes that are tried where no option names any
 HEADINGS = ("budget", "bytes on disk", "of float", "Mbit-ops", "loss increase", "bits")

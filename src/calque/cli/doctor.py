@@ -11,7 +11,7 @@ def doctor_command(
     as_json: Annotated[bool, typer.Option("--json", help="one line of JSON")] = False,
 ) -> None:
     """Tells versions, processor, runtimes, extras, and whether calque works here; for bug reports."""
-    from calque.diagnosis import diagnose
+    from calque.cli.diagnosis import diagnose
 
     found = diagnose()
     print(found.to_json() if as_json else found)

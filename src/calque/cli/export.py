@@ -8,10 +8,10 @@ import typer
 
 from calque.cli.terminal import notes
 from calque.cli.words import Folder, Runtime, Trust
-from calque.spec import BOUND
+from calque.grid.bits import BOUND
 
 if TYPE_CHECKING:
-    from calque.export import Target
+    from calque.shipping import Target
 
 Metric = Annotated[
     str | None,
@@ -38,14 +38,14 @@ def export_command(
     from calque.cli.inputs import build_model
     from calque.cli.readers import load_calibration
     from calque.cli.scores import checked, print_scores, scored
-    from calque.export import export_onnx
-    from calque.storage import load
+    from calque.shipping import export_onnx
+    from calque.shipping.saved import load
 
     settings = trusted_run(run, trust=trust)
     original = build_model(settings.model)
     q = load(run / NETWORK, original)
     names = {"input_names": _names(input_names), "output_names": _names(output_names)}
-    with notes("calque.export.onnx"):
+    with notes("calque.shipping.onnx"):
         export_onnx(q, path, target=cast("Target", target), **names)  # which checks all of them
     print(f"{path}: {path.stat().st_size:,} bytes")
     failure = None
@@ -82,7 +82,7 @@ def verify_command(
     from calque.cli.inputs import build_model
     from calque.cli.readers import load_calibration
     from calque.cli.scores import checked, load_original_, print_scores, scored
-    from calque.storage import load
+    from calque.shipping.saved import load
 
     settings = trusted_run(run, trust=trust)
     original = build_model(settings.model)

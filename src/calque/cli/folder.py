@@ -13,15 +13,15 @@ from typing import TextIO
 
 import torch
 
-from calque.checkpoint import IDENTITY, RUN
 from calque.cli.inputs import InputError
-from calque.fields import mapping, measured, optional, parse_json, record, text, whole
-from calque.files import remove_folder, sweep_drafts, write_whole
-from calque.model import QuantizedModel
+from calque.grid.bits import SEEDS
+from calque.quantized.model import QuantizedModel
 from calque.recipe import Recipe
 from calque.report import Report
-from calque.spec import SEEDS
-from calque.storage import save
+from calque.run.checkpoint import IDENTITY, RUN
+from calque.run.fields import mapping, measured, optional, parse_json, record, text, whole
+from calque.run.files import remove_folder, sweep_drafts, write_whole
+from calque.shipping.saved import save
 
 NETWORK, PRICES, PIECES = "q.safetensors", "prices.json", "pieces"
 PLANS, CURVE, PICTURE = "plans", "pareto.csv", "pareto.png"  # of calque plan

@@ -10,9 +10,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from calque.budget import Budget
+from calque.allocation.budget import Budget
 from calque.errors import CalqueError
-from calque.fields import shown
+from calque.run.fields import shown
 
 DIGITS = 4  # of an axis's number: what Python turns into an int ends far above
 SHOWN = 3  # names of a list that an error gives

@@ -23,6 +23,7 @@ def plan_command(
     A single budget leaves a curve of several as it is.
     """
     from calque.allocation.highs import own_output
+    from calque.allocation.plans import Solution, pareto
     from calque.cli.curve import (
         Point,
         default_sweep,
@@ -37,7 +38,6 @@ def plan_command(
         write_plans,
     )
     from calque.cli.folder import CURVE, PICTURE, PLANS
-    from calque.prices import Solution, pareto
 
     prices = read_prices(run)
     lists = {"size": size, "bops": bops, "activation_memory": activation_memory}

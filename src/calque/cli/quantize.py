@@ -15,8 +15,8 @@ from calque.cli.signals import shielded_workers
 from calque.cli.terminal import advice, complain, notes
 from calque.cli.words import ENTRY, Quiet, Seed, recipes
 from calque.errors import CalibrationError
-from calque.files import remove_folder
-from calque.spec import SHIPPED, Placement, Plan
+from calque.grid.bits import SHIPPED, Placement, Plan
+from calque.run.files import remove_folder
 
 
 def quantize_command(
@@ -70,8 +70,8 @@ def quantize_command(
     )
     from calque.cli.readers import load_calibration
     from calque.cli.weights import load_weights
-    from calque.options import find_device
-    from calque.pipeline import quantize
+    from calque.pipeline.options import find_device
+    from calque.pipeline.quantize import quantize
     from calque.recipe import find_recipe
 
     require_free(output, resume=resume, overwrite=overwrite)
@@ -94,7 +94,7 @@ def quantize_command(
     arguments = [argument for argument in context.obj if argument not in ("--resume", "--overwrite")]
     with (
         advice(shlex.join([*_program(), *arguments, "--resume"]), lambda: is_started(output)),
-        notes("calque.pipeline", quiet=quiet),
+        notes("calque.pipeline.quantize", quiet=quiet),
         shielded_workers(workers),
         own_output(),
     ):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from calque.cli.inputs import InputError, shortened
 from calque.errors import SpecError
-from calque.files import require_file
+from calque.run.files import require_file
 
 STATE = (
     "weight",

@@ -10,8 +10,8 @@ from calque.cli.folder import Run, read_run, write_start
 from calque.cli.inputs import evaluate_model
 from calque.cli.weights import load_weights
 from calque.errors import VerificationError
-from calque.export import OnnxModel, Target, Verification, verify
-from calque.model import QuantizedModel
+from calque.quantized.model import QuantizedModel
+from calque.shipping import OnnxModel, Target, Verification, verify
 
 
 def load_original_(original: nn.Module, settings: Run) -> None:

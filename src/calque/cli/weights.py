@@ -5,10 +5,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from calque.calibration.samples import unusual
 from calque.cli.inputs import InputError, shortened
 from calque.cli.readers import read_pickled, read_safetensors
-from calque.fields import shown
-from calque.samples import unusual
+from calque.run.fields import shown
 
 # What wrappers put in front of every name: those for several devices, and torch.compile.
 WRAPPERS = ("module.", "_orig_mod.")

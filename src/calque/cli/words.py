@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from calque.spec import SHIPPED
+from calque.grid.bits import SHIPPED
 
 ENTRY = "calque"
 TARGETS = ("onnxruntime", "openvino", "qonnx")

@@ -1,0 +1,1 @@
+"""Inputs, and what a network computes on them."""

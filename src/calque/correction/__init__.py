@@ -1,0 +1,1 @@
+"""What is put right when all layers are quantized."""

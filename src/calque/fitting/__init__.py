@@ -1,0 +1,1 @@
+"""One layer or block fitted to its own float output."""

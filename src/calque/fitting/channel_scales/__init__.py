@@ -1,0 +1,1 @@
+"""Factors of channels that move from a layer to its neighbour."""

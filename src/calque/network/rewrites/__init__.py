@@ -1,0 +1,1 @@
+"""A traced graph in plainer forms."""

@@ -1,0 +1,1 @@
+"""The method from inputs to report."""

@@ -1,0 +1,1 @@
+"""Grids in the network, and the quantized model."""

@@ -1,5 +1,0 @@
-"""Quantized networks as safetensors files: packed codes, and JSON in the metadata."""
-
-from calque.storage.quantized import load, save
-
-__all__ = ["load", "save"]
