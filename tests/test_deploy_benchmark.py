@@ -10,6 +10,7 @@ from benchmarks.shapes import ALL, SHAPES, shape_lines
 from benchmarks.tasks import SETTINGS
 
 from calque.shipping.runtimes import Kernel
+from slow import slow
 
 
 def test_every_network_is_measured_at_every_plan() -> None:
@@ -25,7 +26,7 @@ def test_kernels_with_weights_are_counted_and_conversions_are_not() -> None:
     assert weighted_kernels(kernels) == (2, 4)
 
 
-@pytest.mark.parametrize("plan", ["w4a4", "w4"])
+@pytest.mark.parametrize("plan", ["w4a4", slow("w4")])
 def test_a_row_is_measured_and_reads_as_a_line_for_each_runtime(tmp_path: Path, plan: str) -> None:
     bench = Bench(next(setting for setting in SETTINGS if setting.name == "digits_mlp"))
     path = tmp_path / "deploy.jsonl"

@@ -17,8 +17,7 @@ from calque.quantized.model import QuantizedModel
 from calque.report import Report
 from calque.shipping.saved import load, save
 from campaign.forged import Forgery, judge, metadata_forgeries, opened, sealed, tensor_forgeries
-
-SAMPLED = 250  # of the changes to the metadata; the campaign tries all
+from slow import slow
 
 
 @pytest.fixture(scope="module")
@@ -52,19 +51,21 @@ def test_a_sealed_file_is_the_true_one(content: bytes, quantized: QuantizedModel
     assert load(tmp_path / "q.safetensors", networks.Residual()).plan == quantized.plan
 
 
+@pytest.mark.parametrize("count", [60, slow(250)])  # the campaign tries all
 def test_metadata_with_one_wrong_field_is_refused_or_changes_nothing(
-    content: bytes, quantized: QuantizedModel, tmp_path: Path
+    content: bytes, quantized: QuantizedModel, tmp_path: Path, count: int
 ) -> None:
     everything = list(metadata_forgeries(content))
-    sample = random.Random(0).sample(everything, SAMPLED)
+    sample = random.Random(0).sample(everything, count)
 
     assert wrong(sample, quantized, tmp_path / "q.safetensors") == []
 
 
-def test_one_wrong_tensor_is_refused(content: bytes, quantized: QuantizedModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [30, slow(100)])
+def test_one_wrong_tensor_is_refused(content: bytes, quantized: QuantizedModel, tmp_path: Path, count: int) -> None:
     everything = list(tensor_forgeries(content))
 
-    assert wrong(random.Random(0).sample(everything, 100), quantized, tmp_path / "q.safetensors") == []
+    assert wrong(random.Random(0).sample(everything, count), quantized, tmp_path / "q.safetensors") == []
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def calling(argument: str, layer: str = "body") -> nn.Module:
     return type("Calling", (Body,), {"forward": eval(source)})(layer)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("name", ["output", "torch", "layer_1", "head"])
+@pytest.mark.parametrize("name", ["output", slow("torch"), slow("layer_1"), "head"])
 def test_an_argument_may_have_any_name(name: str, tmp_path: Path) -> None:
     journey(calling(name), X, tmp_path, recipe="nearest")
 
@@ -169,6 +169,7 @@ def test_every_awkward_name_makes_the_whole_journey(tmp_path: Path) -> None:
     assert calque.verify(calque.export_onnx(q, tmp_path / "q.onnx"), q, X).agreement > 0.99
 
 
+@pytest.mark.slow
 def test_every_awkward_name_goes_through_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -184,7 +185,7 @@ def test_every_awkward_name_goes_through_the_command_line(
         assert run(command) == 0, capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["a b", "None", 'a"b', "a\nb", "[0]", "層", "graph"])
+@pytest.mark.parametrize("name", ["a b", slow("None"), 'a"b', slow("a\nb"), slow("[0]"), "層", slow("graph")])
 def test_an_argument_may_be_a_dict_of_any_name(name: str, tmp_path: Path) -> None:
     class Takes(nn.Module):
         def __init__(self) -> None:

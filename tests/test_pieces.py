@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from campaign.pieces import CASES, DAMAGES, differences, killed, quantized, trials
+from slow import slow
 
 
-@pytest.mark.parametrize(("case", "after"), [("sequential", 3), ("budget", 5)])
+@pytest.mark.parametrize(("case", "after"), [("sequential", 3), slow("budget", 5)])
 def test_a_run_that_was_killed_and_damaged_ends_as_if_it_had_not_been(tmp_path: Path, case: str, after: int) -> None:
     found = list(trials(case, tmp_path, after=after, damages=("removed", "flipped at 98%")))
 

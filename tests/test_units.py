@@ -16,6 +16,7 @@ from calque.network import capture
 from calque.quantized.model import QuantizedModel
 from calque.recipe import NO_TUNING, RECIPES, Recipe
 from calque.settings import Solver
+from slow import slow
 
 INPUTS = networks.images(20, seed=0, channels=2, side=5)
 POWERS = [(-40, 30), (30, -40), (-90, -90)]  # of two: of the inputs, of the outputs
@@ -64,7 +65,7 @@ def codes(model: QuantizedModel) -> dict[str, Tensor]:
     return found | {name: grid.zero_point for name, grid in model.quantizers.items()}
 
 
-@pytest.mark.parametrize(("bits", "placement"), [("w8a8", "integer"), ("w4a4", "integer"), ("w4a4", "inputs")])
+@pytest.mark.parametrize(("bits", "placement"), [slow("w8a8", "integer"), ("w4a4", "integer"), slow("w4a4", "inputs")])
 @pytest.mark.parametrize("recipe", SHORT)
 @pytest.mark.filterwarnings("ignore:fewer calibration rows")
 def test_a_power_of_two_on_inputs_or_outputs_changes_no_code(recipe: str, bits: str, placement: Placement) -> None:
