@@ -1,13 +1,11 @@
 """Measures recipes on real networks: python -m benchmarks.accuracy
 
-Rows go to benchmarks/accuracy.jsonl as they are measured, so that a run can be stopped and goes on where it was; the table
-benchmarks/accuracy.md is written from them. Rows of another version of the package are measured again with --again.
+Rows go to benchmarks/results/accuracy.jsonl as they are measured, so that a run can be resumed; the table
+benchmarks/results/accuracy.md is written from them. Rows of another version of the package are measured again with --again.
 """
 
 import argparse
-import math
 import platform
-import subprocess
 import tempfile
 import time
 from dataclasses import asdict
@@ -16,19 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import calque
-from benchmarks.rows import Row, is_asked, measure_rows, read_rows
-from benchmarks.tasks import SETTINGS, Setting, load, quantize, score
+from benchmarks.common.measure import BATCH, commit, fidelity, outputs, peak_bytes, reset_peak, same
+from benchmarks.common.rows import RESULTS, Row, is_asked, measure_rows, read_rows
+from benchmarks.common.tasks import SETTINGS, Setting, load, quantize, score
 from calque.grid.bits import Bits
 from calque.quantized.model import QuantizedModel
 from calque.report import count_bits
 from calque.shipping import count_kernels, run_onnx
 
-FOLDER = Path(__file__).resolve().parent
-BATCH = 50
 SHARES = ("w8a8", "w6a6", "w4a4", "w3a4", "w2a4")  # candidates under a budget in percent
 UNIFORM = "bytes of w4a4"  # the budget of the uniform plan, whose ends have 8 bits in both
 WEIGHTS = ("w8a4", "w6a4", "w4a4", "w3a4", "w2a4")  # its candidates
@@ -72,7 +68,7 @@ def main() -> None:
     parser.add_argument("--bits", nargs="+", help="bits and budgets, of those in the table")
     parser.add_argument("--recipes", nargs="+")
     parser.add_argument("--seeds", nargs="+", type=int)
-    parser.add_argument("--rows", type=Path, default=FOLDER / "accuracy.jsonl")
+    parser.add_argument("--rows", type=Path, default=RESULTS / "accuracy.jsonl")
     parser.add_argument("--again", action="store_true", help="measure again the rows asked for")
     arguments = parser.parse_args()
     asked = (arguments.networks, arguments.bits, arguments.recipes, arguments.seeds)
@@ -163,60 +159,6 @@ class Bench:
 
 def layer_bits(model: QuantizedModel) -> list[Bits]:
     return [model.plan[layer.name] for layer in model.report.layers]
-
-
-@torch.no_grad()
-def outputs(model: nn.Module, inputs: Tensor) -> Tensor:
-    size = BATCH if inputs[0].numel() < 50_000 else 10
-    return torch.cat([model(batch) for batch in torch.split(inputs, size)])
-
-
-def fidelity(reference: Tensor, quantized: Tensor, classifier: bool) -> Row:
-    """KL(float || quantized) in nats, top-1 agreement, and the signal-to-noise ratio of the outputs in dB."""
-    noise = (reference - quantized).double().square().mean().clamp(min=1e-30)
-    sqnr = 10 * math.log10(reference.double().square().mean().item() / noise.item())
-    if not classifier:
-        return {"kl": None, "agreement": None, "sqnr": sqnr}
-    p, q = F.log_softmax(reference.double(), -1), F.log_softmax(quantized.double(), -1)
-    kl = (p.exp() * (p - q)).sum(-1).mean().item()
-    return {
-        "kl": kl,
-        "agreement": (reference.argmax(-1) == quantized.argmax(-1)).double().mean().item(),
-        "sqnr": sqnr,
-    }
-
-
-def same(a: Tensor, b: Tensor) -> float:
-    """Share of rows with the same top-1, or of equal values where the outputs are images."""
-    if a.dim() == 2:
-        return (a.argmax(1) == b.argmax(1)).double().mean().item()
-    return torch.isclose(a, b, rtol=0, atol=1e-6).double().mean().item()
-
-
-def reset_peak() -> int:
-    """Resets this process's peak memory (Linux) and returns its resident bytes."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return status("VmRSS")
-
-
-def peak_bytes() -> int:
-    return status("VmHWM")
-
-
-def status(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
-
-
-def commit() -> str:
-    """The commit of the code, and whether the code was edited since; the rows themselves are no code."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=FOLDER, check=False)
-        return done.stdout.strip()
-
-    edited = git("status", "--porcelain", "--", "../src", "*.py")
-    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if edited else "")
 
 
 HEADINGS = ("bits or budget", "recipe", "seed", "score", "KL", "agreement", "SQNR dB", "layers", "bytes", "of float32",

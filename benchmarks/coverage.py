@@ -1,8 +1,8 @@
 """Which networks are captured, quantized and exported: python -m benchmarks.coverage
 
-The smallest members of families of timm and transformers, with random weights; needs both packages, in an environment of its own
-(pip install torch torchvision timm transformers). Rows go to benchmarks/coverage.jsonl as they are measured, each in a process of
-its own, so that a run can be stopped and goes on where it was; the table benchmarks/coverage.md is written from them.
+The smallest members of families of timm and transformers, with random weights; needs both packages, in an environment of its
+own (pip install torch torchvision timm transformers). Rows go to benchmarks/results/coverage.jsonl as they are measured, each
+in a process of its own, so that a run can be resumed; the table benchmarks/results/coverage.md is written from them.
 """
 
 import argparse
@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import calque
-from benchmarks.accuracy import commit
-from benchmarks.coverage_models import TIMM, TRANSFORMERS, timm_model, transformers_model
-from benchmarks.rows import Row, is_asked, measure_rows, read_rows
-from benchmarks.tasks import quantize
+from benchmarks.common.coverage_models import TIMM, TRANSFORMERS, timm_model, transformers_model
+from benchmarks.common.measure import commit
+from benchmarks.common.rows import RESULTS, Row, is_asked, measure_rows, read_rows
+from benchmarks.common.tasks import quantize
 from benchmarks.text import noise
 from calque.errors import CaptureError
 from calque.network import Signature, capture
@@ -39,7 +39,6 @@ from calque.quantized.partly import PartlyQuantized
 from calque.recipe import NEAREST
 from calque.shipping.runtimes import open_runtime
 
-FOLDER = Path(__file__).resolve().parent
 FIELDS = ("library", "name")
 # What is measured is whether it works: ranges from least and largest values take the least time.
 RECIPE = replace(NEAREST, name="minmax", activation_range="minmax", tensor_range="minmax", weight_range="minmax")
@@ -60,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--libraries", nargs="+", choices=LIBRARIES)
     parser.add_argument("--names", nargs="+")
-    parser.add_argument("--rows", type=Path, default=FOLDER / "coverage.jsonl")
+    parser.add_argument("--rows", type=Path, default=RESULTS / "coverage.jsonl")
     parser.add_argument("--again", action="store_true", help="measure again the rows asked for")
     parser.add_argument("--one", nargs=2, metavar=("LIBRARY", "NAME"), help="measure a single row here and print it")
     arguments = parser.parse_args()

@@ -1,7 +1,7 @@
 """Exported files in ONNX Runtime and OpenVINO: bytes, kernels, agreement, latency: python -m benchmarks.deploy
 
-Rows go to benchmarks/deploy.jsonl as they are measured, so that a run can be stopped and goes on where it was; the tables
-benchmarks/deploy.md are written from them. OpenVINO's columns need the extra openvino.
+Rows go to benchmarks/results/deploy.jsonl as they are measured, so that a run can be resumed; the tables
+benchmarks/results/deploy.md are written from them. OpenVINO's columns need the extra openvino.
 """
 
 import argparse
@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 import calque
-from benchmarks.accuracy import SHARES, commit, outputs, same
-from benchmarks.rows import Row, is_asked, measure_rows, read_rows
-from benchmarks.shapes import ALL, SHAPES, measure_shapes, shape_lines
-from benchmarks.tasks import SETTINGS, Setting, load, quantize, score
+from benchmarks.accuracy import SHARES
+from benchmarks.common.measure import commit, outputs, same
+from benchmarks.common.rows import RESULTS, Row, is_asked, measure_rows, read_rows
+from benchmarks.common.shapes import ALL, SHAPES, measure_shapes, shape_lines
+from benchmarks.common.tasks import SETTINGS, Setting, load, quantize, score
 from calque.quantized.model import QuantizedModel
 from calque.shipping import Target
 from calque.shipping.agreement import LEVELS, spread_of
@@ -30,7 +31,6 @@ from calque.shipping.runtimes import DEFAULT, EXACT, Kernel, open_runtime
 from calque.shipping.saturation import saturates
 from calque.shipping.verify import load_proto
 
-FOLDER = Path(__file__).resolve().parent
 RECIPE = "light"  # files are the same in kind whatever fitted them
 PLANS = ("w8a8", "w7a8", "w4a8", "w4a4", "w2a4", "18%", "w4")
 CALIBRATION = 64
@@ -51,7 +51,7 @@ def main() -> None:
     names = [SHAPES, *(setting.name for setting in SETTINGS)]
     parser.add_argument("--networks", nargs="+", default=names, choices=names)
     parser.add_argument("--plans", nargs="+", default=[ALL, *PLANS], choices=[ALL, *PLANS])
-    parser.add_argument("--rows", type=Path, default=FOLDER / "deploy.jsonl")
+    parser.add_argument("--rows", type=Path, default=RESULTS / "deploy.jsonl")
     parser.add_argument("--again", action="store_true", help="measure again the rows asked for")
     arguments = parser.parse_args()
     wanted = [key for key in cases() if is_asked(key, (arguments.networks, arguments.plans))]

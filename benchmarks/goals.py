@@ -1,7 +1,7 @@
 """Measures the recipes fast and accurate in both placements, time included: python -m benchmarks.goals
 
-Rows go to benchmarks/goals.jsonl as they are measured, so that a run can be stopped and goes on where it was; benchmarks/goals.md
-is written from them. Seconds are the processor's: other work on the machine makes them longer by its share of the caches only.
+Rows go to benchmarks/results/goals.jsonl as they are measured, so that a run can be resumed; benchmarks/results/goals.md is
+written from them. Seconds are the processor's: other work on the machine makes them longer by its share of the caches only.
 """
 
 import argparse
@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.accuracy import commit, fidelity, outputs
-from benchmarks.rows import Row, is_asked, measure_rows, read_rows
-from benchmarks.tasks import SETTINGS, load, quantize
+from benchmarks.common.measure import commit, fidelity, outputs
+from benchmarks.common.rows import RESULTS, Row, is_asked, measure_rows, read_rows
+from benchmarks.common.tasks import SETTINGS, load, quantize
 
-ROWS = Path(__file__).resolve().parent / "goals.jsonl"
+ROWS = RESULTS / "goals.jsonl"
 PASSES, CONSTANT = 15, 5  # the time that fast may take: float passes over the calibration inputs, and seconds
 PLACEMENTS = ("inputs", "integer")
 RECIPES = ("fast", "accurate")

@@ -1,8 +1,8 @@
 """Rise of peak memory of `quantize` beside its budget: python -m benchmarks.memory
 
-Rows go to benchmarks/memory.jsonl as they are measured, so that a run can be stopped and goes on where it was; the table
-benchmarks/memory.md is written from them. Each row is measured in a process of its own: freed memory of an earlier one would
-hide a rise. Linux only (/proc).
+Rows go to benchmarks/results/memory.jsonl as they are measured, so that a run can be resumed; the table
+benchmarks/results/memory.md is written from them. Each row is measured in a process of its own: freed memory of an earlier
+one would hide a rise. Linux only (/proc).
 
 Four networks with random weights show that the number of inputs does not matter: the rows of each have as many values, in few
 large images or in many small ones. The others are the zoo's, and are measured where ../shared is.
@@ -20,13 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.accuracy import commit, outputs, peak_bytes, reset_peak
-from benchmarks.memory_models import MODELS, random_model
-from benchmarks.rows import Row, measure_rows, read_rows
-from benchmarks.tasks import SETTINGS, SHARED, load, quantize
+from benchmarks.common.measure import commit, outputs, peak_bytes, reset_peak
+from benchmarks.common.memory_models import MODELS, random_model
+from benchmarks.common.rows import RESULTS, Row, measure_rows, read_rows
+from benchmarks.common.tasks import SETTINGS, SHARED, load, quantize
 from calque.run.spill import parse_bytes
 
-FOLDER = Path(__file__).resolve().parent
 BITS, RECIPE, RANDOM_RECIPE = "w4a4", "sequential", "fast"
 WARM = 8  # images that the float network sees first: what the libraries allocate once is not the run's
 
@@ -49,7 +48,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=here)
     parser.add_argument("--images", type=int, help="in place of each row's number")
     parser.add_argument("--memory", help="in place of each row's budget")
-    parser.add_argument("--rows", type=Path, default=FOLDER / "memory.jsonl")
+    parser.add_argument("--rows", type=Path, default=RESULTS / "memory.jsonl")
     parser.add_argument("--again", action="store_true", help="measure again the rows asked for")
     parser.add_argument("--one", action="store_true", help="measure a single row here and print it")
     arguments = parser.parse_args()

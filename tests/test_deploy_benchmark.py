@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from benchmarks.common.rows import read_rows
+from benchmarks.common.shapes import ALL, SHAPES, shape_lines
+from benchmarks.common.tasks import SETTINGS
 from benchmarks.deploy import FIELDS, PLANS, Bench, cases, machine, table, weighted_kernels, write_table
-from benchmarks.rows import read_rows
-from benchmarks.shapes import ALL, SHAPES, shape_lines
-from benchmarks.tasks import SETTINGS
 
 from calque.shipping.runtimes import Kernel
 from slow import slow

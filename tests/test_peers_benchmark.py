@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.common.rows import is_asked, read_rows
 from benchmarks.peers.cases import FIELDS, PACKAGES, SETTINGS, TOOLS, cases
 from benchmarks.peers.front import PANELS, draw_front
 from benchmarks.peers.network import Bits, Marker, marked, plan, prepare, weight_bytes
 from benchmarks.peers.table import draw, label_points, table
-from benchmarks.rows import is_asked, read_rows
 from matplotlib import pyplot as plt
 from matplotlib.text import Text
 from torch import Tensor, nn

@@ -1,8 +1,9 @@
 """Measures calque beside its peers: python -m benchmarks.peers
 
 Each peer is installed in a virtual environment of its own below --folder; a row is one call of one tool in a process of its
-own, on one thread. Rows go to benchmarks/peers.jsonl as they are measured, so that a run can be stopped and goes on where it
-was; benchmarks/peers.md, benchmarks/peers.svg and the README's docs/images/peers.svg are written from them.
+own, on one thread. Rows go to benchmarks/results/peers.jsonl as they are measured, so that a run can be stopped and goes on
+where it was; benchmarks/results/peers.md, benchmarks/results/peers.svg and the README's docs/images/peers.svg are written
+from them.
 """
 
 import argparse
@@ -18,15 +19,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.accuracy import commit, fidelity
+from benchmarks.common.measure import commit, fidelity
+from benchmarks.common.rows import RESULTS, Row, is_asked, measure_rows, read_rows
+from benchmarks.common.tasks import load
 from benchmarks.peers.cases import FIELDS, PACKAGES, SETTINGS, TOOLS, Key, cases
 from benchmarks.peers.front import draw_front
 from benchmarks.peers.table import draw, table
-from benchmarks.rows import Row, is_asked, measure_rows, read_rows
-from benchmarks.tasks import load
 
 ROOT = Path(__file__).resolve().parents[2]
-ROWS = ROOT / "benchmarks" / "peers.jsonl"
+ROWS = RESULTS / "peers.jsonl"
 FRONT = ROOT / "docs" / "images" / "peers.svg"  # the README's
 TIMEOUT = 3 * 3600  # seconds for one row
 

@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from benchmarks.common.rows import Row
 from benchmarks.peers.cases import TOOLS
 from benchmarks.peers.table import COLOURS, MARKS, by_method, mean
-from benchmarks.rows import Row
 
 PANELS = {
     ("resnet20_cifar10", "w8a8"): "ResNet-20, W8A8",

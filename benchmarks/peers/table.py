@@ -11,8 +11,8 @@ from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
+from benchmarks.common.rows import Row
 from benchmarks.peers.cases import SETTINGS, TOOLS, cases
-from benchmarks.rows import Row
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

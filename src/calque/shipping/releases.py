@@ -1,6 +1,6 @@
 """Which release of ONNX Runtime a file asks for, read from its opsets, its IR version, its types and operators.
 
-All of it was measured with `python -m benchmarks.runtime_versions` (benchmarks/runtime_versions.md).
+All of it was measured with `python -m benchmarks.runtime_versions` (benchmarks/results/runtime_versions.md).
 """
 
 import re

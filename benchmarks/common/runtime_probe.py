@@ -1,7 +1,7 @@
 """Runs every file of a folder in the ONNX Runtime that is installed: python runtime_probe.py FOLDER.
 
-It needs nothing but onnxruntime and numpy, and prints one line of JSON per file. Beside NAME.onnx, NAME.npz has the inputs under
-their names and what the outputs should be, in order, under "expected_0", "expected_1", ...
+It needs nothing but onnxruntime and numpy, and prints one line of JSON per file. Beside NAME.onnx, NAME.npz has the inputs
+under their names and what the outputs should be, in order, under "expected_0", "expected_1", ...
 """
 
 import json

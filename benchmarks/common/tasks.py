@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import calque
 from calque.quantized.model import QuantizedModel
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+SHARED = Path(__file__).resolve().parents[3] / "shared"
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_
 from torch import Tensor
 
 import calque
-from benchmarks.architectures import random_network
-from benchmarks.rows import Row
-from benchmarks.tasks import quantize
+from benchmarks.common.architectures import random_network
+from benchmarks.common.rows import Row
+from benchmarks.common.tasks import quantize
 from calque.shipping.latency import in_turns
 from calque.shipping.onnx import float_onnx
 from calque.shipping.runtimes import DEFAULT, EXACT, OnnxRuntime

@@ -1,7 +1,7 @@
 """Other tools on the float32 encoder, each at 8 bits and its own recommended settings.
 
-ONNX Runtime's own quantization, dynamic and static, and NNCF's, on the exported file; torchao's on the module. Each function gets
-both, calibration batches and a folder, and returns a file for ONNX Runtime or, where the tool has none, a module.
+ONNX Runtime's own quantization, dynamic and static, and NNCF's, on the exported file; torchao's on the module. Each function
+gets both, calibration batches and a folder, and returns a file for ONNX Runtime or, where the tool has none, a module.
 """
 
 import copy

@@ -1,0 +1,1 @@
+"""What the benchmarks share: tasks, networks, rows that survive a kill, measurements."""
