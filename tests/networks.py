@@ -1,6 +1,7 @@
 """Small networks that the tests share, each for one property of a graph."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +117,49 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> object:
         return self.function(self, x)
+
+
+class Branching(nn.Module):
+    """Its own forward depends on data; its stages' do not, but for one of the two modules of the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU())
+        self.stages = nn.ModuleList([nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1)), Deciding()])
+        self.unused = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        if x.mean() > -100:
+            x = self.stages[0](x)
+        y: Tensor = self.stages[1](x.flatten(1))
+        return y
+
+
+class Deciding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(128, 4)
+        self.odd = Odd()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(x)
+        return self.odd(y) if y.sum() < 1e9 else y
+
+
+class Odd(nn.Module):
+    """A weight of its own, behind control flow on data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gain if x.sum() < 1e9 else x
+
+
+@dataclass
+class Plain:
+    logits: Any
+    hidden: Any = None
+    version: int = 1

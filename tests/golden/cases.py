@@ -4,7 +4,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
-import torch
 from torch import nn
 
 import calque
@@ -31,23 +30,6 @@ def short(name: str) -> Recipe:
     )
 
 
-class Branching(nn.Module):
-    """A forward that depends on data, so that its stages are quantized one by one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU())
-        self.body = nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1))
-        self.head = nn.Linear(128, networks.CLASSES)
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        x = self.stem(image)
-        if x.mean() > -100:
-            x = self.body(x)
-        logits: torch.Tensor = self.head(x.flatten(1))
-        return logits
-
-
 def images(**options: object) -> Callable[[], nn.Module]:
     """A call on a trained convolutional network with a shortcut and batch norms."""
     inputs, _ = networks.stripes(IMAGES, seed=3)
@@ -67,7 +49,7 @@ def text(**options: object) -> Callable[[], nn.Module]:
 def parts() -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CaptureWarning)
-        return calque.quantize(networks.seeded(Branching()), networks.images(160, seed=1), bits="w4a4")
+        return calque.quantize(networks.seeded(networks.Branching()), networks.images(160, seed=1), bits="w4a4")
 
 
 def plan() -> nn.Module:

@@ -137,7 +137,7 @@ def test_export_keeps_a_file_that_the_installed_release_cannot_read_and_says_so(
 
 
 def test_the_oldest_versions_that_are_tested_are_the_declared_ones() -> None:
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     declared = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
     lines = (root / "constraints-oldest.txt").read_text(encoding="utf-8").splitlines()
     tested = dict(line.split("==") for line in lines if not line.startswith("#"))

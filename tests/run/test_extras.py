@@ -11,7 +11,7 @@ from calque.errors import CalqueError, MissingExtraError
 from calque.run.extras import EXTRAS, import_extra
 
 DEVELOPMENT = {"dev", "docs"}
-PYPROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PYPROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
 @pytest.fixture(autouse=True)

@@ -18,8 +18,7 @@ from calque.network.outputs import flatten_outputs
 from calque.network.paths import leaf_paths, output_names
 from calque.recipe import LIGHT, SEQUENTIAL
 from calque.report import Report
-from networks import Net
-from test_parts import Branching
+from networks import Branching, Net
 
 
 class Point(NamedTuple):

@@ -17,16 +17,9 @@ from calque.errors import CaptureError
 from calque.network import capture
 from calque.network.outputs import flatten_outputs
 from calque.recipe import ACCURATE, FAST, Recipe, find_recipe
-from networks import Net
+from networks import Net, Plain
 
 X = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
-
-
-@dataclass
-class Plain:
-    logits: Any
-    hidden: Any = None
-    version: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -460,7 +460,9 @@ file = calque.export_onnx(test_interface.shared(), {file!r})
 def test_two_exports_have_the_same_bytes_in_one_process_and_in_another(tmp_path: Path) -> None:
     q = shared()
     files = [calque.export_onnx(q, tmp_path / f"{number}.onnx") for number in range(2)]
-    script = SCRIPT.format(path=[str(Path(__file__).parent)], file=str(tmp_path / "2.onnx"))
+    script = SCRIPT.format(
+        path=[str(Path(__file__).parent), str(Path(networks.__file__).parent)], file=str(tmp_path / "2.onnx")
+    )
     subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "PYTHONHASHSEED": "7"})
 
     digests = {hashlib.sha256(file.read_bytes()).hexdigest() for file in (*files, tmp_path / "2.onnx")}
