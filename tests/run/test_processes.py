@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from calque import processes
+from calque.run import processes
 from calque.run.processes import Owner, end_with, host, is_alive
 
 LOAD = f"""
