@@ -15,7 +15,8 @@ from calque.calibration.channel_statistics import ChannelStatistics
 from calque.fitting.problem import layer_problem
 from calque.grid.ranges import TensorSample, extremes
 from calque.network import Geometry
-from calque.quantized.modules import InPieces, QuantizedLayer, Quantizer
+from calque.quantized.in_pieces import InPieces
+from calque.quantized.modules import QuantizedLayer, Quantizer
 from calque.run.spill import Kept, Store
 
 MEGABYTE = 10**6

@@ -14,11 +14,12 @@ from torch import Tensor, fx
 from calque.calibration.batches import real_tokens
 from calque.calibration.channel_statistics import ChannelStatistics
 from calque.calibration.execution import Execution
-from calque.grid.arithmetic import SMALLEST_SCALE, bias_codes, per_channel, smallest_weight_scale
+from calque.grid.arithmetic import SMALLEST_SCALE, per_channel
 from calque.network import Batch, WeightedLayer
 from calque.network.rewrites.fold import folded
 from calque.quantized.assembled import grid_of, link_requantization
-from calque.quantized.modules import InPieces, QuantizedLayer
+from calque.quantized.in_pieces import InPieces
+from calque.quantized.modules import QuantizedLayer
 from calque.run.spill import Store
 
 GAIN_LIMITS = (0.5, 2.0)  # a channel that became (nearly) constant must not be amplified
@@ -40,14 +41,10 @@ def absorb(layer: Rescalable, gain: Tensor, offset: Tensor, input_scale: Tensor 
         return folded(layer, gain, offset)
     bias = layer.real_bias.double() * gain + offset
     scale = (layer.scale.double() * per_channel(gain, layer.scale)).to(layer.scale.dtype).clamp(min=SMALLEST_SCALE)
-    if layer.bias_scale is None:
-        return QuantizedLayer(layer.geometry, layer.codes, scale, bias.to(scale.dtype), None, bits=layer.bits)
-    if input_scale is None:
+    if layer.bias_scale is not None and input_scale is None:
         input_scale = layer.bias_scale[0] / layer.scale[0]
-    scale = torch.maximum(scale, smallest_weight_scale(bias, input_scale))
-    bias_scale = input_scale * scale
-    codes = bias_codes(bias, bias_scale)
-    return QuantizedLayer(layer.geometry, layer.codes, scale, codes, bias_scale, bits=layer.bits)
+    on_grid = None if layer.bias_scale is None else input_scale
+    return QuantizedLayer.from_real(layer.geometry, layer.codes, scale, bias, on_grid, bits=layer.bits)
 
 
 def para_normalize(

@@ -10,7 +10,7 @@ from calque.fitting.adaquant import Draw, Linear, fit_layer
 from calque.fitting.closed_form import ClosedForm
 from calque.fitting.problem import Fit, Grid, LayerProblem, correct_bias, covariance, round_to_nearest
 from calque.fitting.units import Units
-from calque.grid.arithmetic import SMALLEST_SCALE, bias_codes, smallest_weight_scale, weight_codes
+from calque.grid.arithmetic import SMALLEST_SCALE, smallest_weight_scale, weight_codes
 from calque.grid.ranges import WeightRange, weight_scale
 from calque.network import Geometry
 from calque.quantized.modules import QuantizedLayer
@@ -153,18 +153,17 @@ def integer_layer(
     """
     codes, scale, bias = fit.codes.reshape(weight.shape), fit.scale.flatten(0, 1), fit.bias.reshape(-1)
     if input_scale is None:
-        return QuantizedLayer(geometry, codes, scale.clamp(min=SMALLEST_SCALE), bias, None, bits=bits), ""
+        return QuantizedLayer.from_real(geometry, codes, scale.clamp(min=SMALLEST_SCALE), bias, None, bits=bits), ""
     smallest = smallest_weight_scale(bias, input_scale)
     wide = smallest > scale
     note = ""
     if wide.any():
-        scale = torch.where(wide, smallest, scale)
-        codes = torch.where(wide.reshape(-1, *[1] * (weight.dim() - 1)), weight_codes(weight, scale, bits), codes)
+        anew = weight_codes(weight, torch.where(wide, smallest, scale), bits)
+        codes = torch.where(wide.reshape(-1, *[1] * (weight.dim() - 1)), anew, codes)
         count = int((wide & weight.flatten(1).any(1)).sum())  # where no weight is lost, nothing is to be said
         if count:
             note = (
                 f"{count} channels got a larger weight scale: their bias would not fit 32 bits, or the scale of their sums "
                 "would be no normal float32 number."
             )
-    bias_scale = input_scale * scale
-    return QuantizedLayer(geometry, codes, scale, bias_codes(bias, bias_scale), bias_scale, bits=bits), note
+    return QuantizedLayer.from_real(geometry, codes, scale, bias, input_scale, bits=bits), note

@@ -27,7 +27,8 @@ from calque.fitting.whole_inputs import whole_inputs
 from calque.grid.bits import Bits
 from calque.network import Layer
 from calque.network.network import find_shortcuts
-from calque.quantized.modules import InPieces, QuantizedLayer, Quantizer
+from calque.quantized.in_pieces import InPieces
+from calque.quantized.modules import QuantizedLayer, Quantizer
 from calque.quantized.placement import Edge
 from calque.run.checkpoint import Checkpoint, Needs
 from calque.run.spill import Store

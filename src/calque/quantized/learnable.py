@@ -21,7 +21,6 @@ from calque.grid.arithmetic import (
     weight_limits,
 )
 from calque.grid.straight_through import learn_through, quantize_through, weights_through
-from calque.network import Geometry
 from calque.quantized.modules import QuantizedLayer, Quantizer
 
 CONSTANT = 1e-12  # of the size of outputs: the deviation of those that are the same everywhere
@@ -153,9 +152,7 @@ class LearnableScale(LearnableLayer):
     def restored(self, input_scale: Tensor | None) -> QuantizedLayer:
         start = self._start
         scale, bias = self._scale(), self._bias()
-        if input_scale is not None:
-            scale = torch.maximum(scale, smallest_weight_scale(bias, input_scale))
-        return _assembled(start.geometry, start.codes, scale, bias, input_scale, bits=start.bits)
+        return QuantizedLayer.from_real(start.geometry, start.codes, scale, bias, input_scale, bits=start.bits)
 
 
 class LearnableCodes(LearnableScale):
@@ -181,17 +178,7 @@ class LearnableCodes(LearnableScale):
             wider = torch.maximum(scale, smallest_weight_scale(bias, input_scale))
             levels, scale = levels.round().clamp(*self._limits) * per_channel(scale / wider, levels), wider
         codes = weight_codes(levels, torch.ones_like(scale), start.bits)
-        return _assembled(start.geometry, codes, scale, bias, input_scale, bits=start.bits)
-
-
-def _assembled(
-    geometry: Geometry, codes: Tensor, scale: Tensor, bias: Tensor, input_scale: Tensor | None, *, bits: int
-) -> QuantizedLayer:
-    """The layer from its real bias (C_out,); the bias goes on the accumulator's grid where the input is on one."""
-    if input_scale is None:
-        return QuantizedLayer(geometry, codes, scale, bias.to(scale.dtype), None, bits=bits)
-    bias_scale = input_scale * scale
-    return QuantizedLayer(geometry, codes, scale, bias_codes(bias, bias_scale), bias_scale, bits=bits)
+        return QuantizedLayer.from_real(start.geometry, codes, scale, bias, input_scale, bits=start.bits)
 
 
 def output_unit(layer: QuantizedLayer, output: Tensor) -> Tensor:

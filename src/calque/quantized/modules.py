@@ -7,7 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from calque.errors import SpecError
-from calque.grid.arithmetic import EXACT_FLOAT32, activation_limits, fake_quantize, float32, per_channel, requantize
+from calque.grid.arithmetic import (
+    EXACT_FLOAT32,
+    activation_limits,
+    bias_codes,
+    fake_quantize,
+    float32,
+    per_channel,
+    requantize,
+    smallest_weight_scale,
+)
 from calque.network import Geometry
 
 TOGETHER = 2**21  # values of a layer's input at a time, where only a few rows are needed
@@ -149,6 +158,31 @@ class QuantizedLayer(nn.Module):
         self._parts: int | None = None
         self.register_load_state_dict_post_hook(_recount)  # type: ignore[no-untyped-call]  # torch has no types here
 
+    @classmethod
+    def from_real(
+        cls,
+        geometry: Geometry,
+        codes: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        input_scale: Tensor | None,
+        *,
+        bits: int,
+    ) -> "QuantizedLayer":
+        """The layer with a real bias; the scale of a channel whose bias code would leave int32 is made larger.
+
+        So is one whose s_x s_w would be no normal float32.
+
+        Args:
+            bias: (C_out,) in real units.
+            input_scale: s_x; None where the input is float, and then the bias stays float.
+        """
+        if input_scale is None:
+            return cls(geometry, codes, scale, bias.to(scale.dtype), None, bits=bits)
+        wide = torch.maximum(scale, smallest_weight_scale(bias, input_scale))
+        bias_scale = input_scale * wide
+        return cls(geometry, codes, wide, bias_codes(bias, bias_scale), bias_scale, bits=bits)
+
     def feed(self, grid: Quantizer, bounds: tuple[float, float]) -> None:
         """Makes `forward` return values on `grid`, clipped to `bounds`, requantized as integer kernels do it.
 
@@ -242,30 +276,6 @@ def _largest_sum(codes: Tensor, low: int, high: int) -> int:
     rows = codes.flatten(1)
     positive, negative = (part.sum(1, dtype=torch.int64) for part in (rows.clamp(min=0), rows.clamp(max=0)))
     return int(torch.maximum(high * positive + low * negative, -low * positive - high * negative).max())
-
-
-class InPieces(nn.Module):
-    """A quantized layer behind grids, executed on a few rows at a time: what it needs besides its result is small.
-
-    Its sums are exact wherever its input is on a grid, so that the result is the same to the last bit. Elsewhere all rows are
-    executed together.
-    """
-
-    def __init__(self, layer: QuantizedLayer, *grids: Quantizer):
-        super().__init__()
-        self.layer, self.grids = layer, nn.Sequential(*grids)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.layer.bias_scale is None or x.numel() <= TOGETHER:
-            return self.layer(self.grids(x))  # type: ignore[no-any-return]  # nn.Module has no types here
-        size = max(1, TOGETHER // x[0].numel())
-        first, *rest = torch.split(x, size)
-        y = self.layer(self.grids(first))
-        found: Tensor = y.new_empty(len(x), *y.shape[1:])
-        found[:size] = y
-        for start, piece in enumerate(rest, 1):
-            found[start * size : (start + 1) * size] = self.layer(self.grids(piece))
-        return found
 
 
 def _recount(layer: nn.Module, keys: Any) -> None:
