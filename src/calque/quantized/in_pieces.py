@@ -1,6 +1,7 @@
 """A quantized layer executed on a few rows at a time."""
 
-from torch import Tensor, nn, torch
+import torch
+from torch import Tensor, nn
 
 from calque.grid.arithmetic import TOGETHER
 from calque.quantized.modules import QuantizedLayer, Quantizer
