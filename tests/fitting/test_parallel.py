@@ -1,5 +1,6 @@
 """Layers fitted on their float inputs, by any number of workers, in any order, and again after a kill."""
 
+import multiprocessing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -317,3 +318,20 @@ def test_a_run_of_the_parallel_flavour_under_a_budget_is_the_same_in_a_folder_an
 
     assert all(torch.equal(kept[name], free[name]) for name in free)
     assert all(torch.equal(kept[name], again[name]) for name in free)
+
+
+def quantize_by_workers() -> None:
+    budget = calque.Budget(bops=0.2)
+    calque.quantize(networks.small(), INPUTS, bits=("w8a8", "w4a4"), budget=budget, recipe="fast", workers=2)
+
+
+@pytest.mark.slow  # another process imports everything
+def test_a_process_that_ends_does_not_wait_for_idle_workers() -> None:
+    process = multiprocessing.get_context("spawn").Process(target=quantize_by_workers)
+    process.start()
+    process.join(150)  # idle workers of joblib's own default would take 300 seconds
+    alive = process.is_alive()
+    process.kill()
+
+    assert not alive
+    assert process.exitcode == 0

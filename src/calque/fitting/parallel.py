@@ -32,6 +32,7 @@ from calque.run.checkpoint import PROBLEMS, Checkpoint, Piece
 from calque.run.files import temporary_folder
 from calque.run.processes import Owner, end_with
 
+IDLE = 15  # seconds after which a worker without work ends: a process that ends waits for them
 _COUNTING = threading.Lock()
 Choices = Mapping[str, Sequence[Bits]]
 Fits = dict[tuple[str, Bits], Fit]
@@ -146,7 +147,9 @@ def _run_by_workers(tasks: Sequence[Task], workers: int) -> None:
     from joblib.parallel import LokyBackend
 
     owner, (backend, _) = Owner.current(), joblib.parallel.get_active_backend()
-    ready = {"initializer": end_with, "initargs": (owner,)} if isinstance(backend, LokyBackend) else {}
+    ready: dict[str, object] = {}
+    if isinstance(backend, LokyBackend):
+        ready = {"initializer": end_with, "initargs": (owner,), "idle_worker_timeout": IDLE}
     joblib.Parallel(n_jobs=workers, **ready)(joblib.delayed(fit_task_alone)(task, owner) for task in tasks)
 
 
