@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from decimal import ROUND_CEILING, Context, Decimal
 from fractions import Fraction
 
-from calque.allocation import Allocation, Constraint, Costs, allocate
+from calque.allocation.program import Allocation, Constraint, Costs, allocate
 from calque.allocation.budget import NANOSECONDS, Budget, nanoseconds, read_latency
 from calque.errors import InfeasibleBudgetError, SpecError
 from calque.quantized.prices import Prices
