@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from decimal import ROUND_CEILING, Context, Decimal
 from fractions import Fraction
 
-from calque.allocation.program import Allocation, Constraint, Costs, allocate
 from calque.allocation.budget import NANOSECONDS, Budget, nanoseconds, read_latency
+from calque.allocation.program import Allocation, Constraint, Costs, allocate
 from calque.errors import InfeasibleBudgetError, SpecError
 from calque.quantized.prices import Prices
 from calque.run.fields import whole

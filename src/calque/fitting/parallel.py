@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -147,9 +148,8 @@ def _run_by_workers(tasks: Sequence[Task], workers: int) -> None:
     from joblib.parallel import LokyBackend
 
     owner, (backend, _) = Owner.current(), joblib.parallel.get_active_backend()
-    ready: dict[str, object] = {}
-    if isinstance(backend, LokyBackend):
-        ready = {"initializer": end_with, "initargs": (owner,), "idle_worker_timeout": IDLE}
+    ready: Any = {"initializer": end_with, "initargs": (owner,), "idle_worker_timeout": IDLE}
+    ready = ready if isinstance(backend, LokyBackend) else {}
     joblib.Parallel(n_jobs=workers, **ready)(joblib.delayed(fit_task_alone)(task, owner) for task in tasks)
 
 
