@@ -1,5 +1,6 @@
 """The predicted size of an exported file against the file."""
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import calque
 import networks
 from calque.grid.bits import Bits
 from calque.report import Report
+from slow import slow
 
 TOLERANCE, ROUGH = 1.08, 1000  # of a prediction over the file: a share, and bytes of what small files are made of
 
@@ -71,8 +73,13 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
 }
 
 
-@pytest.mark.parametrize("bits", ["w8a8", "w4a4", "w3a8", "w2a4", "w7a8", "w8", "w4", "w3"])
-@pytest.mark.parametrize("model", MODELS)
+WIDTHS = ("w8a8", "w4a4", "w3a8", "w2a4", "w7a8", "w8", "w4", "w3")
+FIRST = {*zip(itertools.cycle(MODELS), WIDTHS, strict=False)}  # each network and each kind of bits
+
+
+@pytest.mark.parametrize(
+    ("model", "bits"), [case if case in FIRST else slow(*case) for case in itertools.product(MODELS, WIDTHS)]
+)
 def test_the_file_is_no_larger_than_predicted_and_hardly_smaller(tmp_path: Path, model: str, bits: str) -> None:
     build, inputs = MODELS[model]
     q = calque.quantize(networks.seeded(build()), inputs(), bits=bits, recipe="nearest")

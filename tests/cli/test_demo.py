@@ -1,4 +1,4 @@
-"""The demonstration, at one setting."""
+"""The demonstration, at one setting; `make test` runs the whole of it, so what is said of its figures is slow."""
 
 from pathlib import Path
 
@@ -27,23 +27,27 @@ def row(folder: Path, phases: list[tuple[str, int, int]]) -> DemoRow:
     return rows[0]
 
 
+@pytest.mark.slow
 def test_the_float_network_reads_digits_and_four_bits_keep_it(row: DemoRow) -> None:
     assert row.float_accuracy > 0.97  # 99.7 % when this was written
     assert row.fast > row.float_accuracy - 0.015  # 9 of 597 images
     assert row.fast >= row.nearest - 0.005
 
 
+@pytest.mark.slow
 def test_the_file_is_the_network(row: DemoRow) -> None:
     assert row.agreement_exact >= 0.999
     assert row.agreement >= 0.99
     assert abs(row.exported - row.fast) <= 0.01
 
 
+@pytest.mark.slow
 def test_the_sizes_are_those_of_four_bits(row: DemoRow, folder: Path) -> None:
     assert row.float_size / 8 < row.size < row.float_size / 6  # 12 bytes a channel and 8-bit ends on top
     assert row.file_bytes == (folder / "w4a4.onnx").stat().st_size
 
 
+@pytest.mark.slow
 def test_the_kept_files_load(row: DemoRow, folder: Path) -> None:
     q = load(folder / "w4a4.safetensors", DigitNet())
 
@@ -58,6 +62,7 @@ def test_the_kept_files_load(row: DemoRow, folder: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_progress_names_each_phase_and_its_steps(row: DemoRow, phases: list[tuple[str, int, int]]) -> None:
     assert ("train", 1, 8) in phases
     assert ("w4a4 fit", 9, 9) in phases

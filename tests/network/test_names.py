@@ -152,6 +152,7 @@ def test_a_layer_in_a_dict_may_have_any_name(name: str, crowded: Network) -> Non
     assert len(told) == (AWKWARD[name] != name)
 
 
+@pytest.mark.slow
 def test_every_awkward_name_makes_the_whole_journey(tmp_path: Path) -> None:
     model = networks.seeded(Many())
     q = calque.quantize(model, X, bits="w8a8", recipe="nearest")

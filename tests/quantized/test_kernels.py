@@ -130,6 +130,7 @@ def test_the_module_equals_the_exact_evaluation_at_every_edge(
     assert torch.equal(q(INPUTS), exact[0])
 
 
+@pytest.mark.slow
 def test_a_deep_network_equals_the_exact_evaluation_and_its_file(tmp_path: Path, deep: QuantizedModel) -> None:
     exact, codes, _ = deep.integer().trace(INPUTS)
 

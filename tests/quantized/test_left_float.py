@@ -20,6 +20,7 @@ from calque.quantized.kernels import fuse, scale_product, settle_pool
 from calque.quantized.model import QuantizedModel
 from calque.quantized.modules import Quantizer
 from networks import Net
+from slow import slow
 
 IMAGES = torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 TOKENS = torch.randn(24, 5, 8, generator=torch.Generator().manual_seed(1))
@@ -124,8 +125,20 @@ def listed(q: QuantizedModel) -> Counter[str]:
     return found
 
 
-@pytest.mark.parametrize(("placement", "bits"), [("integer", "w8a8"), ("inputs", "w8a8"), ("inputs", "w4")])
-@pytest.mark.parametrize("kind", ["images", "text", "residual"])
+@pytest.mark.parametrize(
+    ("kind", "placement", "bits"),
+    [
+        ("images", "integer", "w8a8"),
+        ("text", "inputs", "w8a8"),
+        ("residual", "integer", "w8a8"),
+        ("residual", "inputs", "w4"),
+        slow("images", "inputs", "w8a8"),
+        slow("images", "inputs", "w4"),
+        slow("text", "integer", "w8a8"),
+        slow("text", "inputs", "w4"),
+        slow("residual", "inputs", "w8a8"),
+    ],
+)
 def test_the_list_of_what_stays_float_is_that_of_the_graph(kind: str, placement: Placement, bits: str) -> None:
     model, batch = {
         "images": lambda: (images(), {"x": IMAGES}),

@@ -15,6 +15,7 @@ from calque.errors import ExportError
 from calque.shipping import lowering
 from calque.shipping.runtimes import OnnxRuntime
 from calque.shipping.spatial import adaptive_average, adaptive_maximum, clipped_average, weighted_average
+from slow import slow
 
 Operator = Callable[[Tensor], Tensor]
 
@@ -87,8 +88,25 @@ def differences(path: Path, q: nn.Module, images: Tensor) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("operators", [POOLS, ADAPTIVE, RESIZES], ids=["pools", "adaptive pools", "resizes"])
-@pytest.mark.parametrize("sizes", [(12,), (8, 12, 14)], ids=["one size", "free sizes"])
+@pytest.mark.parametrize(
+    ("operators", "sizes"),
+    [
+        (POOLS, (12,)),
+        (RESIZES, (8, 12, 14)),
+        slow(POOLS, (8, 12, 14)),
+        slow(ADAPTIVE, (12,)),
+        slow(ADAPTIVE, (8, 12, 14)),
+        slow(RESIZES, (12,)),
+    ],
+    ids=[
+        "pools",
+        "resizes of free sizes",
+        "pools of free sizes",
+        "adaptive pools",
+        "adaptive of free sizes",
+        "resizes",
+    ],
+)
 def test_the_file_computes_what_the_network_computes_at_every_size(
     tmp_path: Path, operators: dict[str, Operator], sizes: tuple[int, ...]
 ) -> None:
