@@ -148,9 +148,10 @@ def _run_by_workers(tasks: Sequence[Task], workers: int) -> None:
     from joblib.parallel import LokyBackend
 
     owner, (backend, _) = Owner.current(), joblib.parallel.get_active_backend()
-    ready: Any = {"initializer": end_with, "initargs": (owner,), "idle_worker_timeout": IDLE}
-    ready = ready if isinstance(backend, LokyBackend) else {}
-    joblib.Parallel(n_jobs=workers, **ready)(joblib.delayed(fit_task_alone)(task, owner) for task in tasks)
+    alone: Any = {"initializer": end_with, "initargs": (owner,), "idle_worker_timeout": IDLE}
+    joblib.Parallel(n_jobs=workers, **(alone if isinstance(backend, LokyBackend) else {}))(
+        joblib.delayed(fit_task_alone)(task, owner) for task in tasks
+    )
 
 
 def _problem_file(tasks: list[Task]) -> Path:
