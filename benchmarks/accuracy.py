@@ -23,7 +23,7 @@ from benchmarks.common.tasks import SETTINGS, Setting, load, quantize, score
 from calque.grid.bits import Bits
 from calque.quantized.model import QuantizedModel
 from calque.report import count_bits
-from calque.shipping import count_kernels, run_onnx
+from calque.shipping.verify import count_kernels, run_onnx
 
 SHARES = ("w8a8", "w6a6", "w4a4", "w3a4", "w2a4")  # candidates under a budget in percent
 UNIFORM = "bytes of w4a4"  # the budget of the uniform plan, whose ends have 8 bits in both

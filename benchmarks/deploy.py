@@ -23,11 +23,10 @@ from benchmarks.common.rows import RESULTS, Row, is_asked, measure_rows, read_ro
 from benchmarks.common.shapes import ALL, SHAPES, measure_shapes, shape_lines
 from benchmarks.common.tasks import SETTINGS, Setting, load, quantize, score
 from calque.quantized.model import QuantizedModel
-from calque.shipping import Target
 from calque.shipping.agreement import LEVELS, spread_of
 from calque.shipping.latency import measure_latency
 from calque.shipping.onnx import float_onnx
-from calque.shipping.runtimes import DEFAULT, EXACT, Kernel, open_runtime
+from calque.shipping.runtimes import DEFAULT, EXACT, Kernel, Target, open_runtime
 from calque.shipping.saturation import saturates
 from calque.shipping.verify import load_proto
 

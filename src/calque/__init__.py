@@ -58,8 +58,13 @@ if TYPE_CHECKING:
     from calque.quantized.prices import Prices
     from calque.recipe import Recipe
     from calque.report import Report
-    from calque.shipping import Latency, LatencyTable, OnnxModel, Verification, export_onnx, latency_table, verify
+    from calque.shipping.latency import Latency
+    from calque.shipping.module import OnnxModel
+    from calque.shipping.onnx import export_onnx
     from calque.shipping.saved import load, save
+    from calque.shipping.table import LatencyTable, latency_table
+    from calque.shipping.verification import Verification
+    from calque.shipping.verify import verify
 else:  # where a type checker saw it, every name would exist
     _importing = threading.RLock()  # torch's modules import each other: two threads would each find some half-made
 

@@ -641,7 +641,7 @@ class Branching(nn.Module):
 def test_control_flow_on_values_is_refused_with_its_line() -> None:
     line = Branching.forward.__code__.co_firstlineno + 2
 
-    with pytest.raises(CaptureError, match=rf"cannot be captured.*test_graph\.py.*line {line}.*if y\.sum\(\) > 0"):
+    with pytest.raises(CaptureError, match=rf"cannot be captured.*test_capture\.py.*line {line}.*if y\.sum\(\) > 0"):
         capture(Branching(), {"x": X})
 
 

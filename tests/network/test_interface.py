@@ -27,9 +27,10 @@ from calque.network.outputs import flatten_outputs
 from calque.network.paths import leaf_paths
 from calque.network.signature import Layout, laid_out
 from calque.quantized.model import QuantizedModel
-from calque.shipping import Target, run_onnx
 from calque.shipping.names import interface
 from calque.shipping.onnx import float_onnx
+from calque.shipping.runtimes import Target
+from calque.shipping.verify import run_onnx
 from networks import Net
 from slow import slow
 

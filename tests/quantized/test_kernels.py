@@ -18,7 +18,7 @@ from calque.network.rewrites.products import contracted_axes
 from calque.quantized.kernels import add, average, fuse, multiply, scale_product, settle, settle_pool, whole_numbers
 from calque.quantized.model import QuantizedModel
 from calque.quantized.modules import QuantizedLayer, Quantizer
-from calque.shipping import run_onnx
+from calque.shipping.verify import run_onnx
 from networks import Net
 
 CALIBRATION, INPUTS = networks.images(24, seed=0), networks.images(16, seed=1)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import calque
 import networks
-from calque.shipping import compaction, run_onnx
+from calque.shipping import compaction
 from calque.shipping.decoding import Array, Decoder
+from calque.shipping.verify import run_onnx
 
 SEQUENCE, WIDTH = 24, 8
 

@@ -13,10 +13,11 @@ from calque.errors import SpecError
 from calque.grid.bits import Bits
 from calque.network import Geometry
 from calque.quantized.model import QuantizedModel
-from calque.shipping import LatencyTable, latency_table, table
+from calque.shipping import table
 from calque.shipping.alone import Alone, write_alone
 from calque.shipping.runtimes import DEFAULT, OnnxRuntime
 from calque.shipping.surroundings import Standing, alone, standings
+from calque.shipping.table import LatencyTable, latency_table
 from calque.shipping.verify import load_proto
 from slow import slow
 

@@ -14,8 +14,8 @@ import calque
 import networks
 from calque.errors import ExportError, VerificationError
 from calque.grid.bits import Placement
-from calque.shipping import count_kernels, run_onnx
 from calque.shipping.decoding import pack
+from calque.shipping.verify import count_kernels, run_onnx
 from networks import Exported, Net
 from slow import slow
 

@@ -15,10 +15,9 @@ import calque
 import networks
 from calque.errors import MissingExtraError, SpecError, VerificationError
 from calque.quantized.model import QuantizedModel
-from calque.shipping import Target, count_kernels, run_onnx
-from calque.shipping.runtimes import DEFAULT, OnnxRuntime, _reads, open_runtime
+from calque.shipping.runtimes import DEFAULT, OnnxRuntime, Target, _reads, open_runtime
 from calque.shipping.saturation import saturates
-from calque.shipping.verify import load_proto
+from calque.shipping.verify import count_kernels, load_proto, run_onnx
 from networks import Exported
 
 needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="the extra openvino is not installed")

@@ -20,10 +20,9 @@ import networks
 from calque.errors import SpecError, VerificationError
 from calque.quantized.model import QuantizedModel
 from calque.quantized.partly import PartlyQuantized
-from calque.shipping import Agreement, OutputAgreement
 from calque.shipping.agreement import agreements, spread_of
 from calque.shipping.runtimes import OnnxRuntime
-from calque.shipping.verification import LIMIT_DB
+from calque.shipping.verification import LIMIT_DB, Agreement, OutputAgreement
 from calque.shipping.verify import _with_outputs, load_proto
 from networks import Net
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from calque.pipeline.quantize import quantize
 from calque.run.extras import import_extra
 from calque.run.files import write_whole
-from calque.shipping import export_onnx, run_onnx, verify
+from calque.shipping.onnx import export_onnx
 from calque.shipping.saved import save
+from calque.shipping.verify import run_onnx, verify
 
 BITS = ("w8a8", "w4a8", "w4a4", "w2a4")
 TRAINING, CALIBRATION = 1200, 256  # images; the calibration images are training images without their labels

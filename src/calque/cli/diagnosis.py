@@ -200,7 +200,8 @@ def _try_out() -> str:
     from torch import nn
 
     from calque.pipeline.quantize import quantize
-    from calque.shipping import export_onnx, verify
+    from calque.shipping.onnx import export_onnx
+    from calque.shipping.verify import verify
 
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]):  # modules draw their first weights from the global state

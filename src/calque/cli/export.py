@@ -11,7 +11,7 @@ from calque.cli.words import Folder, Runtime, Trust
 from calque.grid.bits import BOUND
 
 if TYPE_CHECKING:
-    from calque.shipping import Target
+    from calque.shipping.runtimes import Target
 
 Metric = Annotated[
     str | None,
@@ -38,7 +38,7 @@ def export_command(
     from calque.cli.inputs import build_model
     from calque.cli.readers import load_calibration
     from calque.cli.scores import checked, print_scores, scored
-    from calque.shipping import export_onnx
+    from calque.shipping.onnx import export_onnx
     from calque.shipping.saved import load
 
     settings = trusted_run(run, trust=trust)

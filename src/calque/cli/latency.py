@@ -29,8 +29,8 @@ def latency_command(
     from calque.cli.folder import NETWORK, PRICES, trusted_run
     from calque.cli.inputs import InputError, build_model, parse_bits
     from calque.cli.readers import load_calibration
-    from calque.shipping import latency_table
     from calque.shipping.saved import load
+    from calque.shipping.table import latency_table
 
     settings = trusted_run(run, trust=trust)
     if not output.parent.is_dir():

@@ -11,7 +11,10 @@ from calque.cli.inputs import evaluate_model
 from calque.cli.weights import load_weights
 from calque.errors import VerificationError
 from calque.quantized.model import QuantizedModel
-from calque.shipping import OnnxModel, Target, Verification, verify
+from calque.shipping.module import OnnxModel
+from calque.shipping.runtimes import Target
+from calque.shipping.verification import Verification
+from calque.shipping.verify import verify
 
 
 def load_original_(original: nn.Module, settings: Run) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -32,8 +31,8 @@ from calque.network.tensors import root
 from calque.run.checkpoint import PROBLEMS, Checkpoint, Piece
 from calque.run.files import temporary_folder
 from calque.run.processes import Owner, end_with
+from calque.run.workers import run_by_workers
 
-IDLE = 15  # seconds after which a worker without work ends: a process that ends waits for them
 _COUNTING = threading.Lock()
 Choices = Mapping[str, Sequence[Bits]]
 Fits = dict[tuple[str, Bits], Fit]
@@ -138,20 +137,9 @@ def _run(job: Job, waiting: list[list[Task]]) -> None:
         for task in tasks:
             fit_task(task)
     elif tasks:
-        _run_by_workers(tasks, job.workers)
+        run_by_workers(fit_task_alone, tasks, job.workers)
     for group in waiting:
         _problem_file(group).unlink(missing_ok=True)
-
-
-def _run_by_workers(tasks: Sequence[Task], workers: int) -> None:
-    import joblib  # here: a run without workers does not wait for it
-    from joblib.parallel import LokyBackend
-
-    owner, (backend, _) = Owner.current(), joblib.parallel.get_active_backend()
-    alone: Any = {"initializer": end_with, "initargs": (owner,), "idle_worker_timeout": IDLE}
-    joblib.Parallel(n_jobs=workers, **(alone if isinstance(backend, LokyBackend) else {}))(
-        joblib.delayed(fit_task_alone)(task, owner) for task in tasks
-    )
 
 
 def _problem_file(tasks: list[Task]) -> Path:

@@ -1,0 +1,1 @@
+"""What every run has: files, checkpoints, spilled values, progress, workers."""
