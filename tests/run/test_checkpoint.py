@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_processes import dead_process
 
 from calque.errors import SpecError
 from calque.run.checkpoint import IDENTITY, Checkpoint, Piece, alone, fingerprint, open_run
 from calque.run.processes import host
-from test_processes import dead_process
 
 IDENTITY_OF_A_RUN = {"weights": "00ff", "seed": "0", "recipe": "name = 'light'"}
 DTYPES = (torch.float32, torch.float64, torch.int8, torch.int32, torch.int64, torch.bool, torch.bfloat16)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_processes import dead_process
 from torch import nn
 
 import calque
@@ -19,7 +20,6 @@ from calque.grid.bits import Bits, Plan
 from calque.run.files import DAY, remove_folder, sweep_drafts, sweep_folders, temporary_folder, write_whole
 from calque.run.processes import host
 from calque.run.spill import Store
-from test_processes import dead_process
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="of POSIX")
 

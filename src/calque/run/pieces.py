@@ -72,7 +72,8 @@ def from_table(cls: type[Piece], table: Mapping[str, Any], words: Mapping[type, 
     optional = {name for name, hint in hints.items() if NoneType in get_args(hint)}
     unknown, missing = sorted(set(table) - set(hints)), sorted(set(hints) - set(table) - optional)
     if unknown or missing:
-        raise SpecError(f"{place} has the fields {', '.join(hints)}. Unknown: {unknown}; missing: {missing}.")
+        rule = f"has the fields {', '.join(hints)}" if hints else f"has no field but {KIND}"
+        raise SpecError(f"{place} {rule}. Unknown: {unknown}; missing: {missing}.")
     values: dict[str, Any] = dict.fromkeys(optional)
     for name, value in table.items():
         classes = _classes(hints[name])
