@@ -36,12 +36,12 @@ from calque.network import Signature, capture
 from calque.network.signature import flatten
 from calque.quantized.model import QuantizedModel
 from calque.quantized.partly import PartlyQuantized
-from calque.recipe import NEAREST
+from calque.recipe import NEAREST, Ranges
 from calque.shipping.runtimes import open_runtime
 
 FIELDS = ("library", "name")
 # What is measured is whether it works: ranges from least and largest values take the least time.
-RECIPE = replace(NEAREST, name="minmax", activation_range="minmax", tensor_range="minmax", weight_range="minmax")
+RECIPE = replace(NEAREST, name="minmax", ranges=Ranges("minmax", "minmax", "minmax"))
 ROWS = 4
 LIMIT = 1800  # seconds for one network
 CLOSE = (

@@ -1,7 +1,6 @@
 """The examples of the documentation and of the README are executed, page by page, on a small trained network."""
 
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 import networks
 from calque import recipe
+from recipes import shortened
 from slow import slow
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,8 +62,7 @@ def model() -> nn.Module:
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SEQUENTIAL", "ADVANCED"):
         full: recipe.Recipe = getattr(recipe, name)
-        tuning = replace(full.tuning, steps=min(STEPS, full.tuning.steps))
-        short = replace(full, steps=STEPS, search_steps=min(STEPS, full.search_steps), tuning=tuning)
+        short = shortened(full, STEPS)
         monkeypatch.setattr(recipe, name, short)
         monkeypatch.setitem(recipe.RECIPES, full.name, short)
 

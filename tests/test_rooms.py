@@ -31,7 +31,7 @@ ROOMS: dict[str, frozenset[str]] = {
 DATA_IMPORTS = {
     "errors": frozenset[str](),
     "gains": frozenset[str](),
-    "settings": frozenset({"errors", "run"}),
+    "settings": frozenset({"errors", "run", "grid"}),
     "report": frozenset({"errors", "gains", "run", "grid"}),
     "recipe": frozenset({"errors", "settings", "run", "grid"}),
 }

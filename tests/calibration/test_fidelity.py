@@ -16,7 +16,7 @@ from calque.calibration.fidelity import fidelity, held_out_fidelity
 from calque.gains import LIMIT_DB, Fidelity, OutputFidelity
 from calque.network.outputs import flatten_outputs
 from calque.network.paths import leaf_paths, output_names
-from calque.recipe import LIGHT, SEQUENTIAL
+from calque.recipe import LIGHT, SEQUENTIAL, AdaQuant
 from calque.report import Report
 from networks import Branching, Net
 
@@ -73,7 +73,7 @@ def test_it_is_that_of_the_last_fifth_of_the_calibration_inputs(trained: network
 
 @pytest.mark.parametrize(
     ("recipe", "held_out"),
-    [("nearest", True), (replace(SEQUENTIAL, steps=2), True), ("fast", False)],
+    [("nearest", True), (replace(SEQUENTIAL, fit=AdaQuant(steps=2)), True), ("fast", False)],
 )
 def test_closed_forms_use_every_input_and_the_report_says_so(
     trained: networks.Residual, calibration: Tensor, recipe: Any, held_out: bool

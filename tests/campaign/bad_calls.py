@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import calque
-from calque.recipe import NEAREST
-from calque.settings import Distillation, StepSizes, Tuning
+from calque.recipe import ADVANCED
+from calque.settings import RATES, AdaQuant, Blocks, ClosedForm, Distillation, Ranges, Search, Sequential, Tuning
 
 from .bad_files import broken, images, shortened, special, tensors
 from .bad_words import MODULE
@@ -89,32 +89,31 @@ BUDGET: Table = {
     "latency": (("None",), ("table", "pair")), "loss": (("a number", "a share", "zero", "vast"), ()),
     "minimize": ((), ()),
 }  # fmt: skip
-COUNTS = ("steps", "search_steps", "priced_inputs", "finalists", "block_steps", "rows")
+PIECES: tuple[Any, ...] = (  # of a recipe
+    Ranges(), RATES, ClosedForm(), AdaQuant(), Sequential(), Blocks(5), Distillation(steps=5), Tuning(), Search(),
+)  # fmt: skip
+OPTIONAL = ("blocks", "normalization", "distillation", "tuning")  # stages that a recipe may leave out
+COUNTS = ("steps", "rounds", "rows", "priced_inputs", "finalists")
+SHARES = ("tolerance", "channel_scales", "minutes", "mixup")
+RATE_FIELDS = ("rate", *(field.name for field in fields(RATES)))
 
 
 def recipe_table(names: list[str]) -> Table:
-    """Of a recipe's fields: the kinds of values that each may take."""
+    """Of a recipe's fields, or of a piece's: the kinds of values that each may take."""
     found: Table = {}
     for name in names:
         taken: tuple[str, ...] = ()
         if name == "name":
             taken = ("a word", "NUL", "a surrogate")
+        elif name in OPTIONAL:
+            taken = ("None",)
         elif name in COUNTS:
-            taken = ("a number", "zero")
-        elif name in (
-            "tolerance",
-            "migration",
-            "minutes",
-            "mixup",
-            "rate",
-            "weight",
-            "weight_scale",
-            "bias",
-            "activation_scale",
-            "zero_point",
-        ):
+            taken = ("a number",)
+        elif name in RATE_FIELDS:
+            taken = ("a number", "a share")
+        elif name in SHARES:
             taken = ("a number", "a share", "zero")
-        found[name] = (taken, ("rates", "distillation", "tuning", "recipe"))
+        found[name] = (taken, ())
     return found
 
 
@@ -140,15 +139,9 @@ def calls(folder: Path) -> Iterator[Call]:
         "latency_table", calque.latency_table, {"model": q, "inputs": x, "bits": ("w8a8",), "progress": False}, LATENCY
     )
     yield from _wrong("Budget", calque.Budget, {"loss": 0.1, "minimize": "size"}, BUDGET)
-    recipe = {field.name: getattr(NEAREST, field.name) for field in fields(calque.Recipe)}
-    yield from _wrong("Recipe", calque.Recipe, recipe, recipe_table(list(recipe)))
-    for part, kind in (("rates", StepSizes), ("distillation", Distillation), ("tuning", Tuning)):
-        plain = {field.name: getattr(recipe[part], field.name) for field in fields(kind)}
-        known = {
-            name: (taken if name != "rate" else ("a number", "a share"), names)
-            for name, (taken, names) in recipe_table(list(plain)).items()
-        }
-        yield from _wrong(part, _part(part, kind), plain, known)
+    for piece in (ADVANCED, *PIECES):
+        plain = {field.name: getattr(piece, field.name) for field in fields(piece)}
+        yield from _wrong(type(piece).__name__, type(piece), plain, recipe_table(list(plain)))
     yield from _plans()
     yield from _files(folder, q, net, x)
     yield from _inputs(q, net, base)
@@ -166,10 +159,6 @@ def calls(folder: Path) -> Iterator[Call]:
 
 def _quantized(base: dict[str, Any], **options: Any) -> object:
     return calque.quantize(**{**base, **options})
-
-
-def _part(name: str, kind: Any) -> Callable[..., object]:
-    return lambda **given: replace(NEAREST, **{name: kind(**given)})
 
 
 def _wrong(what: str, function: Callable[..., object], base: dict[str, Any], table: Table) -> Iterator[Call]:

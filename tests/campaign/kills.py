@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import calque.cli
-from calque.recipe import FAST, SEQUENTIAL
+from calque.recipe import FAST, SEQUENTIAL, AdaQuant
 from calque.shipping.saved.file import read
 
 from . import pieces
@@ -95,7 +95,7 @@ class Ground:
         (folder / "subject.py").write_text(MODULE)
         np.save(folder / "inputs.npy", inputs.numpy())
         (folder / "fast.toml").write_text(FAST.to_toml())
-        (folder / "steps.toml").write_text(replace(SEQUENTIAL, name="steps", steps=40).to_toml())
+        (folder / "steps.toml").write_text(replace(SEQUENTIAL, name="steps", fit=AdaQuant(steps=40)).to_toml())
         return cls(folder, server, f"{os.getpid()}-{time.time_ns()}")
 
     def start(self, case: str, run: Path, *, resume: bool) -> Any:

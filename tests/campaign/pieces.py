@@ -22,27 +22,27 @@ from torch import Tensor, nn
 
 import calque
 from calque.quantized.model import QuantizedModel
-from calque.recipe import ADVANCED, FAST, NO_DISTILLATION
+from calque.recipe import ADVANCED, FAST, AdaQuant, Distillation, Parallel, Search, Tuning
 
 Result = dict[str, Any]
 FLIPS = (0.02, 0.5, 0.98)  # of a file's length: in its header, in the middle, at its end
 
 SEARCH = replace(
-    ADVANCED, name="search", steps=8, search_steps=5, priced_inputs=64, finalists=2,
-    tuning=replace(ADVANCED.tuning, steps=5),
+    ADVANCED, name="search", fit=AdaQuant(steps=8), tuning=Tuning(steps=5),
+    search=Search(AdaQuant(steps=5), priced_inputs=64, finalists=2),
 )  # fmt: skip
 SIZE = 6300  # bytes of the file: two bits everywhere take 6016
 CASES: dict[str, dict[str, Any]] = {
     "sequential": {"bits": "w4a4", "recipe": FAST},
     "distilled": {
         "bits": "w4a4",
-        "recipe": replace(FAST, name="distilled", distillation=replace(NO_DISTILLATION, steps=3)),
+        "recipe": replace(FAST, name="distilled", distillation=Distillation(steps=3)),
     },
     "budget": {"bits": ("w8a8", "w4a4", "w2a4"), "budget": calque.Budget(size=SIZE), "recipe": FAST},
     "parallel": {
         "bits": ("w8a8", "w4a4", "w2a4"),
         "budget": calque.Budget(size=SIZE),
-        "recipe": replace(SEARCH, flavour="parallel"),
+        "recipe": replace(SEARCH, flavour=Parallel()),
     },
 }
 

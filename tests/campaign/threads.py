@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 import calque
 from calque.quantized.model import QuantizedModel
-from calque.recipe import SEQUENTIAL
+from calque.recipe import SEQUENTIAL, AdaQuant
 
 SIDE = 8
-SHORT = replace(SEQUENTIAL, name="short", steps=20)  # gradient descent
+SHORT = replace(SEQUENTIAL, name="short", fit=AdaQuant(steps=20))  # gradient descent
 Result = list[Tensor]
 Work = Callable[[], Result]
 

@@ -28,7 +28,7 @@ from calque.cli.readers import load_calibration
 from calque.cli.weights import load_weights
 from calque.errors import SpecError
 from calque.grid.bits import Bits, Plan
-from calque.recipe import ADVANCED, Recipe, find_recipe
+from calque.recipe import ADVANCED, AdaQuant, Recipe, Search, Tuning, find_recipe
 from calque.report import Report
 from calque.shipping.saved import load
 from slow import slow
@@ -61,7 +61,9 @@ def words_loss(reference, output): return "good"
 def raises_loss(reference, output): raise RuntimeError("no\\nluck")
 def rows_loss(reference, output): return reference[:, 0]
 """
-QUICK = replace(ADVANCED, name="quick", steps=4, search_steps=3, finalists=2, tuning=replace(ADVANCED.tuning, steps=2))
+QUICK = replace(
+    ADVANCED, name="quick", fit=AdaQuant(steps=4), search=Search(AdaQuant(steps=3), finalists=2), tuning=Tuning(steps=2)
+)
 FILES = {"q.safetensors", "plan.toml", "report.txt", "report.json", "recipe.toml", "run.json"}
 
 
@@ -652,7 +654,7 @@ def test_workers_do_not_change_the_result(work: Path) -> None:
 def test_a_printed_recipe_can_be_edited_and_passed_back(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["recipe", "advanced"]) == 0
     text = capsys.readouterr().out
-    edited = text.replace('name = "advanced"', 'name = "mine"').replace("search_steps = 100", "search_steps = 3")
+    edited = text.replace('name = "advanced"', 'name = "mine"')
     Path("r.toml").write_text(re.sub(r"(?m)^steps = \d+", "steps = 4", edited))
 
     assert under_budget("--size", "3100B", "--recipe", "r.toml") == 0
@@ -826,7 +828,7 @@ def test_a_signal_says_how_to_go_on_and_leaves_nothing_half_written(
     work: Path, number: int, code: int, said_last: list[str]
 ) -> None:
     Path("temporary").mkdir()
-    Path("quick.toml").write_text(replace(QUICK, search_steps=500).to_toml())
+    Path("quick.toml").write_text(replace(QUICK, search=Search(AdaQuant(steps=500), finalists=2)).to_toml())
     Path("run it's").mkdir()
     os.rename("images.npy", "my images.npy")
     command = [

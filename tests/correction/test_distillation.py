@@ -21,10 +21,10 @@ from calque.quantized.model import QuantizedModel
 from calque.quantized.modules import Quantizer
 from calque.recipe import ACCURATE, FAST, NEAREST, Recipe
 from calque.report import Report
-from calque.settings import Distillation, StepSizes, Tuning
+from calque.settings import Distillation, RelativeRates, Tuning
 
-HOW = Distillation(minutes=0, steps=40, rows=16, mixup=0.5)
-RATES = StepSizes(weight=0.05, weight_scale=3e-3, bias=3e-3, activation_scale=3e-3, zero_point=1e-2)
+RATES = RelativeRates(weight=0.05, weight_scale=3e-3, bias=3e-3, activation_scale=3e-3, zero_point=1e-2)
+HOW = Distillation(steps=40, rows=16, mixup=0.5, rates=RATES)
 PLENTY = 10**9
 
 
@@ -59,7 +59,6 @@ class Student:
         self,
         model: QuantizedModel,
         how: Distillation = HOW,
-        rates: StepSizes = RATES,
         loss: Loss = mse,
         *,
         memory: int = PLENTY,
@@ -70,7 +69,7 @@ class Student:
         result = copy.deepcopy(model)
         found = distill(
             result.graph_module, lambda inputs: [self.teacher(*inputs)], self.batches, self.references, loss, how,
-            rates=rates, fixed_codes=fixed_codes, memory=memory, generator=generator(seed),
+            fixed_codes=fixed_codes, memory=memory, generator=generator(seed),
             on_step=lambda step, steps: self.told.append((step, steps)),
         )  # fmt: skip
         return result, found
@@ -148,9 +147,9 @@ def test_codes_of_layers_that_share_their_weights_stay(student: Student, coarse:
 def test_on_held_out_inputs_the_result_is_never_worse_even_at_an_absurd_rate(
     student: Student, coarse: QuantizedModel
 ) -> None:
-    absurd = StepSizes(100.0, 10.0, 100.0, 10.0, 100.0)
+    absurd = RelativeRates(100.0, 10.0, 100.0, 10.0, 100.0)
 
-    result, found = student.distilled(coarse, rates=absurd)
+    result, found = student.distilled(coarse, replace(HOW, rates=absurd))
 
     assert (found.after, found.kept) == (found.before, 0)
     assert same(result, coarse)
@@ -192,13 +191,6 @@ def test_a_time_that_is_too_short_for_a_step_takes_one(student: Student, coarse:
     assert found.steps == 1
 
 
-def test_without_steps_and_minutes_nothing_moves(student: Student, coarse: QuantizedModel) -> None:
-    result, found = student.distilled(coarse, replace(HOW, steps=0))
-
-    assert found.steps == 0
-    assert same(result, coarse)
-
-
 def test_every_step_is_told_once(student: Student, coarse: QuantizedModel) -> None:
     student.distilled(coarse, replace(HOW, steps=7))
 
@@ -206,10 +198,10 @@ def test_every_step_is_told_once(student: Student, coarse: QuantizedModel) -> No
 
 
 def test_little_memory_gives_nearly_the_same_gradients(student: Student, coarse: QuantizedModel) -> None:
-    one_step = replace(HOW, steps=1, mixup=0.0)
-    small = StepSizes(1e-3, 1e-3, 1e-3, 1e-3, 1e-3)
-    whole, found = student.distilled(coarse, one_step, small)
-    pieced, again = student.distilled(coarse, one_step, small, memory=1)
+    small = RelativeRates(1e-3, 1e-3, 1e-3, 1e-3, 1e-3)
+    one_step = replace(HOW, steps=1, mixup=0.0, rates=small)
+    whole, found = student.distilled(coarse, one_step)
+    pieced, again = student.distilled(coarse, one_step, memory=1)
 
     # Adam's first step is the sign of the gradient: the same but for gradients that are nearly zero
     assert again.after == pytest.approx(found.after, rel=0.05)
@@ -227,7 +219,7 @@ def test_an_interrupted_distillation_leaves_the_best_network_so_far(
 
     with pytest.raises(KeyboardInterrupt):
         distill(
-            model.graph_module, lambda inputs: [trained(*inputs)], batches, references, mse, HOW, rates=RATES,
+            model.graph_module, lambda inputs: [trained(*inputs)], batches, references, mse, HOW,
             fixed_codes=(), memory=PLENTY, generator=generator(), on_step=stop,
         )  # fmt: skip
 
@@ -256,11 +248,6 @@ def test_a_loss_that_is_not_finite_at_the_start_is_an_error(student: Student, co
         student.distilled(coarse, loss=lambda reference, output: output[0].mean() * math.nan)
 
 
-def test_absolute_rates_are_refused(student: Student, coarse: QuantizedModel) -> None:
-    with pytest.raises(SpecError, match="distillation needs relative rates"):
-        student.distilled(coarse, rates=replace(RATES, unit="absolute"))
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -269,9 +256,9 @@ def test_absolute_rates_are_refused(student: Student, coarse: QuantizedModel) ->
         ({"minutes": True}, "minutes must be a finite number from 0 to 10,080. Got True"),
         ({"steps": -1}, "steps must be an int from 0 to 1,000,000. Got -1"),
         ({"rows": 0}, "rows must be an int from 1 to 65,536. Got 0"),
-        ({"minutes": 10**6}, "distillation.minutes must be .* to 10,080. Got 1000000"),
-        ({"steps": 10**30}, "distillation.steps must be .* to 1,000,000. Got an int of about"),
-        ({"rows": 10**9}, "distillation.rows must be .* to 65,536. Got 1000000000"),
+        ({"minutes": 10**6}, "Distillation.minutes must be .* to 10,080. Got 1000000"),
+        ({"steps": 10**30}, "Distillation.steps must be .* to 1,000,000. Got an int of about"),
+        ({"rows": 10**9}, "Distillation.rows must be .* to 65,536. Got 1000000000"),
         ({"mixup": 1.5}, "mixup must be a finite number from 0 to 1. Got 1.5"),
         ({"loss": "best"}, "loss is one of outputs, run, kl, mse. Got 'best'"),
     ],
@@ -340,13 +327,14 @@ def test_inputs_that_are_no_float_rows_are_not_mixed(inputs: list[object]) -> No
     assert mixed(rows, 1.0, lambda _: [], generator()) is rows
 
 
-QUICK = replace(NEAREST, distillation=HOW, rates=RATES)
+QUICK = replace(NEAREST, distillation=HOW)
 SETTINGS = {
-    "minutes": replace(QUICK, distillation=Distillation(minutes=0.001, steps=0, rows=16, mixup=0.5)),
+    "minutes": replace(QUICK, distillation=replace(HOW, minutes=0.001, steps=0)),
     "steps": replace(QUICK, distillation=replace(HOW, steps=41)),
     "rows": replace(QUICK, distillation=replace(HOW, rows=15)),
     "mixup": replace(QUICK, distillation=replace(HOW, mixup=0.0)),
     "loss": replace(QUICK, distillation=replace(HOW, loss="mse")),
+    "rates": replace(QUICK, distillation=replace(HOW, rates=replace(RATES, bias=0.05))),
 }
 
 
@@ -443,7 +431,7 @@ def test_tokens_are_distilled_without_being_mixed() -> None:
     words = torch.randint(11, (60, 5), generator=generator())
     mask = torch.rand(60, 5, generator=generator(1)) < 0.7
 
-    gentle = replace(QUICK, rates=replace(RATES, weight=0.01))
+    gentle = replace(QUICK, distillation=replace(HOW, rates=replace(RATES, weight=0.01)))
     q = calque.quantize(
         net, {"words": words, "mask": mask}, bits="w2a4", first_last=None, recipe=gentle, override={"embed": None}
     )

@@ -20,10 +20,10 @@ from calque.fitting.problem import (
 from calque.grid.arithmetic import affine_grid
 from calque.grid.ranges import weight_scale
 from calque.network import Geometry, capture
-from calque.settings import StepSizes
+from calque.settings import RelativeRates
 
 # The solver is tested at step sizes of its own, so that tuning the recipes moves no result here.
-RATES = StepSizes(weight=0.03, weight_scale=3e-3, bias=3e-3, activation_scale=3e-3, zero_point=3e-2)
+RATES = RelativeRates(weight=0.03, weight_scale=3e-3, bias=3e-3, activation_scale=3e-3, zero_point=3e-2)
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import calque
-import calque.fitting.sequential
+import calque.pipeline.build
 import networks
 from calque.fitting import closed_form
-from calque.fitting.closed_form import ClosedForm, Moments
+from calque.fitting.closed_form import ClosedFormSolver, Moments
 from calque.fitting.problem import Grid, LayerProblem
 from calque.fitting.rounding import FRACTIONS, Metric, descend, gptq, initial_scale, refitted_scale
 from calque.grid.arithmetic import affine_grid
@@ -176,7 +176,7 @@ def test_weights_on_a_grid_are_found() -> None:
     codes[..., 0] = QMIN
     weight, x = codes * 0.3, random(1, 400, 20)
 
-    fit = ClosedForm(problem(x, x @ weight.mT, weight), None, rounds=3).fit(BITS)
+    fit = ClosedFormSolver(problem(x, x @ weight.mT, weight), None, rounds=3).fit(BITS)
 
     torch.testing.assert_close(fit.codes, codes.to(torch.int8))
     torch.testing.assert_close(fit.scale, torch.full((1, 6), 0.3), rtol=1e-3, atol=0.0)
@@ -189,7 +189,7 @@ def test_what_the_quantized_prefix_got_wrong_is_undone() -> None:
     received = 0.8 * x
     received[..., 1] += 0.5 * received[..., 0]
 
-    fit = ClosedForm(problem(received, x @ weight.mT, weight), None, rounds=3).fit(8)
+    fit = ClosedFormSolver(problem(received, x @ weight.mT, weight), None, rounds=3).fit(8)
 
     assert fit.before > 0.03
     assert fit.after < 1e-3
@@ -202,7 +202,7 @@ def test_the_fit_is_much_better_than_rounding_to_nearest(groups: int, outputs: i
     weight = random(groups, outputs, 18, seed=1)
     grid = Grid(*affine_grid(torch.tensor(0.0), x.max() * 0.7, 4), 15)
 
-    fit = ClosedForm(problem(x, x @ weight.mT, weight), grid, rounds=3).fit(BITS)
+    fit = ClosedFormSolver(problem(x, x @ weight.mT, weight), grid, rounds=3).fit(BITS)
 
     assert fit.after < 0.7 * fit.before
     assert fit.codes.dtype == torch.int8
@@ -222,8 +222,8 @@ def test_outputs_beyond_a_clip_are_free(side: int) -> None:
     def activation(value: Tensor) -> Tensor:
         return value.clamp(min=0) if side > 0 else value.clamp(max=0)
 
-    through = ClosedForm(problem(x, targets, weight, activation), None, rounds=3).fit(2)
-    plain = ClosedForm(problem(x, targets, weight), None, rounds=3).fit(2)
+    through = ClosedFormSolver(problem(x, targets, weight, activation), None, rounds=3).fit(2)
+    plain = ClosedFormSolver(problem(x, targets, weight), None, rounds=3).fit(2)
 
     rows = torch.arange(3200, 4000)
     judge = problem(x, targets, weight, activation)
@@ -248,7 +248,7 @@ def test_only_clips_are_clips() -> None:
 def test_inputs_without_information_leave_a_finite_layer(x: Tensor) -> None:
     weight = random(x.shape[0], 4, 5, seed=1)
 
-    fit = ClosedForm(problem(x, x @ weight.mT, weight), None, rounds=3).fit(BITS)
+    fit = ClosedFormSolver(problem(x, x @ weight.mT, weight), None, rounds=3).fit(BITS)
 
     assert torch.isfinite(fit.scale).all()
     assert torch.isfinite(fit.bias).all()
@@ -282,9 +282,9 @@ def test_a_layer_in_front_of_an_add_makes_up_for_the_shortcut(monkeypatch: pytes
         q = calque.quantize(net, fitted, recipe=recipe, **plan)  # type: ignore[arg-type]
         return float((q(new) - net(new)).detach().square().mean())
 
-    recipe = replace(FAST, statistics="none")
+    recipe = replace(FAST, normalization=None)
     corrected = error(recipe)
-    monkeypatch.setattr(calque.fitting.sequential, "find_shortcuts", lambda network: {})
+    monkeypatch.setattr(calque.pipeline.build, "find_shortcuts", lambda network: {})
 
     assert corrected < 0.9 * error(recipe)
 
@@ -293,7 +293,7 @@ def test_bits_that_share_their_moments_are_fitted_as_each_alone(monkeypatch: pyt
     x = random(1, 200, 12, seed=4)
     weight = random(1, 5, 12, seed=5)
     case = problem(x + 0.4 * random(1, 200, 12, seed=6), x @ weight.mT, weight, torch.relu)
-    alone = {bits: ClosedForm(copied(case), None, rounds=2).fit(bits) for bits in (2, 3, 8)}
+    alone = {bits: ClosedFormSolver(copied(case), None, rounds=2).fit(bits) for bits in (2, 3, 8)}
     counted: list[torch.Size] = []
     factorized = Metric.of
 
@@ -302,7 +302,7 @@ def test_bits_that_share_their_moments_are_fitted_as_each_alone(monkeypatch: pyt
         return factorized(matrix)
 
     monkeypatch.setattr(Metric, "of", count)
-    shared = ClosedForm(case, None, rounds=2)
+    shared = ClosedFormSolver(case, None, rounds=2)
     for bits, fit in alone.items():
         again = shared.fit(bits)
         assert torch.equal(again.codes, fit.codes)
@@ -315,17 +315,17 @@ def test_ridges_that_are_tried_one_after_the_other_end_where_all_at_once_do(monk
     x = random(1, 200, 12, seed=4)
     weight = random(1, 5, 12, seed=5)
     case = problem(x + 0.4 * random(1, 200, 12, seed=6), x @ weight.mT, weight)
-    together = ClosedForm(copied(case), None, rounds=1).fit(BITS)
+    together = ClosedFormSolver(copied(case), None, rounds=1).fit(BITS)
     tried: list[int] = []
-    trials = ClosedForm._trials
+    trials = ClosedFormSolver._trials
 
-    def counted(solver: ClosedForm, moments: Moments, ridges: tuple[float, ...], bits: int) -> list[float]:
+    def counted(solver: ClosedFormSolver, moments: Moments, ridges: tuple[float, ...], bits: int) -> list[float]:
         tried.append(len(ridges))
         return trials(solver, moments, ridges, bits)
 
-    monkeypatch.setattr(ClosedForm, "_trials", counted)
+    monkeypatch.setattr(ClosedFormSolver, "_trials", counted)
     monkeypatch.setattr(closed_form, "TOGETHER", 1)
-    alone = ClosedForm(case, None, rounds=1).fit(BITS)
+    alone = ClosedFormSolver(case, None, rounds=1).fit(BITS)
 
     assert torch.equal(alone.codes, together.codes)
     assert torch.equal(alone.scale, together.scale)
@@ -348,7 +348,7 @@ def test_the_rows_of_a_problem_are_held_once(grid: Grid | None) -> None:
     case = problem(x, x @ weight.mT, weight)
     rows = x if grid is None else grid.quantize(x)
 
-    solver = ClosedForm(case, grid, rounds=1)
+    solver = ClosedFormSolver(case, grid, rounds=1)
 
     assert solver.x.untyped_storage().data_ptr() == case.patches.untyped_storage().data_ptr()
     order = rows[:, :80].var(1).argsort(1, descending=True)

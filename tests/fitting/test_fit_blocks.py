@@ -9,13 +9,12 @@ from torch import Tensor, nn
 
 import calque
 import networks
-from calque.recipe import LIGHT, STEP_SIZES, Statistics
-from calque.settings import StepSizes
+from calque.recipe import LIGHT, Blocks, Normalization, RelativeRates
 
 # Step sizes of its own, so that tuning the recipes moves no result here.
-RATES = StepSizes(weight=0.03, weight_scale=3e-3, bias=3e-3, activation_scale=3e-3, zero_point=3e-2)
-PLAIN = replace(LIGHT, rates=RATES)
-BLOCKS = replace(PLAIN, block_steps=150)
+RATES = RelativeRates(weight=0.03, weight_scale=3e-3, bias=3e-3, activation_scale=3e-3, zero_point=3e-2)
+PLAIN = LIGHT
+BLOCKS = replace(PLAIN, blocks=Blocks(150, RATES))
 
 
 def error(model: nn.Module, q: nn.Module, x: Tensor) -> float:
@@ -53,7 +52,7 @@ def test_layers_outside_of_blocks_keep_their_codes(trained: networks.Residual, m
 
 
 def test_the_same_seed_gives_the_same_blocks_twice(trained: networks.Residual, calibration: Tensor) -> None:
-    recipe = replace(BLOCKS, block_steps=8)
+    recipe = replace(BLOCKS, blocks=Blocks(8, RATES))
     one, two = (calque.quantize(trained, calibration, bits="w3a3", recipe=recipe) for _ in range(2))
 
     assert all(torch.equal(one.state_dict()[name], value) for name, value in two.state_dict().items())
@@ -61,7 +60,7 @@ def test_the_same_seed_gives_the_same_blocks_twice(trained: networks.Residual, c
 
 def test_progress_counts_the_blocks(trained: networks.Residual, calibration: Tensor) -> None:
     calls: list[tuple[str, int, int]] = []
-    recipe = replace(BLOCKS, block_steps=8)
+    recipe = replace(BLOCKS, blocks=Blocks(8, RATES))
 
     calque.quantize(trained, calibration, recipe=recipe, progress=lambda *call: calls.append(call))
 
@@ -91,10 +90,12 @@ class TiedBlock(nn.Module):
         return y
 
 
-@pytest.mark.parametrize("statistics", ["none", "float"])
-def test_tied_layers_keep_their_codes_while_their_block_is_fitted(calibration: Tensor, statistics: Statistics) -> None:
+@pytest.mark.parametrize("normalization", [None, Normalization("float")])
+def test_tied_layers_keep_their_codes_while_their_block_is_fitted(
+    calibration: Tensor, normalization: Normalization | None
+) -> None:
     model = networks.seeded(TiedBlock())
-    recipes = [replace(recipe, statistics=statistics, rates=STEP_SIZES) for recipe in (PLAIN, BLOCKS)]
+    recipes = [replace(PLAIN, normalization=normalization, blocks=blocks) for blocks in (None, Blocks(150))]
 
     plain, blocks = (calque.quantize(model, calibration, bits="w3a4", recipe=recipe) for recipe in recipes)
 
@@ -115,13 +116,13 @@ def test_images_of_several_sizes_go_through_a_fitted_block(calibration: Tensor) 
     model = networks.seeded(TiedBlock())
     batches = [calibration[:40], networks.images(12, 1, side=10)]
 
-    q = calque.quantize(model, batches, bits="w4a4", recipe=replace(BLOCKS, block_steps=16))
+    q = calque.quantize(model, batches, bits="w4a4", recipe=replace(BLOCKS, blocks=Blocks(16, RATES)))
 
     assert error(model, q, networks.images(20, 2, side=12)) < 0.5
 
 
 def test_integer_and_simulated_values_agree_after_blocks(trained: networks.Residual, calibration: Tensor) -> None:
-    q = calque.quantize(trained, calibration, bits="w4a4", recipe=replace(BLOCKS, block_steps=16))
+    q = calque.quantize(trained, calibration, bits="w4a4", recipe=replace(BLOCKS, blocks=Blocks(16, RATES)))
 
     with torch.no_grad():
         simulated, exact = q(calibration[:16]), q.integer()(calibration[:16])

@@ -17,7 +17,7 @@ from calque.grid.bits import Bits
 from calque.grid.ranges import weight_scale
 from calque.network import Geometry
 from calque.quantized.modules import QuantizedLayer
-from calque.recipe import ACCURATE
+from calque.recipe import ACCURATE, Distillation
 
 ROWS = 256
 
@@ -123,7 +123,7 @@ def test_saved_networks_come_back(net: nn.Module, x: Tensor, tmp_path: Path) -> 
 
 def test_distillation_moves_the_scales_of_groups(net: nn.Module, x: Tensor) -> None:
     fast = calque.quantize(net, x, bits="w2g16", recipe="fast")
-    few = replace(ACCURATE, distillation=replace(ACCURATE.distillation, steps=60))
+    few = replace(ACCURATE, distillation=Distillation(steps=60))
     q = calque.quantize(net, x, bits="w2g16", recipe=few)
 
     assert not torch.equal(q.layers["second"].scale, fast.layers["second"].scale)

@@ -18,7 +18,7 @@ from calque.grid.bits import FLOAT, Bits
 from calque.network import Network
 from calque.network.capture import capture
 from calque.quantized.placement import place
-from calque.recipe import FAST
+from calque.recipe import FAST, Sequential
 
 W4A4 = Bits(4, 4)
 
@@ -166,7 +166,7 @@ def test_channels_of_unequal_sizes_are_quantized_better(calibration: Tensor, tes
     with torch.no_grad():
         expected = net(test_inputs)
         for exponent in (0.0, 0.5):
-            recipe = replace(FAST, migration=exponent)
+            recipe = replace(FAST, flavour=Sequential(exponent))
             q = calque.quantize(net, calibration, bits="w4a4", recipe=recipe)
             error[exponent] = (q(test_inputs) - expected).square().mean().item()
 
@@ -176,7 +176,7 @@ def test_channels_of_unequal_sizes_are_quantized_better(calibration: Tensor, tes
 def test_the_integer_evaluation_and_the_file_have_the_scaled_network(
     calibration: Tensor, test_inputs: Tensor, tmp_path: Path
 ) -> None:
-    q = calque.quantize(unequal(), calibration, bits="w4a4", recipe=replace(FAST, migration=0.5))
+    q = calque.quantize(unequal(), calibration, bits="w4a4", recipe=replace(FAST, flavour=Sequential(0.5)))
 
     path = calque.export_onnx(q, tmp_path / "model.onnx")
     verified = calque.verify(path, q, test_inputs)
@@ -196,7 +196,7 @@ def test_behind_a_relu6_the_grid_ends_at_its_bound_and_the_weakest_channel_survi
         expected = net(inputs)
     error = {}
     for exponent in (0.0, 0.5):
-        recipe = replace(FAST, migration=exponent)
+        recipe = replace(FAST, flavour=Sequential(exponent))
         q = calque.quantize(net, images, bits="w4a4", first_last=None, recipe=recipe)
         error[exponent] = (q(inputs) - expected).square().mean((0, 2, 3))
         assert q.quantizers["second.input"].range[1] <= 6.0 * (1 + 1e-6)
@@ -206,7 +206,7 @@ def test_behind_a_relu6_the_grid_ends_at_its_bound_and_the_weakest_channel_survi
 
 
 def test_a_resumed_run_has_the_same_scales(calibration: Tensor, test_inputs: Tensor, tmp_path: Path) -> None:
-    recipe = replace(FAST, migration=0.5)
+    recipe = replace(FAST, flavour=Sequential(0.5))
     first = calque.quantize(unequal(), calibration, bits="w4a4", recipe=recipe, run=tmp_path / "run")
 
     again = calque.quantize(unequal(), calibration, bits="w4a4", recipe=recipe, run=tmp_path / "run")

@@ -16,12 +16,12 @@ import calque
 import networks
 from calque.calibration.job import Job
 from calque.errors import CalibrationError
-from calque.fitting.parallel import Fits, fit_choices
+from calque.fitting.parallel import Choices, Fits, fit_choices
 from calque.grid.bits import FLOAT, Bits
 from calque.network import Network, capture
-from calque.recipe import SEQUENTIAL, Recipe
+from calque.recipe import SEQUENTIAL, AdaQuant, Nearest, Parallel, RelativeRates, Search, Sequential
 from calque.run.checkpoint import Checkpoint
-from calque.settings import StepSizes
+from calque.settings import Method
 from networks import Net
 
 INPUTS = networks.images(40, seed=0)
@@ -35,9 +35,9 @@ CHOICES = {
 }
 WANTED = {(name, bits) for name, options in CHOICES.items() for bits in options if bits != FLOAT}
 # Step sizes of its own, so that tuning the recipes moves no result here.
-RATES = StepSizes(weight=0.01, weight_scale=3e-3, bias=1e-3, activation_scale=3e-3, zero_point=0.01)
-BASE = replace(SEQUENTIAL, rates=RATES)
-QUICK = replace(BASE, flavour="parallel", steps=STEPS, statistics="none")
+RATES = RelativeRates(weight=0.01, weight_scale=3e-3, bias=1e-3, activation_scale=3e-3, zero_point=0.01)
+FEW = AdaQuant(STEPS, RATES)
+QUICK = replace(SEQUENTIAL, fit=FEW, flavour=Parallel(), normalization=None)
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +45,13 @@ def network() -> Network:
     return capture(networks.seeded(networks.Residual()), {"image": INPUTS[:4]}, {})
 
 
-def job_of(network: Network, folder: Path | None = None, recipe: Recipe = BASE, **options: Any) -> Job:
+def job_of(network: Network, folder: Path | None = None, **options: Any) -> Job:
     batches = [{"image": part} for part in networks.pieces(INPUTS, [16, 16, 8])]
-    return Job(network, batches, recipe, checkpoint=Checkpoint(folder), **options)  # type: ignore[arg-type]  # batches
+    return Job(network, batches, checkpoint=Checkpoint(folder), **options)  # type: ignore[arg-type]  # batches
+
+
+def fitted(job: Job, choices: Choices, method: Method) -> Fits:
+    return fit_choices(job, choices, method, SEQUENTIAL.ranges)
 
 
 def same(one: Fits, other: Fits) -> bool:
@@ -66,7 +70,7 @@ def same(one: Fits, other: Fits) -> bool:
 
 @pytest.fixture(scope="module")
 def fits(network: Network) -> Fits:
-    return fit_choices(job_of(network), CHOICES, STEPS)
+    return fitted(job_of(network), CHOICES, FEW)
 
 
 def test_every_choice_but_float_has_a_fit_on_its_grid(network: Network, fits: Fits) -> None:
@@ -81,7 +85,7 @@ def test_every_choice_but_float_has_a_fit_on_its_grid(network: Network, fits: Fi
 
 
 def test_a_fit_is_never_worse_than_rounding_and_steps_improve_it(network: Network) -> None:
-    rounded, fits = (fit_choices(job_of(network), CHOICES, steps) for steps in (0, 4 * STEPS))
+    rounded, fits = (fitted(job_of(network), CHOICES, method) for method in (Nearest(), AdaQuant(4 * STEPS, RATES)))
 
     assert all(fit.after <= fit.before for fit in (*fits.values(), *rounded.values()))
     assert sum(fits[key].after < 0.99 * rounded[key].after for key in WANTED) >= 3
@@ -93,7 +97,7 @@ def test_the_fits_do_not_depend_on_the_number_of_workers(network: Network, fits:
     assert torch.get_num_threads() == 1  # where this process has more, only its own sums may differ
 
     with joblib.parallel_config(backend="threading" if workers == 4 else "loky"):
-        assert same(fit_choices(job_of(network, workers=workers), CHOICES, STEPS), fits)
+        assert same(fitted(job_of(network, workers=workers), CHOICES, FEW), fits)
     assert torch.get_num_threads() == 1
 
 
@@ -101,9 +105,9 @@ def test_the_fits_do_not_depend_on_the_order_or_the_presence_of_other_choices(ne
     backwards = {name: tuple(reversed(options)) for name, options in reversed(CHOICES.items())}
     alone = {**dict.fromkeys(CHOICES, ()), "conv2": (Bits(4, 6),)}
 
-    assert same(fit_choices(job_of(network), backwards, STEPS), fits)
+    assert same(fitted(job_of(network), backwards, FEW), fits)
     assert same(
-        fit_choices(job_of(network), alone, STEPS), {("conv2", Bits(4, 6)): fits["conv2", Bits(4, 6)]}
+        fitted(job_of(network), alone, FEW), {("conv2", Bits(4, 6)): fits["conv2", Bits(4, 6)]}
     )  # fmt: skip
 
 
@@ -112,15 +116,15 @@ def test_the_fits_do_not_depend_on_how_many_problems_wait_for_workers(
     network: Network, fits: Fits, workers: int | None
 ) -> None:
     with joblib.parallel_config(backend="threading"):
-        assert same(fit_choices(job_of(network, workers=workers, memory=1000), CHOICES, STEPS), fits)
+        assert same(fitted(job_of(network, workers=workers, memory=1000), CHOICES, FEW), fits)
 
 
 def test_another_seed_gives_other_fits(network: Network, fits: Fits) -> None:
-    assert not same(fit_choices(job_of(network, seed=1), CHOICES, STEPS), fits)
+    assert not same(fitted(job_of(network, seed=1), CHOICES, FEW), fits)
 
 
 def test_problems_are_deleted_and_results_stay_in_the_runs_folder(network: Network, tmp_path: Path) -> None:
-    fit_choices(job_of(network, tmp_path), CHOICES, 0)
+    fitted(job_of(network, tmp_path), CHOICES, Nearest())
 
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) == len(WANTED)
@@ -130,47 +134,47 @@ def test_problems_are_deleted_and_results_stay_in_the_runs_folder(network: Netwo
 def test_without_a_run_nothing_stays_on_disk(network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
-    fit_choices(job_of(network), CHOICES, 0)
+    fitted(job_of(network), CHOICES, Nearest())
 
     assert not list(tmp_path.iterdir())
 
 
 def test_half_of_the_results_are_made_again_as_they_were(network: Network, fits: Fits, tmp_path: Path) -> None:
-    fit_choices(job_of(network, tmp_path), CHOICES, STEPS)
+    fitted(job_of(network, tmp_path), CHOICES, FEW)
     results = sorted(path for path in tmp_path.rglob("*.safetensors"))
     for path in results[::2]:
         path.unlink()
     kept = {path: path.stat().st_mtime_ns for path in results[1::2]}
 
-    again = fit_choices(job_of(network, tmp_path), CHOICES, STEPS)
+    again = fitted(job_of(network, tmp_path), CHOICES, FEW)
 
     assert same(again, fits)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
 def test_a_damaged_result_is_made_again(network: Network, fits: Fits, tmp_path: Path) -> None:
-    fit_choices(job_of(network, tmp_path), CHOICES, STEPS)
+    fitted(job_of(network, tmp_path), CHOICES, FEW)
     spoiled = sorted(tmp_path.rglob("*.safetensors"))[0]
     spoiled.write_bytes(spoiled.read_bytes()[:50])
 
-    assert same(fit_choices(job_of(network, tmp_path), CHOICES, STEPS), fits)
+    assert same(fitted(job_of(network, tmp_path), CHOICES, FEW), fits)
 
 
 def test_finished_fits_are_not_made_again(network: Network, tmp_path: Path) -> None:
     calls: list[str] = []
-    fit_choices(job_of(network, tmp_path), CHOICES, 0)
+    fitted(job_of(network, tmp_path), CHOICES, Nearest())
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
 
-    fit_choices(job_of(network, tmp_path, progress=lambda *call: calls.append(call[0])), CHOICES, 0)
+    fitted(job_of(network, tmp_path, progress=lambda *call: calls.append(call[0])), CHOICES, Nearest())
 
     assert not calls
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == files
 
 
-def test_fits_of_other_steps_in_the_same_run_are_others(network: Network, fits: Fits, tmp_path: Path) -> None:
-    fit_choices(job_of(network, tmp_path), CHOICES, 0)  # as prices may have been measured
+def test_fits_by_another_method_in_the_same_run_are_others(network: Network, fits: Fits, tmp_path: Path) -> None:
+    fitted(job_of(network, tmp_path), CHOICES, Nearest())  # as prices may have been measured
 
-    assert same(fit_choices(job_of(network, tmp_path), CHOICES, STEPS), fits)
+    assert same(fitted(job_of(network, tmp_path), CHOICES, FEW), fits)
 
 
 class Counting(ThreadingBackend):  # type: ignore[misc]  # joblib ships no types
@@ -188,7 +192,7 @@ def test_a_backend_that_the_caller_registered_is_used_and_gives_the_same(network
     Counting.batches = 0
 
     with joblib.parallel_config(backend="counting"):
-        received = fit_choices(job_of(network, workers=2), CHOICES, STEPS)
+        received = fitted(job_of(network, workers=2), CHOICES, FEW)
 
     assert Counting.batches > 0
     assert same(received, fits)
@@ -196,13 +200,13 @@ def test_a_backend_that_the_caller_registered_is_used_and_gives_the_same(network
 
 @pytest.mark.parametrize("workers", [None, 2])
 def test_a_task_that_fails_raises_its_own_error(network: Network, tmp_path: Path, workers: int | None) -> None:
-    fit_choices(job_of(network, tmp_path), CHOICES, 0)
+    fitted(job_of(network, tmp_path), CHOICES, Nearest())
     path = next(tmp_path.rglob("conv1_w4a4*"))
     path.unlink()
     path.mkdir()  # a result cannot be written there
 
     with joblib.parallel_config(backend="threading"), pytest.raises(OSError, match="conv1_w4a4"):
-        fit_choices(job_of(network, tmp_path, workers=workers), CHOICES, 0)
+        fitted(job_of(network, tmp_path, workers=workers), CHOICES, Nearest())
 
 
 def test_an_operator_that_fails_is_named() -> None:
@@ -210,18 +214,18 @@ def test_an_operator_that_fails_is_named() -> None:
         networks.seeded(nn.Sequential(nn.Flatten(), nn.Linear(64, 3))), {"input": networks.images(4, 0)}, {}
     )
     batches = [{"input": networks.images(4, 0)}, {"input": networks.images(4, 0, side=9)}]
-    job = Job(network, batches, SEQUENTIAL)  # type: ignore[arg-type]  # batches of tensors
+    job = Job(network, batches)  # type: ignore[arg-type]  # batches of tensors
 
     with pytest.raises(CalibrationError, match="fails on calibration batch 1"):
-        fit_choices(job, dict.fromkeys(network.layers, (Bits(4, 4),)), 0)
+        fitted(job, dict.fromkeys(network.layers, (Bits(4, 4),)), Nearest())
 
 
 @pytest.mark.parametrize("workers", [None, 2])
 def test_whole_inputs_go_through_the_problems_files(network: Network, fits: Fits, workers: int | None) -> None:
-    whole = replace(BASE, patches="all")
+    whole = replace(FEW, patches="all")
 
     with joblib.parallel_config(backend="threading"):
-        received = fit_choices(job_of(network, recipe=whole, workers=workers), CHOICES, STEPS)
+        received = fitted(job_of(network, workers=workers), CHOICES, whole)
 
     assert all(fit.before == fits[key].before for key, fit in received.items())
     assert sum(fit.after < 0.99 * fit.before for fit in received.values()) >= 3
@@ -237,10 +241,10 @@ def test_whole_inputs_of_several_sizes_and_an_activation_with_arguments_are_fitt
     free = {"x": {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}}
     network = capture(net, {"x": networks.images(4, 0)}, free)
     batches = [{"x": networks.images(60, 0)}, {"x": networks.images(40, 1, side=10)}]
-    job = Job(network, batches, replace(BASE, patches="all"), workers=2)  # type: ignore[arg-type]  # of tensors
+    job = Job(network, batches, workers=2)  # type: ignore[arg-type]  # of tensors
 
     with joblib.parallel_config(backend="threading"):
-        fits = fit_choices(job, dict.fromkeys(network.layers, (Bits(3, 4),)), STEPS)
+        fits = fitted(job, dict.fromkeys(network.layers, (Bits(3, 4),)), replace(FEW, patches="all"))
 
     assert all(fit.after <= fit.before for fit in fits.values())
     assert any(fit.after < fit.before for fit in fits.values())
@@ -263,11 +267,11 @@ def test_the_parallel_flavour_has_the_codes_of_the_parallel_fits(network: Networ
 
     chosen = {name: (Bits.parse(bits),) for name, bits in plan.items()}
     whole = replace(job_of(network), batches=[{"image": INPUTS}])
-    expected = fit_choices(whole, chosen, STEPS)
+    expected = fitted(whole, chosen, FEW)
     for (name, _), fit in expected.items():
         assert torch.equal(q.layers[name].codes.flatten(), fit.codes.flatten()), name
         assert torch.equal(q.layers[name].codes, alone.layers[name].codes)
-    sequential = calque.quantize(model, INPUTS, plan=q.plan, recipe=replace(QUICK, flavour="sequential"))
+    sequential = calque.quantize(model, INPUTS, plan=q.plan, recipe=replace(QUICK, flavour=Sequential()))
     assert any(not torch.equal(q.layers[n].codes, sequential.layers[n].codes) for n in plan)
 
 
@@ -276,7 +280,7 @@ def test_the_flavours_differ_but_for_the_first_layer() -> None:
 
     parallel, sequential = (
         calque.quantize(model, INPUTS, bits="w3a3", recipe=replace(QUICK, flavour=flavour))
-        for flavour in ("parallel", "sequential")
+        for flavour in (Parallel(), Sequential())
     )
 
     assert not torch.equal(parallel.layers["down"].codes, sequential.layers["down"].codes)
@@ -298,20 +302,20 @@ class Twice(nn.Module):
 
 
 def test_tied_layers_of_the_parallel_flavour_share_codes_and_the_scales_that_belong_to_them() -> None:
-    q = calque.quantize(networks.seeded(Twice()), INPUTS, bits="w2a8", first_last=None, recipe=replace(QUICK, steps=0))
+    q = calque.quantize(
+        networks.seeded(Twice()), INPUTS, bits="w2a8", first_last=None, recipe=replace(QUICK, fit=Nearest())
+    )
 
     assert torch.equal(q.layers["twice"].codes, q.layers["twice#2"].codes)
     assert torch.equal(q.layers["twice"].scale, q.layers["twice#2"].scale)
 
 
 def test_a_run_of_the_parallel_flavour_under_a_budget_is_the_same_in_a_folder_and_without(tmp_path: Path) -> None:
-    model = networks.seeded(networks.Residual())
+    model, recipe = networks.seeded(networks.Residual()), replace(QUICK, search=Search(finalists=1))
+    budget = calque.Budget(size=0.92)
 
     def run(folder: Path | None) -> dict[str, Tensor]:
-        q = calque.quantize(
-            model, INPUTS, bits=("w8a8", "w3a4"), budget=calque.Budget(size=0.92), recipe=replace(QUICK, finalists=1),
-            run=folder,
-        )  # fmt: skip
+        q = calque.quantize(model, INPUTS, bits=("w8a8", "w3a4"), budget=budget, recipe=recipe, run=folder)
         return {name: layer.codes for name, layer in q.layers.items()}
 
     kept, again, free = run(tmp_path), run(tmp_path), run(None)

@@ -11,13 +11,16 @@ import torch
 
 import calque
 import networks
-from calque.recipe import ADVANCED
+from calque.recipe import ADVANCED, AdaQuant, Parallel, Search
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install calque[ray]")
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Ray's own warnings are not ours to mend
 
-RECIPE = replace(ADVANCED, name="quick", flavour="parallel", steps=10, search_steps=10, priced_inputs=64, finalists=2)
+RECIPE = replace(
+    ADVANCED, name="quick", fit=AdaQuant(steps=10), flavour=Parallel(),
+    search=Search(AdaQuant(steps=10), priced_inputs=64, finalists=2),
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -9,24 +9,21 @@ from torch import Tensor, nn
 import calque
 import networks
 from calque.errors import CaptureError
-from calque.fitting.layer import Settings, solve_
+from calque.fitting.layer import solve_
 from calque.fitting.problem import Grid, LayerProblem
 from calque.grid.bits import Placement
 from calque.network import capture
 from calque.quantized.model import QuantizedModel
-from calque.recipe import NO_TUNING, RECIPES, Recipe
-from calque.settings import Solver
+from calque.recipe import RECIPES, AdaQuant, ClosedForm, Recipe
+from calque.settings import Method
+from recipes import shortened
 from slow import slow
 
 INPUTS = networks.images(20, seed=0, channels=2, side=5)
 POWERS = [(-40, 30), (30, -40), (-90, -90)]  # of two: of the inputs, of the outputs
-SHORT = {
-    name: replace(recipe, steps=min(recipe.steps, 6), tuning=replace(recipe.tuning, steps=min(recipe.tuning.steps, 4)))
-    for name, recipe in RECIPES.items()
-    if name != "accurate"
-}
+SHORT = {name: shortened(recipe, steps=6) for name, recipe in RECIPES.items() if name != "accurate"}
 # its tuning follows the softmax of the outputs, which is another one in another unit
-SHORT["paper-2021"] = replace(SHORT["paper-2021"], tuning=NO_TUNING)
+SHORT["paper-2021"] = replace(SHORT["paper-2021"], tuning=None)
 
 
 class Small(nn.Module):
@@ -182,13 +179,11 @@ def layer_problem(unit: float) -> LayerProblem:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("solver", ["adaquant", "closed_form"])
-def test_a_fit_in_any_unit_has_the_same_codes(solver: Solver) -> None:
-    settings = Settings("output", 10, SHORT["sequential"].rates, solver)
-
+@pytest.mark.parametrize("method", [AdaQuant(steps=10), ClosedForm(rounds=10)], ids=str)
+def test_a_fit_in_any_unit_has_the_same_codes(method: Method) -> None:
     def fit(unit: float) -> tuple[Tensor, Tensor, float]:
         grid = Grid(torch.tensor(0.1 * unit), torch.tensor(30, dtype=torch.int32), 63)
-        found = solve_(layer_problem(unit), grid, 4, settings, torch.Generator().manual_seed(0))
+        found = solve_(layer_problem(unit), grid, 4, method, torch.Generator().manual_seed(0), weight_range="output")
         return found.codes, found.bias / unit, found.after
 
     plain, small_unit = fit(1.0), fit(2.0**-80)

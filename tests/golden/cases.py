@@ -10,7 +10,7 @@ import calque
 import networks
 from calque.errors import CaptureWarning
 from calque.grid.bits import Bits
-from calque.recipe import RECIPES, Recipe
+from calque.recipe import RECIPES, AdaQuant, Blocks, Parallel, Recipe
 from text_networks import FREE, Encoder, sentences, trained_encoder
 
 IMAGES = 96
@@ -20,14 +20,15 @@ BITS = ("w8a8", "w2a4")
 def short(name: str) -> Recipe:
     """The shipped recipe with fewer steps, and none that a clock bounds."""
     recipe = RECIPES[name]
-    adaquant = recipe.solver == "adaquant"
-    return replace(
-        recipe,
-        steps=min(recipe.steps, 20) if adaquant else recipe.steps,
-        search_steps=min(recipe.search_steps, 10),
-        distillation=replace(recipe.distillation, minutes=0, steps=6) if recipe.distillation else recipe.distillation,
-        tuning=replace(recipe.tuning, steps=min(recipe.tuning.steps, 5)),
-    )
+    if isinstance(recipe.fit, AdaQuant):
+        recipe = replace(recipe, fit=replace(recipe.fit, steps=20))
+    if isinstance(recipe.search.fit, AdaQuant):
+        recipe = replace(recipe, search=replace(recipe.search, fit=replace(recipe.search.fit, steps=10)))
+    if recipe.distillation is not None:
+        recipe = replace(recipe, distillation=replace(recipe.distillation, minutes=0, steps=6))
+    if recipe.tuning is not None:
+        recipe = replace(recipe, tuning=replace(recipe.tuning, steps=5))
+    return recipe
 
 
 def images(**options: object) -> Callable[[], nn.Module]:
@@ -62,8 +63,8 @@ def plan() -> nn.Module:
 def cases() -> dict[str, Callable[[], nn.Module]]:
     """Every recorded call by its name."""
     candidates = ("w8a8", "w4a4", "w2a4")
-    parallel = replace(short("sequential"), name="parallel", flavour="parallel")
-    blocks = replace(short("sequential"), name="blocks", block_steps=10)
+    parallel = replace(short("sequential"), name="parallel", flavour=Parallel())
+    blocks = replace(short("sequential"), name="blocks", blocks=Blocks(steps=10))
     found = {f"{name} {bits}": images(bits=bits, recipe=short(name)) for name in RECIPES for bits in BITS}
     found |= {
         "parallel w4a4": images(bits="w4a4", recipe=parallel),

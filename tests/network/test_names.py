@@ -22,13 +22,13 @@ from calque.network.spelling import respellings
 from calque.network.tensors import named_tensors
 from calque.quantized.model import QuantizedModel
 from calque.quantized.placement import place
-from calque.recipe import ACCURATE, FAST
+from calque.recipe import FAST, Distillation
 from networks import Net
 from slow import slow
 
 X = torch.randn(40, 6, 8, generator=torch.Generator().manual_seed(0))
 OUTLIERS = X * torch.tensor([1.0, 1, 1, 1, 1, 1, 1, 100])
-TRAINED = replace(FAST, distillation=replace(ACCURATE.distillation, minutes=0, steps=4))
+TRAINED = replace(FAST, distillation=Distillation(steps=4))
 
 
 def journey(model: nn.Module, batch: object, folder: Path, **options: object) -> QuantizedModel:

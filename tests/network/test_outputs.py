@@ -16,7 +16,7 @@ import calque
 from calque.errors import CaptureError
 from calque.network import capture
 from calque.network.outputs import flatten_outputs
-from calque.recipe import ACCURATE, FAST, Recipe, find_recipe
+from calque.recipe import FAST, Distillation, Recipe, Tuning
 from networks import Net, Plain
 
 X = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
@@ -134,8 +134,8 @@ def test_a_constant_that_differs_between_calls_is_refused() -> None:
 
 
 TRAINED = {
-    "distilled": replace(FAST, distillation=replace(ACCURATE.distillation, minutes=0, steps=2)),
-    "tuned": replace(FAST, tuning=replace(find_recipe("advanced").tuning, steps=2)),
+    "distilled": replace(FAST, distillation=Distillation(steps=2)),
+    "tuned": replace(FAST, tuning=Tuning(steps=2)),
 }
 
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 import calque
 import networks
 from calque.network import Network, capture
-from calque.recipe import SEQUENTIAL
+from calque.recipe import SEQUENTIAL, AdaQuant
 from networks import Net
 
 X = networks.images(16, seed=0)
-SHORT = replace(SEQUENTIAL, name="short", steps=5)  # gradient descent
+SHORT = replace(SEQUENTIAL, name="short", fit=AdaQuant(steps=5))  # gradient descent
 
 
 def parts() -> dict[str, nn.Module]:

@@ -27,9 +27,9 @@ import networks
 from calque.errors import SurroundingsError
 from calque.network.surroundings import require_exact_products
 from calque.quantized.model import QuantizedModel
-from calque.recipe import SEQUENTIAL
+from calque.recipe import SEQUENTIAL, AdaQuant
 
-SHORT = replace(SEQUENTIAL, name="short", steps=8)  # gradient descent
+SHORT = replace(SEQUENTIAL, name="short", fit=AdaQuant(steps=8))  # gradient descent
 X = networks.images(24, seed=0)
 Codes = dict[str, tuple[Tensor, ...]]
 

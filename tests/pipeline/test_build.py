@@ -20,11 +20,11 @@ from calque.grid.bits import Placement
 from calque.network import Network, WeightedLayer, capture
 from calque.pipeline.build import float_outputs
 from calque.quantized.modules import QuantizedLayer
-from calque.recipe import FAST, NEAREST
+from calque.recipe import FAST, NEAREST, Normalization
 from calque.run.spill import Store
 from networks import Net
 
-TRAINED = replace(NEAREST, statistics="trained")
+TRAINED = replace(NEAREST, normalization=Normalization("trained"))
 INPUTS = networks.images(64, seed=0)
 
 
@@ -142,7 +142,7 @@ def test_a_layer_without_any_variance_keeps_its_gain() -> None:
 
 def test_float_outputs_are_those_of_the_model_batch_by_batch(network: Network) -> None:
     parts = networks.pieces(INPUTS, [50, 14])
-    job = Job(network, [{"x": part} for part in parts], NEAREST)
+    job = Job(network, [{"x": part} for part in parts])
 
     found = float_outputs(job)
 
@@ -151,14 +151,14 @@ def test_float_outputs_are_those_of_the_model_batch_by_batch(network: Network) -
 
 
 def test_a_batch_that_the_network_fails_on_is_named(network: Network) -> None:
-    job = Job(network, [{"x": INPUTS}, {"x": networks.images(3, 0, channels=2)}], NEAREST)
+    job = Job(network, [{"x": INPUTS}, {"x": networks.images(3, 0, channels=2)}])
 
     with pytest.raises(CalibrationError, match="the network fails on calibration batch 1"):
         float_outputs(job)
 
 
 def test_guarded_statistics_end_where_the_outputs_are_closest(trained: networks.Residual, calibration: Tensor) -> None:
-    recipes = {name: replace(FAST, statistics=name) for name in ("none", "guarded")}
+    recipes = {"none": replace(FAST, normalization=None), "guarded": FAST}
     reference = [trained(calibration).detach()]
 
     losses = {
@@ -200,7 +200,7 @@ def test_guarded_statistics_are_undone_where_the_outputs_are_no_closer(
     )
 
     kept, undone = (calque.quantize(trained, calibration, bits="w3a3", recipe=FAST) for _ in range(2))
-    plain = calque.quantize(trained, calibration, bits="w3a3", recipe=replace(FAST, statistics="none"))
+    plain = calque.quantize(trained, calibration, bits="w3a3", recipe=replace(FAST, normalization=None))
 
     assert torch.equal(undone(calibration), plain(calibration))
     assert not torch.equal(kept(calibration), plain(calibration))

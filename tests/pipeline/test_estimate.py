@@ -17,8 +17,20 @@ from calque.grid.bits import Bits
 from calque.network import Network, capture
 from calque.pipeline.effort import Effort, Speed
 from calque.pipeline.estimate import Forecast, forecast
-from calque.recipe import ADVANCED, RECIPES, Recipe
+from calque.recipe import (
+    ADVANCED,
+    RECIPES,
+    AdaQuant,
+    Blocks,
+    ClosedForm,
+    Distillation,
+    Recipe,
+    Search,
+    Sequential,
+    Tuning,
+)
 from calque.run.progress import Phase
+from recipes import shortened
 
 PASS = 0.01  # seconds of the float network for one input
 SPEED = Speed(call=3e-6, value=1e-10, fresh=3e-10, product=2e-11)
@@ -42,9 +54,9 @@ def foreseen(
     spent: float = 0.0,
 ) -> Forecast:
     batches = [{"image": networks.images(1, seed=0).expand(inputs, 1, networks.SIDE, networks.SIDE)}]
-    job = Job(network, batches, recipe, memory=memory, workers=workers)  # type: ignore[arg-type]  # of tensors
+    job = Job(network, batches, memory=memory, workers=workers)  # type: ignore[arg-type]  # of tensors
     choices: Choices = dict.fromkeys(network.layers, tuple(Bits(8 - index, 8) for index in range(candidates)))
-    return forecast(job, choices, PASS * inputs, search=search, spent=spent, speed=speed)
+    return forecast(job, choices, recipe, PASS * inputs, search=search, spent=spent, speed=speed)
 
 
 @given(
@@ -61,11 +73,15 @@ def test_more_images_never_take_less_time(network: Network, name: str, inputs: i
 
 
 WORK: dict[str, Callable[[Recipe, int], Recipe]] = {
-    "steps": lambda recipe, n: replace(recipe, steps=4000 * n),
-    "search_steps": lambda recipe, n: replace(recipe, search_steps=4000 * n),
-    "finalists": lambda recipe, n: replace(recipe, finalists=3 * n),
-    "tuning": lambda recipe, n: replace(recipe, tuning=replace(recipe.tuning, steps=400 * n)),
-    "priced_inputs": lambda recipe, n: replace(recipe, priced_inputs=30 * n),
+    "steps": lambda recipe, n: replace(recipe, fit=AdaQuant(4000 * n)),
+    "whole inputs": lambda recipe, n: replace(recipe, flavour=Sequential(), fit=AdaQuant(4000 * n, patches="all")),
+    "rounds": lambda recipe, n: replace(recipe, fit=ClosedForm(4000 * n)),
+    "blocks": lambda recipe, n: replace(recipe, flavour=Sequential(), blocks=Blocks(400 * n)),
+    "search's steps": lambda recipe, n: replace(recipe, search=replace(recipe.search, fit=AdaQuant(4000 * n))),
+    "finalists": lambda recipe, n: replace(recipe, search=replace(recipe.search, finalists=3 * n)),
+    "distillation": lambda recipe, n: replace(recipe, distillation=Distillation(minutes=n)),
+    "tuning": lambda recipe, n: replace(recipe, tuning=Tuning(steps=400 * n)),
+    "priced_inputs": lambda recipe, n: replace(recipe, search=replace(recipe.search, priced_inputs=30 * n)),
 }
 
 
@@ -80,7 +96,7 @@ def test_more_work_takes_longer(network: Network, name: str, field: str) -> None
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_more_candidates_take_longer_and_more_workers_do_not(network: Network, name: str) -> None:
-    recipe = replace(RECIPES[name], search_steps=20_000)
+    recipe = replace(RECIPES[name], search=Search(AdaQuant(20_000)))
 
     by_candidates = [foreseen(network, recipe=recipe, candidates=n).seconds for n in (1, 3, 7)]
     by_workers = [foreseen(network, recipe=recipe, workers=n).seconds for n in (None, 1, 4)]
@@ -138,10 +154,7 @@ def test_the_speed_of_this_machine_is_measured() -> None:
 )
 def test_every_phase_that_a_run_tells_of_is_foreseen(name: str, search: bool) -> None:
     told: list[str] = []
-    recipe = replace(RECIPES[name], steps=min(2, RECIPES[name].steps), search_steps=min(2, RECIPES[name].search_steps))
-    recipe = replace(recipe, tuning=replace(recipe.tuning, steps=min(2, recipe.tuning.steps)))
-    if recipe.distillation:
-        recipe = replace(recipe, distillation=replace(recipe.distillation, minutes=0, steps=2))
+    recipe = shortened(RECIPES[name], steps=2)
     options: dict[str, Any] = {"bits": "w4a4"}
     if search:
         options = {"bits": ("w8a8", "w4a4", "w2a4"), "budget": calque.Budget(size=0.85)}

@@ -19,7 +19,6 @@ from calque.network import Batch, Network, Signature, capture
 from calque.pipeline.guard import Guarded, guard
 from calque.pipeline.trial import survey
 from calque.quantized.model import QuantizedModel
-from calque.recipe import NEAREST
 from networks import Net
 
 INPUTS = networks.images(96, seed=3, channels=3)
@@ -278,7 +277,7 @@ def captured(model: nn.Module) -> tuple[Network, list[Batch]]:
 
 
 def guarded(network: Network, batches: list[Batch]) -> Guarded:
-    return guard(Job(network, batches, NEAREST), dict.fromkeys(network.layers, (Bits(8, 8),)), {}, {})
+    return guard(Job(network, batches), dict.fromkeys(network.layers, (Bits(8, 8),)), {}, {})
 
 
 def test_a_healthy_network_keeps_every_grid(trained: networks.Residual, calibration: Tensor) -> None:

@@ -15,6 +15,7 @@ from calque.errors import CalibrationWarning
 from calque.pipeline.outliers import FEWEST, few, many
 from calque.quantized.model import QuantizedModel
 from calque.recipe import RECIPES
+from recipes import shortened
 
 
 def noise(count: int, seed: int) -> Tensor:
@@ -108,8 +109,7 @@ def spoiled(*rows: int) -> Tensor:
 
 @pytest.mark.parametrize("recipe", ["nearest", "light", "fast", "paper-2021"])
 def test_a_row_that_is_not_scaled_changes_nothing_but_a_note(recipe: str) -> None:
-    short = RECIPES[recipe]
-    short = replace(short, steps=min(short.steps, 3), tuning=replace(short.tuning, steps=0))
+    short = replace(shortened(RECIPES[recipe], steps=3), tuning=None)
     others = torch.cat([IMAGES[:60], IMAGES[61:]])
 
     q, said = quantized(networks.pieces(spoiled(60), [40, 50, 6]), recipe=short)

@@ -14,12 +14,12 @@ import networks
 from calque.errors import CalibrationError, CalibrationWarning, SpecError
 from calque.grid.bits import FLOAT, Bits, Placement, Plan
 from calque.quantized.model import QuantizedModel
-from calque.recipe import FAST, NEAREST, SEQUENTIAL
+from calque.recipe import FAST, NEAREST, RATES, SEQUENTIAL, AdaQuant, Blocks
 from networks import Net
 from slow import slow
 
 INPUTS = networks.images(60, seed=0)
-QUICK = replace(SEQUENTIAL, steps=24)
+QUICK = replace(SEQUENTIAL, fit=AdaQuant(steps=24))
 
 
 @pytest.fixture(scope="module")
@@ -549,7 +549,8 @@ def test_a_single_input_is_no_reason_for_another_librarys_warning(net: nn.Module
 
 
 def test_fits_that_gain_nothing_are_named(net: nn.Module) -> None:
-    wild = replace(QUICK, rates=replace(QUICK.rates, weight=1e6, weight_scale=1e6, activation_scale=1e6, bias=1e6))
+    rates = replace(RATES, weight=1e6, weight_scale=1e6, activation_scale=1e6, bias=1e6)
+    wild = replace(QUICK, fit=AdaQuant(24, rates))
 
     q = calque.quantize(net, INPUTS, bits="w4a4", recipe=wild)
 
@@ -561,9 +562,9 @@ def test_fits_that_gain_nothing_are_named(net: nn.Module) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::calque.errors.CalibrationWarning")
-def test_block_steps_without_a_block_are_noted() -> None:
+def test_blocks_that_are_not_there_are_noted() -> None:
     chain = networks.small()
 
-    q = calque.quantize(chain, INPUTS, bits="w4a4", recipe=replace(QUICK, block_steps=5))
+    q = calque.quantize(chain, INPUTS, bits="w4a4", recipe=replace(QUICK, blocks=Blocks(steps=5)))
 
     assert any("no block" in note for note in q.report.notes)

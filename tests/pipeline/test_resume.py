@@ -21,21 +21,21 @@ import calque
 import networks
 from calque.errors import SpecError
 from calque.quantized.model import QuantizedModel
-from calque.recipe import ADVANCED, SEQUENTIAL
+from calque.recipe import ADVANCED, SEQUENTIAL, AdaQuant, Blocks, Nearest, Parallel, Search, Tuning
 from slow import slow
 
-QUICK = replace(SEQUENTIAL, name="quick", steps=20)
+QUICK = replace(SEQUENTIAL, name="quick", fit=AdaQuant(steps=20))
 SEARCH = replace(
-    ADVANCED, name="search", steps=8, search_steps=5, priced_inputs=64, finalists=2,
-    tuning=replace(ADVANCED.tuning, steps=5),
+    ADVANCED, name="search", fit=AdaQuant(steps=8), tuning=Tuning(steps=5),
+    search=Search(AdaQuant(steps=5), priced_inputs=64, finalists=2),
 )  # fmt: skip
 CANDIDATES, BUDGET = ("w8a8", "w4a4", "w2a4"), calque.Budget(size=0.83)
-BLOCKS = replace(QUICK, block_steps=5, tuning=replace(ADVANCED.tuning, steps=5))
+BLOCKS = replace(QUICK, blocks=Blocks(steps=5), tuning=Tuning(steps=5))
 CASES: dict[str, dict[str, Any]] = {
     "fixed bits": {"bits": "w4a4", "recipe": QUICK},
     "blocks and biases": {"bits": "w4a4", "recipe": BLOCKS},
     "budget": {"bits": CANDIDATES, "budget": BUDGET, "recipe": SEARCH},
-    "budget, parallel": {"bits": CANDIDATES, "budget": BUDGET, "recipe": replace(SEARCH, flavour="parallel")},
+    "budget, parallel": {"bits": CANDIDATES, "budget": BUDGET, "recipe": replace(SEARCH, flavour=Parallel())},
     "workers": {"bits": CANDIDATES, "budget": BUDGET, "recipe": SEARCH, "workers": 2},
 }
 INPUTS = networks.images(48, seed=0)
@@ -240,7 +240,7 @@ def test_a_damaged_result_is_assembled_again_from_its_pieces(tmp_path: Path) -> 
 def test_pieces_that_are_missing_or_damaged_are_made_again_and_no_others(tmp_path: Path) -> None:
     expected = result(quantized("budget", tmp_path))
     before = pieces(tmp_path)
-    gone, damaged = sorted(name for name in before if name.startswith("fits-5"))[:2]
+    gone, damaged = sorted(name for name in before if name.startswith("fits-"))[:2]
     for kept in tmp_path.glob("result*"):  # which would be returned as it is
         kept.unlink()
     (tmp_path / gone).unlink()
@@ -290,7 +290,7 @@ def _other_weights() -> nn.Module:
 
 
 STARTED: dict[str, Any] = {
-    "model": network, "calibration": INPUTS, "bits": "w4a4", "recipe": replace(QUICK, steps=0),
+    "model": network, "calibration": INPUTS, "bits": "w4a4", "recipe": replace(QUICK, fit=Nearest()),
 }  # fmt: skip
 
 
@@ -310,7 +310,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("change", "named"),
     [
         ({"recipe": "light"}, "recipe"),
-        ({"recipe": replace(QUICK, steps=21)}, "recipe"),
+        ({"recipe": replace(QUICK, fit=AdaQuant(steps=21))}, "recipe"),
         ({"seed": 1}, "seed"),
         ({"model": _other_weights}, "weights"),
         ({"model": _other_stride}, "network"),

@@ -23,14 +23,19 @@ from calque.pipeline.search import _best, finalists
 from calque.quantized.model import QuantizedModel
 from calque.quantized.placement import place
 from calque.quantized.prices import Prices
-from calque.recipe import LIGHT, SEQUENTIAL
+from calque.recipe import LIGHT, Recipe, Search, Sequential, Tuning
 from calque.report import Finalist
 from networks import Net
 from slow import slow
 
-QUICK = replace(LIGHT, name="quick", search_steps=0, priced_inputs=64, finalists=3)
+QUICK = replace(LIGHT, name="quick", search=Search(priced_inputs=64, finalists=3))
 LADDER = ("w8a8", "w4a4", "w2a4")
 LAYERS = ("stem", "conv1", "conv2", "down", "head")
+
+
+def measuring(finalists: int) -> Recipe:
+    """The quick recipe with that many finalists."""
+    return replace(QUICK, search=replace(QUICK.search, finalists=finalists))
 
 
 @pytest.fixture(scope="module")
@@ -274,8 +279,7 @@ def test_tied_layers_with_different_choices_are_refused(inputs: Tensor) -> None:
 
 
 def test_the_chosen_finalist_has_the_least_measured_loss(model: nn.Module, inputs: Tensor) -> None:
-    recipe = replace(QUICK, finalists=3)
-    q = calque.quantize(model, inputs, bits=LADDER, budget=Budget(size=0.83), recipe=recipe, loss="kl")
+    q = calque.quantize(model, inputs, bits=LADDER, budget=Budget(size=0.83), recipe=QUICK, loss="kl")
 
     found = q.report.finalists
     (chosen,) = [each for each in found if each.chosen]
@@ -285,7 +289,7 @@ def test_the_chosen_finalist_has_the_least_measured_loss(model: nn.Module, input
     assert [each.predicted for each in found[:3]] == sorted(each.predicted for each in found[:3])
     for each in found:
         built = calque.quantize(
-            model, inputs, plan=calque.Plan({n: Bits.parse(b) for n, b in each.plan.items()}), recipe=recipe
+            model, inputs, plan=calque.Plan({n: Bits.parse(b) for n, b in each.plan.items()}), recipe=QUICK
         )
         assert built.report.file_size <= each.size
         assert each.measured == pytest.approx(kl(model, built, inputs) - prices_of(q).base_loss, rel=1e-4, abs=1e-7)
@@ -298,9 +302,7 @@ def kl(model: nn.Module, q: nn.Module, inputs: Tensor) -> float:
 
 
 def test_the_uniform_plan_that_keeps_the_budget_is_a_finalist(model: nn.Module, inputs: Tensor) -> None:
-    q = calque.quantize(
-        model, inputs, bits=("w8a8", "w4a8", "w4a4"), budget=Budget(size=6900), recipe=replace(QUICK, finalists=1)
-    )
+    q = calque.quantize(model, inputs, bits=("w8a8", "w4a8", "w4a4"), budget=Budget(size=6900), recipe=measuring(1))
 
     uniform = [each for each in q.report.finalists if len(set(each.plan.values())) == 1]
     assert [each.plan["stem"] for each in uniform] == ["w4a8"]  # w8a8 takes 7.1 kB, w4a4 has the larger price
@@ -355,7 +357,7 @@ def test_finalists_of_the_dual_form_come_in_the_order_of_their_cost(groups: int,
 
 def test_in_the_dual_form_the_cheapest_that_keeps_the_loss_is_chosen(model: nn.Module, inputs: Tensor) -> None:
     budget = Budget(loss=0.05, minimize="size")
-    q = calque.quantize(model, inputs, bits=("w8a8", "w6a6", "w4a4"), budget=budget, recipe=replace(QUICK, finalists=4))
+    q = calque.quantize(model, inputs, bits=("w8a8", "w6a6", "w4a4"), budget=budget, recipe=measuring(4))
 
     kept = [each for each in q.report.finalists if each.measured <= 0.05]
     assert kept
@@ -425,7 +427,7 @@ def test_outputs_that_are_not_rows_do_not_weigh_the_batches(inputs: Tensor) -> N
 
 
 def test_a_recipe_with_tuning_tunes_the_chosen_finalist_alone(model: nn.Module, inputs: Tensor) -> None:
-    tuned = replace(QUICK, tuning=replace(SEQUENTIAL.tuning, steps=8))
+    tuned = replace(QUICK, tuning=Tuning(steps=8))
     calls: list[str] = []
 
     q = calque.quantize(
@@ -467,8 +469,8 @@ def test_two_heads_of_other_bits_leave_their_trunk_float_and_the_memory_budget_k
 def test_prices_do_not_depend_on_the_migration_of_channel_scales(model: nn.Module, inputs: Tensor) -> None:
     """The candidates are fitted to unscaled channels, so the network that they are priced in has none that are scaled."""
     moved, plain = (
-        calque.quantize(model, inputs, bits=LADDER, budget=Budget(size=0.84), recipe=replace(QUICK, migration=exponent))
-        for exponent in (1.0, 0.0)
+        calque.quantize(model, inputs, bits=LADDER, budget=Budget(size=0.84), recipe=replace(QUICK, flavour=flavour))
+        for flavour in (Sequential(channel_scales=1.0), Sequential())
     )
 
     assert prices_of(moved).increases == prices_of(plain).increases

@@ -18,7 +18,7 @@ from calque.grid.bits import Bits
 from calque.network import Geometry, Signature, capture
 from calque.quantized.model import QuantizedModel
 from calque.quantized.modules import QuantizedLayer
-from calque.recipe import ACCURATE, FAST
+from calque.recipe import ACCURATE, FAST, Distillation, Sequential
 from text_networks import FREE, HEADS, LENGTH, Encoder, sentences, trained_encoder
 
 
@@ -135,7 +135,7 @@ def test_what_stands_in_padding_changes_no_layer(trained: Encoder) -> None:
 
 
 def test_channel_scales_take_the_outliers_out(trained: Encoder) -> None:
-    plain = replace(FAST, migration=0.0)
+    plain = replace(FAST, flavour=Sequential())
 
     with_scales, without = (
         decibels(trained, quantized(trained, bits="w8a8", recipe=recipe)) for recipe in ("fast", plain)
@@ -248,7 +248,7 @@ def test_budget_includes_tables(trained: Encoder) -> None:
 
 @pytest.mark.slow
 def test_accurate_distills_an_encoder(trained: Encoder) -> None:
-    short = replace(ACCURATE, distillation=replace(ACCURATE.distillation, minutes=0, steps=8))
+    short = replace(ACCURATE, distillation=Distillation(steps=8))
     q = quantized(trained, bits="w4a4", recipe=short)
 
     assert q.report.distilled is not None
@@ -303,7 +303,7 @@ def test_smoothing_changes_no_output(trained: Encoder) -> None:
     batch = sentences(32, seed=4)
     batches = prepare(batch, Signature.of(trained), torch.device("cpu"))
     network = capture(trained, batches[0])
-    job = Job(network, batches, FAST)
+    job = Job(network, batches)
     scaled, _ = smooth(job, {name: (Bits(4, 4),) for name in network.layers})
 
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What every stage of a run reads: the network, its inputs, the recipe and where finished pieces are kept."""
+"""What every stage of a run reads: the network, its inputs and where finished pieces are kept."""
 
 import zlib
 from collections.abc import Callable
@@ -13,7 +13,6 @@ from calque.calibration.batches import token_masks
 from calque.grid.bits import Placement
 from calque.network import Batch, Network
 from calque.network.signature import flatten, rows, select, values
-from calque.recipe import Recipe
 from calque.run.checkpoint import Checkpoint
 from calque.run.progress import Progress, silent
 from calque.run.spill import Store
@@ -37,7 +36,6 @@ class Job:
 
     network: Network
     batches: list[Batch]
-    recipe: Recipe
     placement: Placement = "integer"
     seed: int = 0
     memory: int = 2 * 10**9

@@ -61,11 +61,12 @@ def tune_biases(
     fitted, held_out = hold_out(batches, references)
     network = Executable(module)
     before = network.loss(held_out or fitted, loss)
-    if not held_out or not network.layers or not tuning.steps:
+    if not held_out or not network.layers:
         return Tuned(before, before, 0)
     if not math.isfinite(before):
         raise SpecError(
-            f"the loss is {before} on the held-out inputs before any tuning. Pass a loss that is finite, or tune for 0 steps."
+            f"the loss is {before} on the held-out inputs before any tuning. Pass a loss that is finite, or a recipe without "
+            "tuning."
         )
     start = Best(network.modules(), before, 0)
     kept = start

@@ -29,7 +29,7 @@ from calque.gains import Distilled
 from calque.network import Batch
 from calque.quantized.learnable import Kind, LearnableCodes, LearnableLayer, LearnableQuantizer, LearnableScale
 from calque.quantized.modules import QuantizedLayer, Quantizer
-from calque.settings import Distillation, StepSizes
+from calque.settings import Distillation
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,6 @@ def distill(
     loss: Loss,
     how: Distillation,
     *,
-    rates: StepSizes,
     fixed_codes: Collection[str],
     memory: int,
     generator: torch.Generator,
@@ -66,16 +65,13 @@ def distill(
         teacher: the float network's, alike.
         references: the float network's output leaves on each batch.
         loss: of reference and output leaves, the mean over rows, differentiable in the outputs.
-        rates: relative ones.
         fixed_codes: layers that share their weights with another one; their codes stay.
         memory: bytes for a backward pass, by an estimate; one row is always executed.
         on_step: called with the steps done and the steps in all.
 
     Raises:
-        SpecError: absolute rates; a loss without a gradient, or one that is not finite at the start.
+        SpecError: a loss without a gradient, or one that is not finite at the start.
     """
-    if rates.unit != "relative":
-        raise SpecError(f'distillation needs relative rates: set their unit to "relative". Got {rates.unit!r}.')
     started = time.perf_counter()
     fitted, held_out = hold_out(batches, references)
     network = Executable(module)
@@ -84,13 +80,13 @@ def distill(
     checking = time.perf_counter()
     before = network.loss(judged or fitted, loss)
     checking = time.perf_counter() - checking
-    if not held_out or not network.layers or not how:
+    if not held_out or not network.layers:
         return Distilled(before, before, 0, 0, time.perf_counter() - started)
     if not math.isfinite(before):
         raise SpecError(
             f"the loss is {before} on the held-out inputs before distillation. Pass one that is finite, or another recipe."
         )
-    student = _Student(network, alike(fitted), teacher, loss, how, rates=rates, fixed_codes=fixed_codes, memory=memory)
+    student = _Student(network, alike(fitted), teacher, loss, how, fixed_codes=fixed_codes, memory=memory)
     steps = how.steps or student.steps_in(60 * how.minutes - checking * len(CHECKS) - (time.perf_counter() - started))
     start = Best(student.start(), before, 0)
     kept = start
@@ -123,7 +119,6 @@ class _Student:
         loss: Loss,
         how: Distillation,
         *,
-        rates: StepSizes,
         fixed_codes: Collection[str],
         memory: int,
     ):
@@ -142,7 +137,7 @@ class _Student:
             for kind, leaf in found.items():
                 leaves.setdefault(kind, []).append(leaf)
         self.leaves = [leaf for group in leaves.values() for leaf in group]
-        groups_of = [{"params": group, "lr": getattr(rates, kind)} for kind, group in leaves.items()]
+        groups_of = [{"params": group, "lr": getattr(how.rates, kind)} for kind, group in leaves.items()]
         self.optimizer = torch.optim.Adam(groups_of, eps=EPSILON, fused=True)
 
     def start(self) -> Parts:

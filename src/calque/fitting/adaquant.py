@@ -15,7 +15,7 @@ from torch import Tensor
 from calque.fitting.descent import Best, best_iterate, descend, iterates
 from calque.fitting.parameters import KINDS
 from calque.fitting.problem import Fit, LayerProblem, correct_bias
-from calque.settings import StepSizes
+from calque.settings import AbsoluteRates, RelativeRates
 
 BATCH_VALUES = 2**17  # patch values per step at most
 BATCH_ROWS = (32, 512)  # rows per step
@@ -55,7 +55,7 @@ def fit_layer(
     bits: int,
     *,
     steps: int,
-    rates: StepSizes,
+    rates: RelativeRates | AbsoluteRates,
     generator: torch.Generator,
     codes: Tensor | None = None,
     learn_grid: bool = True,
@@ -70,7 +70,7 @@ def fit_layer(
         rows: what each step sees and how the layer maps it; the default are the problem's own patches.
     """
     corrected = correct_bias(problem, start)
-    parameters = KINDS[rates.unit](problem, corrected, bits, codes=codes, learn_grid=learn_grid)
+    parameters = KINDS[type(rates)](problem, corrected, bits, codes=codes, learn_grid=learn_grid)
     draw, linear = rows or (sampled_rows(problem), multiply)
     optimizer = torch.optim.Adam(
         [{"params": [leaf.requires_grad_()], "lr": rate} for leaf, rate in parameters.leaves(rates)]
@@ -84,6 +84,6 @@ def fit_layer(
         optimizer.zero_grad()
         (error.square().mean() / parameters.power).backward()  # type: ignore[no-untyped-call]
 
-    taken = descend(optimizer, gradients, steps, falling=rates.unit == "relative")
+    taken = descend(optimizer, gradients, steps, falling=isinstance(rates, RelativeRates))
     found = chain([(0, corrected)], iterates(taken, steps, parameters.fit))
     return best_iterate(Best(start, start.after, 0), found, lambda fit: fit.after).iterate

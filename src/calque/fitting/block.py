@@ -32,7 +32,7 @@ from calque.quantized.learnable import (
     output_unit,
 )
 from calque.quantized.modules import QuantizedLayer, Quantizer
-from calque.settings import StepSizes
+from calque.settings import Blocks
 
 log = logging.getLogger(__name__)
 
@@ -135,10 +135,9 @@ class BlockFit:
 
 def fit_block(
     problem: BlockProblem,
+    how: Blocks,
     *,
-    steps: int,
     rows: int,
-    rates: StepSizes,
     generator: torch.Generator,
     fixed_codes: Collection[str] = (),
 ) -> BlockFit:
@@ -147,30 +146,25 @@ def fit_block(
     Weights, their scales and biases of all layers move, and the grids that one layer of the block alone reads.
 
     Args:
-        steps: of Adam.
+        how: steps and rates.
         rows: inputs per step.
-        rates: relative ones.
         fixed_codes: layers that share their weights with another one; their codes stay.
-
-    Raises:
-        SpecError: absolute rates.
     """
-    if rates.unit != "relative":
-        raise SpecError(f'a block is fitted with relative rates: set their unit to "relative". Got {rates.unit!r}.')
     fitted, held_out = _hold_out(len(problem.inputs), problem.inputs.device)
     start = {str(node.target): layer.alone() for node, layer in problem.layers().items()}
     before = problem.error(start, held_out, rows)
     grids = {str(node.target): problem.quantizers()[node] for node in _owned(problem)}
     twins = _Twins(problem, fitted[:rows], fixed_codes)
-    optimizer = torch.optim.Adam([{"params": [leaf], "lr": getattr(rates, kind)} for kind, leaf in twins.leaves()])
+    groups = [{"params": [leaf], "lr": getattr(how.rates, kind)} for kind, leaf in twins.leaves()]
+    optimizer = torch.optim.Adam(groups)
     gradients = _gradients(problem, twins, fitted, rows=rows, generator=generator)
-    found = iterates(descend(optimizer, gradients, steps), steps, twins.restored)
+    found = iterates(descend(optimizer, gradients, how.steps), how.steps, twins.restored)
     kept = best_iterate(
         Best((start, grids), before, 0), found, lambda parts: problem.error({**parts[0], **parts[1]}, held_out, rows)
     )
     best = BlockFit(*kept.iterate, before, kept.loss)
     names = ", ".join(best.layers)
-    log.info("block %s error %.2e -> %.2e (%d steps)", names, best.before, best.after, steps)
+    log.info("block %s error %.2e -> %.2e (%d steps)", names, best.before, best.after, how.steps)
     return best
 
 

@@ -10,11 +10,12 @@ from calque.calibration.job import Job
 from calque.fitting.block import BlockFit, BlockProblem, fit_block
 from calque.network.blocks import Block, find_blocks
 from calque.quantized.assembled import Assembled, link_requantization
+from calque.settings import Blocks
 
 ROWS = 32  # inputs per step
 
 
-def fit_blocks(job: Job, model: Assembled) -> int:
+def fit_blocks(job: Job, model: Assembled, how: Blocks) -> int:
     """Fits, in place, every block of the network whose layers are all quantized; returns how many there are.
 
     Source: Hubara et al. 2021, section 3, AdaQuant over a block. As many inputs serve as fit into half of the memory.
@@ -36,7 +37,7 @@ def fit_blocks(job: Job, model: Assembled) -> int:
             if original is not None:
                 reference.step(original)
             if node in blocks:
-                _fit(job, model, blocks[node], shadow, reference)
+                _fit(job, model, blocks[node], how, shadow, reference)
                 count(blocks[node].layers[0])
             if original is not None:
                 reference.release(original)
@@ -45,7 +46,7 @@ def fit_blocks(job: Job, model: Assembled) -> int:
     return len(blocks)
 
 
-def _fit(job: Job, model: Assembled, block: Block, shadow: Execution, reference: Execution) -> None:
+def _fit(job: Job, model: Assembled, block: Block, how: Blocks, shadow: Execution, reference: Execution) -> None:
     module = model.graph_module
     twins = {node.name: node for node in module.graph.nodes}
     source, end = twins[block.input.name], twins[block.end.name]
@@ -54,10 +55,8 @@ def _fit(job: Job, model: Assembled, block: Block, shadow: Execution, reference:
     used = min(len(inputs), len(targets))
     problem = BlockProblem(module, source, end, inputs[:used], targets[:used])
     fixed = [name for name in block.layers if name in job.network.shared or name in job.network.shared.values()]
-    fit = fit_block(
-        problem, steps=job.recipe.block_steps, rows=ROWS, rates=job.recipe.rates,
-        generator=job.generator(f"block {block.end.name}"), fixed_codes=fixed,
-    )  # fmt: skip
+    generator = job.generator(f"block {block.end.name}")
+    fit = fit_block(problem, how, rows=ROWS, generator=generator, fixed_codes=fixed)
     _put(module, fit)
     shadow.put(end, map(lambda x: _value(module, source, end, x), shadow.values(source)))
 

@@ -103,7 +103,7 @@ class _Clips:
         return replace(moments, cross=cross, outputs=mean)
 
 
-class ClosedForm:
+class ClosedFormSolver:
     """One layer's fits to its float output, at any number of weight bits: its moments and the factorizations of M serve all.
 
     Weights and codes are (groups, K, O) with the strongest inputs first; scales (groups, 1, O), or (1, K, O) where the problem

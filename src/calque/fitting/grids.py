@@ -21,6 +21,7 @@ from calque.network import Layer
 from calque.network.tensors import root
 from calque.quantized.modules import Quantizer
 from calque.quantized.placement import Edge
+from calque.settings import Ranges
 
 SAMPLED_VALUES = 2**18  # of a tensor, for its range
 
@@ -39,6 +40,7 @@ class Grids:
     def __init__(
         self,
         job: Job,
+        ranges: Ranges,
         reference: Execution,
         shadow: Execution,
         migration: Migration,
@@ -48,17 +50,18 @@ class Grids:
     ):
         """
         Args:
+            ranges: how they are estimated.
             reference, shadow: the float network and the quantized prefix, executed up to where a grid is asked for.
             chosen, notes: filled as grids are chosen.
         """
-        self.job, self.recipe = job, job.recipe
+        self.job, self.ranges = job, ranges
         self.reference, self.shadow, self.migration = reference, shadow, migration
         self.chosen, self.notes = chosen, notes
 
     def of_tensor(self, edge: Edge) -> Quantizer:
         """The grid of a tensor that no layer owns."""
         sample = self._sample(edge, edge.source)
-        low, high = activation_range(sample, self.recipe.tensor_range, edge.bits, self.recipe.tolerance)
+        low, high = activation_range(sample, self.ranges.tensor, edge.bits, self.ranges.tolerance)
         self._note(f"tensor {edge.name}", low, high, edge.bits)
         scale, zero_point = affine_grid(low, high, edge.bits)
         if root(edge.source).op == "placeholder":
@@ -93,11 +96,11 @@ class Grids:
         source = layer.node.args[0]
         assert isinstance(source, fx.Node)
         _, qmax = activation_limits(edge.bits)
-        if self.recipe.activation_range == "output":
+        if self.ranges.activation == "output":
             low, high = self._by_outputs(layer, edge, source, problem, problem_of)
         else:
             sample = self._sample(edge, source)
-            low, high = activation_range(sample, self.recipe.activation_range, edge.bits, self.recipe.tolerance)
+            low, high = activation_range(sample, self.ranges.activation, edge.bits, self.ranges.tolerance)
             self._note(f"layer {layer.name}: its input", sample.low, sample.high, edge.bits)
         scale, zero_point = affine_grid(low, high, edge.bits)
         if root(source).op == "placeholder":
@@ -114,7 +117,7 @@ class Grids:
         others = [self.job.network.layers[name] for name in edge.readers if name != layer.name]
         alike = [layer, *(other for other in others if other.node.args[0] is source)]
         error = output_error(problem if each is layer else problem_of(each) for each in alike)
-        found = search_range(least, largest, edge.bits, lambda s, z: error(s, z, qmax), self.recipe.tolerance)
+        found = search_range(least, largest, edge.bits, lambda s, z: error(s, z, qmax), self.ranges.tolerance)
         self._note(f"layer {layer.name}: its input", least, largest, edge.bits)
         return found
 

@@ -1,46 +1,36 @@
 """One layer from its problem to its fit: scales, rounding, then AdaQuant, the closed forms or the bias correction alone."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from calque.fitting.adaquant import Draw, Linear, fit_layer
-from calque.fitting.closed_form import ClosedForm
+from calque.fitting.closed_form import ClosedFormSolver
 from calque.fitting.problem import Fit, Grid, LayerProblem, correct_bias, covariance, round_to_nearest
 from calque.fitting.units import Units
 from calque.grid.arithmetic import SMALLEST_SCALE, smallest_weight_scale, weight_codes
 from calque.grid.ranges import WeightRange, weight_scale
 from calque.network import Geometry
 from calque.quantized.modules import QuantizedLayer
-from calque.recipe import Recipe
 from calque.run.checkpoint import Piece
-from calque.settings import Solver, StepSizes
+from calque.settings import AdaQuant, ClosedForm, Method
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What a fit reads from a recipe."""
-
-    weight_range: WeightRange
-    steps: int  # of AdaQuant, or rounds of the closed form
-    rates: StepSizes
-    solver: Solver = "adaquant"
-
-    @classmethod
-    def of(cls, recipe: Recipe, steps: int) -> "Settings":
-        """What a fit of so many steps reads."""
-        return cls(recipe.weight_range, steps, recipe.rates, recipe.solver)
+def reads_whole_inputs(method: Method) -> bool:
+    """Whether the steps of a fit see all output positions of some inputs, and not the sampled ones."""
+    return isinstance(method, AdaQuant) and method.patches == "all"
 
 
 def solve_(
     problem: LayerProblem,
     grid: Grid | None,
     bits: int,
-    settings: Settings,
+    method: Method,
     generator: torch.Generator,
     *,
+    weight_range: WeightRange,
     learn_grid: bool = True,
     tied: tuple[Tensor, Tensor] | None = None,
     rows: tuple[Draw, Linear] | None = None,
@@ -50,6 +40,7 @@ def solve_(
     Args:
         problem: its rows are left in the layer's own units.
         grid: where the fit of the input's grid starts; None where the input is float.
+        weight_range: estimator of the scales that are rounded on, and that AdaQuant starts from.
         learn_grid: whether the grid may move.
         tied: codes (groups, O, K) and scales of an earlier call of the same module; its codes are kept.
         rows: what each step of AdaQuant sees; see `fit_layer`.
@@ -58,56 +49,66 @@ def solve_(
     problem, grid, rows = units.problem_(problem), units.grid(grid), units.rows(rows)
     if tied is not None:
         tied = tied[0], units.weights(tied[1])
-    return units.real(_solve(problem, grid, bits, settings, generator, learn_grid=learn_grid, tied=tied, rows=rows))
+    if isinstance(method, ClosedForm) and tied is None:
+        return units.real(ClosedFormSolver(problem, grid, rounds=method.rounds).fit(bits))
+    start, codes = _rounded(problem, grid, bits, weight_range, tied)
+    return units.real(_fitted(problem, start, bits, method, generator, codes=codes, learn_grid=learn_grid, rows=rows))
 
 
-def _solve(
+def _rounded(
+    problem: LayerProblem, grid: Grid | None, bits: int, weight_range: WeightRange, tied: tuple[Tensor, Tensor] | None
+) -> tuple[Fit, Tensor | None]:
+    """The layer with its weights rounded to nearest, and the codes that must stay."""
+    if tied is not None:
+        codes, scale = tied
+        return round_to_nearest(problem, scale, grid, bits, codes), codes
+    moments = covariance(problem) if weight_range == "output" else None
+    scale = weight_scale(problem.weight, bits, weight_range, moments, problem.group)
+    return round_to_nearest(problem, scale, grid, bits), None
+
+
+def _fitted(
     problem: LayerProblem,
-    grid: Grid | None,
+    start: Fit,
     bits: int,
-    settings: Settings,
+    method: Method,
     generator: torch.Generator,
     *,
+    codes: Tensor | None,
     learn_grid: bool,
-    tied: tuple[Tensor, Tensor] | None,
     rows: tuple[Draw, Linear] | None,
 ) -> Fit:
-    """`solve_` in the layer's own units."""
-    if settings.solver == "closed_form" and tied is None and settings.steps:
-        return ClosedForm(problem, grid, rounds=settings.steps).fit(bits)
-    if tied is None:
-        moments = covariance(problem) if settings.weight_range == "output" else None
-        codes, scale = None, weight_scale(problem.weight, bits, settings.weight_range, moments, problem.group)
-    else:
-        codes, scale = tied
-    start = round_to_nearest(problem, scale, grid, bits, codes)
-    if not settings.steps or settings.solver == "closed_form":
-        corrected = correct_bias(problem, start)
-        return corrected if corrected.after < start.after else start
-    return fit_layer(
-        problem, start, bits, steps=settings.steps, rates=settings.rates, generator=generator, codes=codes,
-        learn_grid=learn_grid, rows=rows,
-    )  # fmt: skip
+    """The rounded layer after AdaQuant; by the other methods, with its bias corrected where that helps."""
+    if isinstance(method, AdaQuant):
+        return fit_layer(
+            problem, start, bits, steps=method.steps, rates=method.rates, generator=generator, codes=codes,
+            learn_grid=learn_grid, rows=rows,
+        )  # fmt: skip
+    corrected = correct_bias(problem, start)
+    return corrected if corrected.after < start.after else start
 
 
 def solve_each_(
     problem: LayerProblem,
     grid: Grid | None,
     generators: Mapping[int, torch.Generator],
-    settings: Settings,
+    method: Method,
     *,
+    weight_range: WeightRange,
     rows: tuple[Draw, Linear] | None = None,
 ) -> dict[int, Fit]:
     """The layer at each of the bits that `generators` names, as `solve_` fits it; the closed forms share their moments."""
     units = Units.of(problem)
     problem, grid, rows = units.problem_(problem), units.grid(grid), units.rows(rows)
-    if settings.solver == "closed_form" and settings.steps:
-        shared = ClosedForm(problem, grid, rounds=settings.steps)
+    if isinstance(method, ClosedForm):
+        shared = ClosedFormSolver(problem, grid, rounds=method.rounds)
         return {bits: units.real(shared.fit(bits)) for bits in generators}
-    return {
-        bits: units.real(_solve(problem, grid, bits, settings, generator, learn_grid=True, tied=None, rows=rows))
-        for bits, generator in generators.items()
-    }
+    found = {}
+    for bits, generator in generators.items():
+        start, _ = _rounded(problem, grid, bits, weight_range, None)
+        fit = _fitted(problem, start, bits, method, generator, codes=None, learn_grid=True, rows=rows)
+        found[bits] = units.real(fit)
+    return found
 
 
 def placed(problem: LayerProblem, ready: Fit, grid: Grid | None, bits: int, weight: tuple[Tensor, Tensor]) -> Fit:

@@ -4,7 +4,7 @@ Source: Hubara et al. 2021, section 3 (equation 2): the layers are independent o
 that a worker may be another process, or another machine that sees the same folder.
 """
 
-import threading
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,21 +19,22 @@ from calque.calibration.job import Job
 from calque.fitting.adaquant import Draw, Linear
 from calque.fitting.embedding import fit_table
 from calque.fitting.grids import SAMPLED_VALUES
-from calque.fitting.layer import Settings, fit_from_piece, fit_to_piece, solve_each_
+from calque.fitting.layer import fit_from_piece, fit_to_piece, reads_whole_inputs, solve_each_
 from calque.fitting.problem import Fit, Grid, LayerProblem, layer_problem, output_error
 from calque.fitting.whole_inputs import whole_inputs
 from calque.grid.arithmetic import activation_limits, affine_grid
 from calque.grid.bits import Bits
-from calque.grid.ranges import TensorSample, activation_range, off_ties, search_range
+from calque.grid.ranges import TensorSample, WeightRange, activation_range, off_ties, search_range
 from calque.network import Geometry, Layer
 from calque.network.layers import Activation
 from calque.network.tensors import root
 from calque.run.checkpoint import PROBLEMS, Checkpoint, Piece
 from calque.run.files import temporary_folder
 from calque.run.processes import Owner, end_with
+from calque.run.threads import one_thread
 from calque.run.workers import run_by_workers
+from calque.settings import Method, Ranges
 
-_COUNTING = threading.Lock()
 Choices = Mapping[str, Sequence[Bits]]
 Fits = dict[tuple[str, Bits], Fit]
 
@@ -46,7 +47,8 @@ class Task:
     layer: str
     choices: tuple[tuple[int, str, int], ...]  # weight bits, the result's key, seed
     grid: tuple[float, int, int] | None  # scale, zero point, largest code
-    settings: Settings
+    method: Method
+    weight_range: WeightRange
     activation: Activation
     geometry: Geometry
     shape: torch.Size  # of the layer's weight
@@ -57,11 +59,12 @@ class Task:
         return self.results.within(PROBLEMS)
 
 
-def fit_choices(job: Job, choices: Choices, steps: int) -> Fits:
+def fit_choices(job: Job, choices: Choices, method: Method, ranges: Ranges) -> Fits:
     """Each layer at each of its choices, fitted on its float inputs; choices that stay float are left out.
 
     Args:
-        steps: of AdaQuant; 0 rounds to nearest and corrects the bias.
+        method: of the fit.
+        ranges: estimators of the inputs' grids and of the weights' scales.
 
     Raises:
         CalibrationError: an operator fails on the calibration inputs.
@@ -69,13 +72,13 @@ def fit_choices(job: Job, choices: Choices, steps: int) -> Fits:
     tables = {name: options for name, options in choices.items() if job.network.is_table(name)}
     choices = {name: options for name, options in choices.items() if name not in tables}
     wanted = [(name, bits) for name, options in choices.items() for bits in options if bits.weight is not None]
-    with _folder(job, steps) as results:
+    with _folder(job, method) as results:
         missing = {
             name: [b for b in options if b.weight is not None and results.get(_key(name, b)) is None]
             for name, options in choices.items()
         }
         if any(missing.values()):
-            _collect(job, missing, steps, results)
+            _collect(job, missing, method, ranges, results)
         fits: Fits = {}
         for name, bits in wanted:
             piece = results.get(_key(name, bits))
@@ -84,9 +87,7 @@ def fit_choices(job: Job, choices: Choices, steps: int) -> Fits:
     for name, options in tables.items():
         weight = job.network.weighted(name).weight
         fits |= {
-            (name, bits): fit_table(weight, bits.weight, job.recipe.weight_range)
-            for bits in options
-            if bits.weight is not None
+            (name, bits): fit_table(weight, bits.weight, ranges.weight) for bits in options if bits.weight is not None
         }
     return fits
 
@@ -96,16 +97,16 @@ def _key(name: str, bits: Bits) -> str:
 
 
 @contextmanager
-def _folder(job: Job, steps: int) -> Iterator[Checkpoint]:
-    """Where the results go: the run's folder for so many steps, or one that lasts as long as the fits."""
+def _folder(job: Job, method: Method) -> Iterator[Checkpoint]:
+    """Where the results go: the run's folder for this method, or one that lasts as long as the fits."""
     if job.checkpoint.folder is not None:
-        yield job.checkpoint.within(f"fits-{steps}")
+        yield job.checkpoint.within(f"fits-{zlib.crc32(repr(method).encode()):08x}")
         return
     with temporary_folder() as folder:
         yield Checkpoint(folder)
 
 
-def _collect(job: Job, missing: Mapping[str, list[Bits]], steps: int, results: Checkpoint) -> None:
+def _collect(job: Job, missing: Mapping[str, list[Bits]], method: Method, ranges: Ranges, results: Checkpoint) -> None:
     """One float pass that writes each layer's problem; workers fit whenever the problems fill the memory budget."""
     count = job.counter("candidates", len(missing))
     waiting: list[list[Task]] = []
@@ -119,7 +120,7 @@ def _collect(job: Job, missing: Mapping[str, list[Bits]], steps: int, results: C
             execution.step(node)
             layer = by_node.get(node)
             if layer is not None and missing.get(layer.name):
-                waiting.append(_tasks(job, layer, missing[layer.name], steps, execution, results))
+                waiting.append(_tasks(job, layer, missing[layer.name], method, ranges, execution, results))
                 size += _problem_file(waiting[-1]).stat().st_size
                 if size > job.memory // 2 or job.workers is None:
                     _run(job, waiting)
@@ -148,7 +149,13 @@ def _problem_file(tasks: list[Task]) -> Path:
 
 
 def _tasks(
-    job: Job, layer: Layer, options: list[Bits], steps: int, execution: Execution, results: Checkpoint
+    job: Job,
+    layer: Layer,
+    options: list[Bits],
+    method: Method,
+    ranges: Ranges,
+    execution: Execution,
+    results: Checkpoint,
 ) -> list[Task]:
     """The layer's tasks, one for each width of its input; its problem is written beside their results."""
     weighted = job.network.weighted(layer.name)
@@ -159,8 +166,8 @@ def _tasks(
         weighted.geometry, weighted.weight, weighted.bias, layer.activate, pairs,
         inputs=job.inputs, generator=job.generator(layer.name), masks=job.masks, sizes=job.sizes,
     )  # fmt: skip
-    whole = steps > 0 and job.recipe.patches == "all"
-    piece = _problem_to_piece(problem, list(_whole(job, execution, layer)) if whole else [])
+    whole = list(_whole(job, execution, layer)) if reads_whole_inputs(method) else []
+    piece = _problem_to_piece(problem, whole)
     results.within(PROBLEMS).put(layer.name, piece)
     sample = TensorSample.of(
         real_tokens(execution.values(source), job.masks),
@@ -168,7 +175,6 @@ def _tasks(
         inputs=job.inputs,
         generator=job.generator(f"{layer.name}.input"),
     )
-    settings = Settings.of(job.recipe, steps)
     tasks = []
     for width, group in dict.fromkeys((bits.activation, bits.group) for bits in options):
         alike = [bits for bits in options if (bits.activation, bits.group) == (width, group)]
@@ -176,14 +182,15 @@ def _tasks(
         choices = tuple(
             (bits, key, job.generator(key).initial_seed()) for bits, key in keys.items() if bits is not None
         )
-        grid = _grid(job, problem, sample, width, network_input=root(source).op == "placeholder")
+        grid = _grid(ranges, problem, sample, width, network_input=root(source).op == "placeholder")
         tasks.append(
             Task(
                 results,
                 layer.name,
                 choices,
                 grid,
-                settings,
+                method,
+                ranges.weight,
                 layer.activate,
                 weighted.geometry,
                 weighted.weight.shape,
@@ -194,17 +201,17 @@ def _tasks(
 
 
 def _grid(
-    job: Job, problem: LayerProblem, sample: TensorSample, bits: int | None, *, network_input: bool
+    ranges: Ranges, problem: LayerProblem, sample: TensorSample, bits: int | None, *, network_input: bool
 ) -> tuple[float, int, int] | None:
     """Scale, zero point and largest code of a layer's input."""
     if bits is None:
         return None
     _, qmax = activation_limits(bits)
-    if job.recipe.activation_range == "output":
+    if ranges.activation == "output":
         error = output_error([problem])
-        low, high = search_range(sample.low, sample.high, bits, lambda s, z: error(s, z, qmax), job.recipe.tolerance)
+        low, high = search_range(sample.low, sample.high, bits, lambda s, z: error(s, z, qmax), ranges.tolerance)
     else:
-        low, high = activation_range(sample, job.recipe.activation_range, bits, job.recipe.tolerance)
+        low, high = activation_range(sample, ranges.activation, bits, ranges.tolerance)
     scale, zero_point = affine_grid(low, high, bits)
     if network_input:
         scale = off_ties(sample.values, scale)
@@ -244,7 +251,7 @@ def fit_task(task: Task) -> None:
         )
     generators = {bits: torch.Generator().manual_seed(seed) for bits, _, seed in task.choices}
     rows = _rows(task, tensors, piece.facts["batches"])
-    fits = solve_each_(problem, grid, generators, task.settings, rows=rows)
+    fits = solve_each_(problem, grid, generators, task.method, weight_range=task.weight_range, rows=rows)
     for bits, key, _ in task.choices:
         task.results.put(key, fit_to_piece(fits[bits]))
 
@@ -265,26 +272,5 @@ def fit_task_alone(task: Task, owner: Owner) -> None:
         owner: the process that the tasks are from, and that a worker ends with.
     """
     end_with(owner)
-    with _one_thread():
+    with one_thread():
         fit_task(task)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Computes with one thread here; other threads of the process, and those that are yet to start, keep their number.
-
-    torch.set_num_threads counts for the thread that calls it, and for every thread that first computes afterwards. A thread
-    that lasts no longer than its own call sets what new ones find.
-    """
-    with _COUNTING:
-        threads = torch.get_num_threads()
-        if threads > 1:
-            torch.set_num_threads(1)
-            restoring = threading.Thread(target=torch.set_num_threads, args=(threads,))
-            restoring.start()
-            restoring.join()
-    try:
-        yield
-    finally:
-        if threads > 1:
-            torch.set_num_threads(threads)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from calque.fitting.problem import CONSTANT, Fit, Grid, LayerProblem
 from calque.grid.arithmetic import NEGLIGIBLE, by_input, learned_fake_quantize, round_through, weight_limits
-from calque.settings import StepSizes
+from calque.settings import AbsoluteRates, Rates, RelativeRates
 
 SMALLEST_UNIT = 1e-12  # of the layer's outputs: the bias of a channel that is the same everywhere hardly moves
 
@@ -31,7 +31,7 @@ class Parameters(ABC):
     def _bias_unit(self) -> Tensor: ...
 
     @abstractmethod
-    def leaves(self, rates: StepSizes) -> list[tuple[Tensor, float]]:
+    def leaves(self, rates: Rates) -> list[tuple[Tensor, float]]:
         """The tensors that may move, each with its rate."""
 
     @abstractmethod
@@ -92,7 +92,7 @@ class Relative(Parameters):
         targets = self.problem.targets
         return targets.std(1, correction=min(1, targets.shape[1] - 1), keepdim=True).clamp(min=SMALLEST_UNIT)
 
-    def leaves(self, rates: StepSizes) -> list[tuple[Tensor, float]]:
+    def leaves(self, rates: Rates) -> list[tuple[Tensor, float]]:
         chosen = [(self._log_scale, rates.weight_scale), (self.bias, rates.bias)]
         if self.fixed_codes is None:
             chosen.append((self._levels, rates.weight))
@@ -128,7 +128,7 @@ class Absolute(Parameters):
     def _bias_unit(self) -> Tensor:
         return torch.ones_like(self.start.bias)
 
-    def leaves(self, rates: StepSizes) -> list[tuple[Tensor, float]]:
+    def leaves(self, rates: Rates) -> list[tuple[Tensor, float]]:
         chosen = [(self._range, rates.weight_scale), (self.bias, rates.bias)]
         if self.fixed_codes is None:
             chosen.append((self._weight, rates.weight))
@@ -150,4 +150,4 @@ class Absolute(Parameters):
         return scale, -self._low / scale
 
 
-KINDS: dict[str, type[Relative] | type[Absolute]] = {"relative": Relative, "absolute": Absolute}
+KINDS: dict[type[Rates], type[Relative] | type[Absolute]] = {RelativeRates: Relative, AbsoluteRates: Absolute}

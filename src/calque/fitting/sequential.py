@@ -21,17 +21,17 @@ from calque.fitting.channel_scales.migration import Migration
 from calque.fitting.embedding import fit_table
 from calque.fitting.fitted import Fitted, FittedLayer
 from calque.fitting.grids import Grids
-from calque.fitting.layer import Settings, fit_from_piece, fit_to_piece, integer_layer, placed, solve_
+from calque.fitting.layer import fit_from_piece, fit_to_piece, integer_layer, placed, reads_whole_inputs, solve_
 from calque.fitting.problem import Fit, LayerProblem, layer_problem
 from calque.fitting.whole_inputs import whole_inputs
 from calque.grid.bits import Bits
 from calque.network import Layer
-from calque.network.network import find_shortcuts
 from calque.quantized.in_pieces import InPieces
 from calque.quantized.modules import QuantizedLayer, Quantizer
 from calque.quantized.placement import Edge
 from calque.run.checkpoint import Checkpoint, Needs
 from calque.run.spill import Store
+from calque.settings import Method, Nearest, Ranges
 
 log = logging.getLogger(__name__)
 
@@ -47,33 +47,44 @@ class Sweep:
         store: Store,
         *,
         checkpoint: Checkpoint,
+        ranges: Ranges,
+        method: Method,
+        channel_scales: float = 0.0,
+        shortcuts: Mapping[str, fx.Node] | None = None,
+        statistics: bool = False,
         fits: Mapping[str, Fit] | None = None,
     ):
         """
         Args:
             checkpoint: keeps the fits of this sweep.
+            ranges: estimators of the grids.
+            method: of the fit of a layer.
+            channel_scales: exponent of those that move over a clip at zero; 0 for none.
+            shortcuts: by layer in front of a residual add, the other term; the layer makes up for what that has lost.
+            statistics: whether those of the float layers' channels are kept, for a later stage to put back.
             fits: by layer, fits on float inputs (the parallel flavour), which are then put on the grids and not solved again.
         """
         self.needs: Needs = {}  # the piece of the layer in front, which depends on all before it
-        self.job, self.network, self.recipe = job, job.network, job.recipe
+        self.job, self.network, self.ranges, self.method = job, job.network, ranges, method
         self.bits, self.store = bits, store
         self.checkpoint = checkpoint
         self.fits = fits or {}
         self.reference = Execution(self.network.module, job.batches, store)
         self.shadow = Execution(self.network.module, job.batches, store)
         self.by_node = {layer.node: layer for layer in self.network.layers.values()}
-        self.migration = Migration.over(self.network, bits, edges, self.recipe.migration)
+        self.migration = Migration.over(self.network, bits, edges, channel_scales)
         self.input_edges = {reader: edge for edge in edges for reader in edge.readers}
         self.tensor_edges = {edge.source: edge for edge in edges if edge.kind == "tensor"}
         self.operands = {
             product.node: [edge for edge in edges if edge.product == name]
             for name, product in self.network.products.items()
         }
-        self.shortcuts = find_shortcuts(self.network) if self.recipe.solver == "closed_form" else {}
+        self.shortcuts, self.statistics = shortcuts or {}, statistics
         self.done = Fitted()
         self.grids = Grids(
-            job, self.reference, self.shadow, self.migration, chosen=self.done.quantizers, notes=self.done.notes
-        )
+            job, ranges, self.reference, self.shadow, self.migration,
+            chosen=self.done.quantizers, notes=self.done.notes,
+        )  # fmt: skip
 
     def layers(self, on_outputs: Callable[[Iterator[list[Any]]], None] | None = None) -> Iterator[FittedLayer]:
         """Executes every operator on the float and on the quantized values; yields each layer when it is fitted.
@@ -122,7 +133,7 @@ class Sweep:
             weighted = self.network.weighted(layer.name)
             return FittedLayer(layer.name, bits, weighted, None, None, values, tied, time.perf_counter() - started)
         fit = self._fit(layer, bits)
-        if self.recipe.steps and not self.network.is_table(layer.name):
+        if not isinstance(self.method, Nearest) and not self.network.is_table(layer.name):
             self._note_fit(layer, fit)
         quantizer, module = self._modules(layer, fit, bits.weight)
         self.done.layers[layer.name] = module
@@ -139,8 +150,8 @@ class Sweep:
         self.shadow.put(layer.node, self.shadow.compute(layer.node, InPieces(module, *own)))
 
     def _measure(self, layer: Layer) -> None:
-        """Keeps the statistics of the float layer's channels, where the recipe puts them back later."""
-        if self.recipe.statistics in ("float", "guarded") and not self.network.is_table(layer.name):
+        """Keeps the statistics of the float layer's channels, where a later stage puts them back."""
+        if self.statistics and not self.network.is_table(layer.name):
             outputs = self.migration.outputs(layer.name, real_tokens(self._targets(layer), self.job.masks))
             geometry = self.network.weighted(layer.name).geometry
             self.done.statistics[layer.name] = ChannelStatistics.of(outputs, geometry)
@@ -186,7 +197,7 @@ class Sweep:
         assert bits.weight is not None
         if self.network.is_table(layer.name):
             weight, tied = self.network.weighted(layer.name).weight, self._tied(layer.name, bits)
-            return fit_table(weight, bits.weight, self.recipe.weight_range, tied)
+            return fit_table(weight, bits.weight, self.ranges.weight, tied)
         problem = self.migration.chosen(layer, self._problem(layer, self._targets(layer)))
         problem = replace(problem, group=bits.group)
         edge = self.input_edges.get(layer.name)
@@ -196,11 +207,10 @@ class Sweep:
         tied = self._tied(layer.name, bits)
         if ready is not None:
             return placed(problem, ready, grid, bits.weight, tied or (ready.codes, ready.scale))
-        settings = Settings.of(self.recipe, self.recipe.steps)
         self.store.give_back()  # what the sampling left free, before the fit takes its own
         return solve_(
-            problem, grid, bits.weight, settings, self.job.generator(layer.name), learn_grid=learn_grid, tied=tied,
-            rows=self._rows(layer) if self.recipe.patches == "all" else None,
+            problem, grid, bits.weight, self.method, self.job.generator(layer.name), weight_range=self.ranges.weight,
+            learn_grid=learn_grid, tied=tied, rows=self._rows(layer) if reads_whole_inputs(self.method) else None,
         )  # fmt: skip
 
     def _rows(self, layer: Layer) -> tuple[Draw, Linear]:

@@ -3,7 +3,6 @@
 A plan maps names to bits. It is the one currency between quantization, report, files and command line.
 """
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -13,7 +12,7 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 from calque.errors import SpecError
-from calque.run.fields import inside, parse_toml, require, shown
+from calque.run.fields import inside, parse_toml, require, shown, toml_string
 from calque.run.files import path_of, require_file, write_whole
 
 LOWEST_BITS, HIGHEST_BITS = 2, 8
@@ -210,15 +209,6 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
     except SpecError as error:
         name = os.fspath(path)
         raise SpecError(str(error) if str(error).startswith(str(name)) else f"{name}: {error}") from error
-
-
-def toml_string(text: str) -> str:
-    """The text as a TOML basic string: a JSON string, but for DEL, which TOML wants escaped.
-
-    >>> print(toml_string('say "a"'))
-    "say \\"a\\""
-    """
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def uniform(layers: list[str], bits: Bits, first_last: Bits | None) -> dict[str, Bits]:

@@ -5,7 +5,7 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,9 +14,7 @@ from torch import Tensor
 from calque.allocation.costs import FLOAT_BITS, layer_size
 from calque.calibration.channel_statistics import ChannelStatistics, trained_statistics
 from calque.calibration.job import Job
-from calque.calibration.losses import Loss, closeness, kl, kl_and_mse, mse
-from calque.correction.biases import tune_biases
-from calque.correction.distillation import distill
+from calque.calibration.losses import Loss, closeness
 from calque.correction.normalization import para_normalize
 from calque.errors import CalibrationError
 from calque.fitting.blocks import fit_blocks
@@ -27,12 +25,14 @@ from calque.fitting.sequential import Sweep
 from calque.gains import Distilled, Tuned
 from calque.grid.bits import FLOAT, Bits, Plan
 from calque.network import Batch, WeightedLayer
+from calque.network.network import find_shortcuts
 from calque.network.signature import flatten, rows
+from calque.pipeline.stages import Stages
 from calque.quantized.assembled import Assembled, assemble, link_requantization
-from calque.quantized.modules import QuantizedLayer, Quantizer
 from calque.quantized.placement import Edge, place
 from calque.report import LayerReport
-from calque.run.checkpoint import Checkpoint, Piece
+from calque.run.checkpoint import Checkpoint
+from calque.settings import Parallel
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +46,7 @@ class Built:
     Attributes:
         fitted: what the fits left.
         layers: a row of the report for each layer.
+        pieces: where those of this network are kept.
         distilled, tuned: what distillation and the tuning of biases gained.
         phases: seconds of each stage.
     """
@@ -53,90 +54,72 @@ class Built:
     model: Assembled
     fitted: Fitted
     layers: tuple[LayerReport, ...]
+    pieces: Checkpoint
     distilled: Distilled | None = None
     tuned: Tuned | None = None
     phases: Mapping[str, float] = field(default_factory=dict)
 
 
-def build(job: Job, entries: Mapping[str, Bits], loss: Loss, references: Sequence[Sequence[Tensor]]) -> Built:
-    """The network at these bits, by the job's recipe.
+def build(job: Job, entries: Mapping[str, Bits], stages: Stages, references: Sequence[Sequence[Tensor]] = ()) -> Built:
+    """The network at these bits, before anything is trained end to end.
 
     Args:
         entries: bits of every layer, and of tensors where they are not the default.
-        loss, references: what biases are tuned by, and the float network's output leaves on each batch.
+        references: the float network's output leaves on each batch, by which the guarded normalization is judged.
     """
-    recipe, network, clock = job.recipe, job.network, _Clock()
+    network, clock = job.network, Clock()
     edges = place(network, entries, job.placement)
     plan = Plan(final_entries(job, entries, edges))
-    kept = _pieces(job, plan)
-    fits: dict[str, Fit] = {}
-    if recipe.flavour == "parallel":
-        chosen = {name: (entries[name],) for name in network.layers}
-        fits = {name: fit for (name, _), fit in fit_choices(job, chosen, recipe.steps).items()}
-    with job.store() as store:
-        sweep = Sweep(job, entries, edges, store, checkpoint=kept, fits=fits)
-        judge = _Judge(job, references)
-        layers, count = [], job.counter("fit", len(network.layers))
-        for layer in sweep.layers(judge if recipe.statistics == "guarded" else None):
-            layers.append(layer_report(layer))
-            count(layer.name)
-    fitted = sweep.done
+    pieces, judge = _pieces(job, plan, stages), _Judge(job, references)
+    fitted, layers = _fitted(job, entries, edges, stages, pieces, judge)
     model = assemble(network, edges, fitted.layers, fitted.quantizers, plan)
-    if recipe.block_steps and not fit_blocks(job, model):
-        fitted.notes.append("block_steps: no block of quantized layers was found; none was fitted.")
+    if stages.blocks is not None and not fit_blocks(job, model, stages.blocks):
+        fitted.notes.append("blocks: no block of quantized layers was found; none was fitted.")
     codes = {name: layer.codes.clone() for name, layer in model.layers.items()}
     clock.lap("fit")
-    targets = trained_statistics(network) if recipe.statistics == "trained" else fitted.statistics
-    targets = {name: target for name, target in targets.items() if name in model.layers}
-    if recipe.statistics != "none":
-        if recipe.block_steps and recipe.statistics == "guarded":  # the blocks have moved the outputs
+    if stages.normalization is not None:
+        target = stages.normalization.target
+        if stages.blocks is not None and target == "guarded":  # the blocks have moved the outputs
             judge(list(model.graph_module(*flatten(batch)[0])) for batch in job.batches)
-        _normalize(job, model, targets, judge)
+        targets = trained_statistics(network) if target == "trained" else fitted.statistics
+        targets = {name: each for name, each in targets.items() if name in model.layers}
+        _normalize(job, model, targets, judge, guarded=target == "guarded")
         clock.lap("statistics")
     assert all(torch.equal(layer.codes, codes[name]) for name, layer in model.layers.items())
-    return trained_end_to_end(job, Built(model, fitted, tuple(layers), phases=clock.phases), loss, references)
+    return Built(model, fitted, layers, pieces, phases=clock.phases)
 
 
-def trained_end_to_end(job: Job, built: Built, loss: Loss, references: Sequence[Sequence[Tensor]]) -> Built:
-    """A built network distilled and its biases tuned, in place, as far as the job's recipe asks for it."""
-    clock, recipe, model = _Clock(), job.recipe, built.model
-    if recipe.distillation:
-        built = replace(built, distilled=distill_network(job, model, loss, references))
-        clock.lap("distillation")
-    if recipe.tuning.steps:
-        codes = {name: layer.codes.clone() for name, layer in model.layers.items()}
-        built = replace(built, tuned=tune(job, model, loss, references))
-        assert all(torch.equal(layer.codes, codes[name]) for name, layer in model.layers.items())
-        clock.lap("biases")
-    return replace(built, phases={**built.phases, **clock.phases})
+def _fitted(
+    job: Job,
+    entries: Mapping[str, Bits],
+    edges: list[Edge],
+    stages: Stages,
+    checkpoint: Checkpoint,
+    judge: "_Judge",
+) -> tuple[Fitted, tuple[LayerReport, ...]]:
+    """All layers and grids, and a row of the report for each layer."""
+    network, fits = job.network, dict[str, Fit]()
+    if isinstance(stages.flavour, Parallel):
+        chosen = {name: (entries[name],) for name in network.layers}
+        fits = {name: fit for (name, _), fit in fit_choices(job, chosen, stages.fit, stages.ranges).items()}
+    target = None if stages.normalization is None else stages.normalization.target
+    rows, count = [], job.counter("fit", len(network.layers))
+    with job.store() as store:
+        sweep = Sweep(
+            job, entries, edges, store, checkpoint=checkpoint, ranges=stages.ranges, method=stages.fit,
+            channel_scales=stages.channel_scales, shortcuts=find_shortcuts(network) if stages.shortcuts else {},
+            statistics=target in ("float", "guarded"), fits=fits,
+        )  # fmt: skip
+        for layer in sweep.layers(judge if target == "guarded" else None):
+            rows.append(layer_report(layer))
+            count(layer.name)
+    return sweep.done, tuple(rows)
 
 
-def _pieces(job: Job, plan: Plan) -> Checkpoint:
+def _pieces(job: Job, plan: Plan, stages: Stages) -> Checkpoint:
     """Where the pieces of a network at these bits are kept."""
-    identity = plan.to_toml().encode() + job.recipe.to_toml().encode()
+    identity = plan.to_toml().encode() + repr(stages).encode()
     return job.checkpoint.within(f"network-{zlib.crc32(identity):08x}")
-
-
-def distill_network(job: Job, model: Assembled, loss: Loss, references: Sequence[Sequence[Tensor]]) -> Distilled:
-    """Distills the float network in place, by the job's recipe; what was finished before is not done again."""
-    how, module, checkpoint = job.recipe.distillation, model.graph_module, _pieces(job, model.plan)
-    needs = checkpoint.needs(network=Piece(module.state_dict(), {}))
-    ready = checkpoint.get("distillation", needs)
-    if ready is not None:
-        module.load_state_dict(dict(ready.tensors), strict=False)
-        return Distilled(**ready.facts)
-    outputs = kl_and_mse if closeness(references[0]) is kl else mse
-    judge = {"outputs": outputs, "run": loss, "kl": kl, "mse": mse}[how.loss]
-    shared = job.network.shared
-    found = distill(
-        module, lambda inputs: list(job.network.module(*inputs)), job.batches, references, judge, how, rates=job.recipe.rates,
-        fixed_codes={*shared, *shared.values()}, memory=job.memory, generator=job.generator("distillation"),
-        on_step=lambda step, steps: job.progress("distillation", step, steps),
-    )  # fmt: skip
-    moved = {name: part for name, part in module.named_modules() if isinstance(part, (QuantizedLayer, Quantizer))}
-    state = {f"{name}.{key}": value for name, part in moved.items() for key, value in part.state_dict().items()}
-    checkpoint.put("distillation", Piece(state, asdict(found), needs))
-    return found
 
 
 class _Judge:
@@ -154,13 +137,14 @@ class _Judge:
         self.loss = sum(size * loss(exact, found).item() for size, exact, found in pairs) / sum(self.sizes)
 
 
-def _normalize(job: Job, model: Assembled, targets: Mapping[str, ChannelStatistics], judge: _Judge) -> None:
+def _normalize(
+    job: Job, model: Assembled, targets: Mapping[str, ChannelStatistics], judge: _Judge, *, guarded: bool
+) -> None:
     """Para-normalizes in place; guarded, it is undone where the outputs are no closer for it.
 
     Args:
         judge: has the loss of the outputs as they are.
     """
-    guarded = job.recipe.statistics == "guarded"
     before, layers = judge.loss, model.layers
     with job.store() as store:
         para_normalize(
@@ -174,16 +158,6 @@ def _normalize(job: Job, model: Assembled, targets: Mapping[str, ChannelStatisti
         for name, layer in layers.items():
             model.graph_module.set_submodule(name, layer)
         link_requantization(model.graph_module)
-
-
-def tune(job: Job, model: Assembled, loss: Loss, references: Sequence[Sequence[Tensor]]) -> Tuned:
-    """Tunes the biases in place, by the job's recipe."""
-    steps = job.recipe.tuning.steps
-    judge = {"run": loss, "kl": kl, "mse": mse}[job.recipe.tuning.loss]
-    return tune_biases(
-        model.graph_module, job.batches, references, judge, job.recipe.tuning, memory=job.memory,
-        generator=job.generator("biases"), on_step=lambda step, _: job.progress("biases", step, steps),
-    )  # fmt: skip
 
 
 def final_entries(job: Job, entries: Mapping[str, Bits], edges: list[Edge]) -> dict[str, Bits]:
@@ -271,7 +245,7 @@ def layer_report(done: FittedLayer) -> LayerReport:
     return LayerReport(done.name, str(done.bits), low, high, before, after, done.seconds, size, macs, operations)
 
 
-class _Clock:
+class Clock:
     """Seconds between laps."""
 
     def __init__(self) -> None:

@@ -27,8 +27,11 @@ from calque.pipeline.effort import (
     table,
     tensor_range,
 )
+from calque.pipeline.stages import Stages
 from calque.quantized.placement import Edge, place
+from calque.recipe import Recipe
 from calque.run.progress import Phase
+from calque.settings import ClosedForm, Method, Nearest, Parallel, Ranges
 
 # In passes of the float network over the calibration set, as they were timed; on resnet20, MobileNet and small networks.
 SWEEP = 3.0  # a sweep besides its fits: the float network, the quantized one, grids
@@ -72,7 +75,14 @@ class Forecast:
 
 
 def forecast(
-    job: Job, choices: Choices, float_pass: float, *, search: bool, spent: float = 0.0, speed: Speed | None = None
+    job: Job,
+    choices: Choices,
+    recipe: Recipe,
+    float_pass: float,
+    *,
+    search: bool,
+    spent: float = 0.0,
+    speed: Speed | None = None,
 ) -> Forecast:
     """The time and disk that the run will need; the time within a factor of one and a half on an evenly loaded machine.
 
@@ -82,9 +92,9 @@ def forecast(
         speed: of this machine; measured where it is None.
     """
     device = job.network.weighted(next(iter(job.network.layers))).weight.device
-    plan = _Plan(job, choices, float_pass, Speed.measured(device) if speed is None else speed)
-    phases = plan.search() if search else plan.build(steps=job.recipe.steps)
-    phases = [phase for phase in (*phases, *plan.end_to_end()) if phase.steps]
+    plan = _Plan(job, choices, recipe.ranges, float_pass, Speed.measured(device) if speed is None else speed)
+    phases = plan.search(recipe) if search else plan.build(Stages.of(recipe))
+    phases = [phase for phase in (*phases, *plan.end_to_end(recipe)) if phase.steps]
     shapes = {node: torch.Size(shape) for node, (shape, _) in plan.values.items()}
     alive = max(fixed for fixed, _ in activation_steps(job.network, {}, job.placement, shapes))
     disk = max(0, 2 * alive * job.inputs - job.memory)
@@ -97,8 +107,8 @@ def forecast(
 class _Plan:
     """The phases of a run, with their seconds."""
 
-    def __init__(self, job: Job, choices: Choices, float_pass: float, speed: Speed):
-        self.job, self.choices, self.speed = job, choices, speed
+    def __init__(self, job: Job, choices: Choices, ranges: Ranges, float_pass: float, speed: Speed):
+        self.job, self.choices, self.ranges, self.speed = job, choices, ranges, speed
         self.float_pass = float_pass
         self.values = _values(job.network, job)
         self.layers = [name for name in job.network.layers if name in choices]
@@ -106,57 +116,57 @@ class _Plan:
         bits = {name: choices[name][-1] for name in self.layers}
         self.edges = place(job.network, bits, job.placement)
 
-    def build(self, *, steps: int, blocks: bool = True, statistics: bool = True) -> list[Phase]:
+    def build(self, stages: Stages) -> list[Phase]:
         """One network: a sweep over its layers, blocks, channel statistics."""
-        recipe, phases = self.job.recipe, []
-        parallel = recipe.flavour == "parallel" and steps > 0
-        if parallel:
+        phases, method = [], stages.fit
+        if isinstance(stages.flavour, Parallel) and not isinstance(method, Nearest):
             one = {name: self.choices[name][-1:] for name in self.layers}
-            phases.append(self._candidates(one, steps))
-        passes = SWEEP + (MOMENTS if statistics and recipe.statistics in ("float", "guarded") else 0.0)
-        shared = (passes * self.float_pass + self._tensors()) / len(self.layers)
-        fits = [shared + self._layer(name, 0 if parallel else steps) for name in self.layers]
-        phases.append(Phase("fit", tuple(fits)))
-        if recipe.block_steps and blocks:
-            phases.append(Phase("blocks", (self._stepped(recipe.block_steps * ROWS),)))
-        if recipe.statistics != "none" and statistics:
+            phases.append(self._candidates(one, method))
+            method = Nearest()  # what is left for the sweep
+        normalization = stages.normalization
+        measured = normalization is not None and normalization.target != "trained"
+        shared = ((SWEEP + MOMENTS * measured) * self.float_pass + self._tensors()) / len(self.layers)
+        phases.append(Phase("fit", tuple(shared + self._layer(name, method) for name in self.layers)))
+        if stages.blocks is not None:
+            phases.append(Phase("blocks", (self._stepped(stages.blocks.steps * ROWS),)))
+        if normalization is not None:
             phases.append(Phase("statistics", (STATISTICS * self.float_pass,)))
         return phases
 
-    def search(self) -> list[Phase]:
+    def search(self, recipe: Recipe) -> list[Phase]:
         """Candidates fitted and priced, finalists built and measured."""
-        recipe, job = self.job.recipe, self.job
+        search, stages = recipe.search, Stages.of(recipe)
         activations = any(bits.activation is not None for options in self.choices.values() for bits in options)
         base = Bits(8, 8 if activations else None)
         priced = {name: [bits for bits in self.choices[name] if bits not in (base, FLOAT)] for name in self.layers}
         phases = [
-            *self.build(steps=0, blocks=False, statistics=False),
-            self._candidates({name: options for name, options in priced.items() if options}, recipe.search_steps),
+            *self.build(stages.base()),
+            self._candidates({name: options for name, options in priced.items() if options}, search.fit),
         ]
-        share = SUFFIX * self.float_pass * min(1.0, recipe.priced_inputs / job.inputs)
+        share = SUFFIX * self.float_pass * min(1.0, search.priced_inputs / self.job.inputs)
         phases.append(Phase("prices", tuple(share * len(options) for options in priced.values() if options)))
-        for _ in range(recipe.finalists + 1):  # and the best one with the same bits everywhere
-            *parts, last = self.build(steps=recipe.steps)
+        for _ in range(search.finalists + 1):  # and the best one with the same bits everywhere
+            *parts, last = self.build(stages)
             measured = *last.steps[:-1], last.steps[-1] + MEASURED * self.float_pass
             phases += [*parts, Phase(last.name, measured)]
         return phases
 
-    def end_to_end(self) -> list[Phase]:
+    def end_to_end(self, recipe: Recipe) -> list[Phase]:
         """Distillation and the tuning of biases."""
-        distillation, tuning = self.job.recipe.distillation, self.job.recipe.tuning
-        minutes = 0.0 if distillation.steps else 60.0 * distillation.minutes
-        distilled = minutes + self._stepped(distillation.steps * distillation.rows)
-        tuned = self._stepped(tuning.steps * tuning.rows)
-        return [
-            Phase(name, (seconds,)) for name, seconds in (("distillation", distilled), ("biases", tuned)) if seconds
-        ]
+        phases = []
+        if recipe.distillation is not None:
+            how = recipe.distillation
+            phases.append(Phase("distillation", (60.0 * how.minutes + self._stepped(how.steps * how.rows),)))
+        if recipe.tuning is not None:
+            phases.append(Phase("biases", (self._stepped(recipe.tuning.steps * recipe.tuning.rows),)))
+        return phases
 
     def problem_bytes(self, name: str) -> int:
         """Bytes of a layer's sampled problem at most."""
         shape = self.shapes.get(name)
         return 0 if shape is None else 4 * shape.rows * shape.groups * (shape.inputs + shape.outputs)
 
-    def _candidates(self, priced: Mapping[str, Sequence[Bits]], steps: int) -> Phase:
+    def _candidates(self, priced: Mapping[str, Sequence[Bits]], method: Method) -> Phase:
         """Each layer fitted at each of its choices, on float inputs."""
         passes = self.float_pass / max(1, len(priced))
         seconds = []
@@ -164,11 +174,11 @@ class _Plan:
             shape = self.shapes.get(name)
             widths = {bits.activation for bits in options}
             found = Effort() if shape is None else sampling(shape) * 3 + range_search(shape) * len(widths - {None})
-            fits = self._fits(name, steps, len(options), shared=len(widths)) / (self.job.workers or 1)
+            fits = self._fits(name, method, len(options), shared=len(widths)) / (self.job.workers or 1)
             seconds.append(passes + self.speed.seconds(found) + fits)
         return Phase("candidates", tuple(seconds))
 
-    def _layer(self, name: str, steps: int) -> float:
+    def _layer(self, name: str, method: Method) -> float:
         """Seconds that a sweep is at a layer besides executing it."""
         if all(bits.weight is None for bits in self.choices[name]):
             return 0.0
@@ -177,11 +187,11 @@ class _Plan:
         for edge in self.edges:
             if edge.readers[:1] == (name,) and edge.kind not in ("tensor", "operand"):
                 found += self._edge(edge)
-        return self.speed.seconds(found) + self._fits(name, steps, 1)
+        return self.speed.seconds(found) + self._fits(name, method, 1)
 
     def _edge(self, edge: Edge) -> Effort:
         """The search for the range of an edge that layers read."""
-        if self.job.recipe.activation_range != "output":
+        if self.ranges.activation != "output":
             return self._sampled(edge)
         known = [self.shapes[name] for name in edge.readers if name in self.shapes]
         return sum((range_search(shape) + sampling(shape) for shape in known), Effort())
@@ -195,18 +205,20 @@ class _Plan:
         shape, signed = self.values.get(edge.source, ((), True))
         return tensor_range(self.job.inputs * torch.Size(shape).numel(), signed=signed)
 
-    def _fits(self, name: str, steps: int, count: int, shared: int = 1) -> float:
-        """Seconds of so many fits of a layer, by as many sets of moments where the solver has such."""
-        recipe, shape = self.job.recipe, self.shapes.get(name)
+    def _fits(self, name: str, method: Method, count: int, shared: int = 1) -> float:
+        """Seconds of so many fits of a layer, by as many sets of moments where the method has such."""
+        shape = self.shapes.get(name)
         if shape is None:
             return self.speed.seconds(table(self.job.network.weighted(name).weight.numel()) * count)
-        if recipe.solver == "closed_form" and steps:
-            return self.speed.seconds(closed_form(shape, steps, count, shared))
-        found = rounding(shape, by_output=recipe.weight_range == "output") * count
-        if recipe.patches == "all":
+        if isinstance(method, ClosedForm):
+            return self.speed.seconds(closed_form(shape, method.rounds, count, shared))
+        found = rounding(shape, by_output=self.ranges.weight == "output") * count
+        if isinstance(method, Nearest):
+            return self.speed.seconds(found)
+        if method.patches == "all":
             share = min(STEP_INPUTS, self.job.inputs) / self.job.inputs / len(self.layers)
-            return self.speed.seconds(found) + count * steps * share * WARMTH * self.float_pass
-        return self.speed.seconds(found + descent(shape, steps) * (count if steps else 0))
+            return self.speed.seconds(found) + count * method.steps * share * WARMTH * self.float_pass
+        return self.speed.seconds(found + descent(shape, method.steps) * count)
 
     def _stepped(self, rows: int) -> float:
         """Seconds of steps through the whole network and back, of so many rows in all."""

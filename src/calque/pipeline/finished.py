@@ -14,6 +14,7 @@ from calque.errors import LoadError, SpecError
 from calque.network.signature import flatten
 from calque.quantized.model import QuantizedModel
 from calque.quantized.prices import Prices
+from calque.recipe import Recipe
 from calque.run.checkpoint import Checkpoint, Piece, fingerprint, open_run
 from calque.run.files import FilePath
 from calque.shipping.saved import save
@@ -22,7 +23,7 @@ from calque.shipping.saved.quantized import restored
 log = logging.getLogger(__name__)
 
 
-def open_pieces(run: FilePath | None, job: Job, settings: Mapping[str, object]) -> Checkpoint:
+def open_pieces(run: FilePath | None, job: Job, recipe: Recipe, settings: Mapping[str, object]) -> Checkpoint:
     """Where the run's pieces are kept; its identity is everything that they depend on.
 
     Args:
@@ -45,7 +46,7 @@ def open_pieces(run: FilePath | None, job: Job, settings: Mapping[str, object]) 
         "weights": fingerprint(dict(job.network.module.state_dict())),
         "calibration": fingerprint({name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor)})
         + "".join(f" {name} {leaf!r}" for name, leaf in leaves.items() if not isinstance(leaf, Tensor)),
-        "recipe": job.recipe.to_toml(),
+        "recipe": recipe.to_toml(),
         "placement": job.placement,
         "seed": str(job.seed),
         "device": str(job.network.weighted(next(iter(job.network.layers))).weight.device),

@@ -25,6 +25,7 @@ from calque.network.copies import moved_to
 from calque.network.signature import flatten, rows, select
 from calque.network.surroundings import require_exact_products, undisturbed
 from calque.pipeline.build import build
+from calque.pipeline.end_to_end import trained_end_to_end
 from calque.pipeline.estimate import forecast
 from calque.pipeline.finished import keep_result, kept_result, open_pieces
 from calque.pipeline.guard import guard
@@ -32,6 +33,7 @@ from calque.pipeline.options import check_options, find_device
 from calque.pipeline.outliers import healthy
 from calque.pipeline.parts import quantize_parts
 from calque.pipeline.search import check_budget, search
+from calque.pipeline.stages import Stages
 from calque.pipeline.summary import summarize
 from calque.quantized.admission import require_call, require_inputs, require_original
 from calque.quantized.decisions import DEFAULT_BITS, asked_layers, decide_bits, decide_choices
@@ -155,10 +157,10 @@ def quantize(
         choices, entries = _decided(
             network, bits, plan, override=override, first_last=first_last, search=budget is not None
         )
+        chosen = find_recipe(recipe)
         job = Job(
-            network, batches, find_recipe(recipe), placement, seed, parse_bytes(memory),
-            workers=workers, progress=watch, notes=tuple(notes),
-        )  # fmt: skip
+            network, batches, placement, seed, parse_bytes(memory), workers=workers, progress=watch, notes=tuple(notes)
+        )
         if budget is not None:
             check_budget(job, choices, entries, budget)
         # no budget among these: pieces do not depend on it, so that another one goes on from the same prices
@@ -166,7 +168,7 @@ def quantize(
         asked: dict[str, object] = {"bits": bits, "plan": text, "override": override, "first_last": first_last}
         axes = merged(found_axes, given_axes)
         asked |= {"loss": loss, "dynamic": {name: [*where] for name, where in sorted(axes.items())}}
-        checkpoint = open_pieces(run, job, asked)
+        checkpoint = open_pieces(run, job, chosen, asked)
         with alone(checkpoint), job.outputs_store() as store:
             ready = kept_result(checkpoint, budget, moved_to(model, target))
             if ready is not None:
@@ -175,7 +177,7 @@ def quantize(
             kept = asked_layers(network, plan, override or {})
             result = _quantized(
                 model, job, choices, entries, store,
-                kept=kept, budget=budget, loss=loss, dynamic=axes, started=started, watch=watch,
+                recipe=chosen, kept=kept, budget=budget, loss=loss, dynamic=axes, started=started, watch=watch,
             )  # fmt: skip
             keep_result(checkpoint, budget, result)
     return result
@@ -188,6 +190,7 @@ def _quantized(
     entries: Mapping[str, Bits],
     store: Store,
     *,
+    recipe: Recipe,
     kept: Collection[str],
     budget: Budget | None,
     loss: LossName | OutputLoss | None,
@@ -206,20 +209,27 @@ def _quantized(
     tensors = {name: entry for name, entry in entries.items() if name not in job.network.layers}
     job, references, extremes = healthy(job, store)
     float_pass = time.perf_counter() - captured
-    if job.recipe.migration:
+    stages = Stages.of(recipe)
+    if stages.channel_scales:
         smoothed, moved = smooth(job, choices)
         job, extremes = replace(job, network=smoothed), {} if moved else extremes
     guarded = guard(job, choices, tensors, extremes, kept=kept)
     job = replace(job, network=guarded.network, notes=(*job.notes, *guarded.notes))
     choices, entries = guarded.applied(choices, entries)
     loss_name, function = find_loss(loss, references[0], job.network.out_spec)
-    expected = forecast(job, choices, float_pass, search=budget is not None, spent=time.perf_counter() - started)
+    expected = forecast(
+        job, choices, recipe, float_pass, search=budget is not None, spent=time.perf_counter() - started
+    )
     log.info("%s", expected)
     watch.expect(expected.phases)
-    found = None if budget is None else search(job, choices, entries, budget, (loss_name, function), references)
-    built = build(job, entries, function, references) if found is None else found.built
+    if budget is None:
+        built, found = build(job, entries, stages, references), None
+        built = trained_end_to_end(job, built, recipe, function, references)
+    else:
+        found = search(job, choices, entries, budget, recipe, (loss_name, function), references)
+        built = found.built
     phases = {"capture": captured - started, "float pass": float_pass}
-    report = summarize(model, job, built, found, references=references, phases=phases, loss=loss_name)
+    report = summarize(model, job, recipe, built, found, references=references, phases=phases, loss=loss_name)
     facts = Facts.of(
         built.model,
         placement=job.placement,

@@ -20,11 +20,13 @@ from calque.fitting.parallel import Choices, fit_choices
 from calque.fitting.problem import Fit
 from calque.grid.bits import FLOAT, Bits
 from calque.network import Network
-from calque.pipeline.build import Built, build, measured_loss, trained_end_to_end
+from calque.pipeline.build import Built, build, measured_loss
+from calque.pipeline.end_to_end import trained_end_to_end
+from calque.pipeline.stages import Stages
 from calque.quantized.assembled import Assembled
 from calque.quantized.modules import Quantizer
 from calque.quantized.prices import Prices
-from calque.recipe import NO_DISTILLATION, NO_TUNING
+from calque.recipe import Recipe
 from calque.report import Finalist
 
 log = logging.getLogger(__name__)
@@ -43,28 +45,29 @@ def check_budget(job: Job, choices: Choices, tensors: Mapping[str, Bits], budget
     solve(_prices(job.network, choices, free, table, loss="none", base=(_base_bits(choices), 0.0)), budget)
 
 
-def measure(job: Job, choices: Choices, loss: tuple[str, Loss], tensors: Mapping[str, Bits]) -> Prices:
+def measure(job: Job, choices: Choices, recipe: Recipe, loss: tuple[str, Loss], tensors: Mapping[str, Bits]) -> Prices:
     """The prices and costs of every choice of every layer.
 
     Args:
         choices: by layer; one choice where nothing is to be decided.
+        recipe: its search says how candidates are fitted and priced, its stages the base network.
         tensors: bits of tensors that are not the default.
 
     Raises:
         SpecError: a loss that is not finite at the base precision.
     """
     network, base_bits = job.network, _base_bits(choices)
-    base = _base(job, base_bits, choices, loss[1])
+    base = _base(job, base_bits, choices, Stages.of(recipe).base())
     priced: Choices = {
         name: tuple(bits for bits in options if bits not in (base_bits, FLOAT)) for name, options in choices.items()
     }
-    fits = fit_choices(job, priced, job.recipe.search_steps)
+    fits = fit_choices(job, priced, recipe.search.fit, recipe.ranges)
     stand_ins = {
         name: [_stand_in(network, name, bits, fits[name, bits]) for bits in options]
         for name, options in priced.items()
         if options
     }
-    batches = thin(job.batches, job.recipe.priced_inputs)
+    batches = thin(job.batches, recipe.search.priced_inputs)
     base_loss, rises = measure_prices(
         network.module, base.graph_module, stand_ins, batches, loss[1],
         checkpoint=job.checkpoint.within("prices"), on_layer=job.counter("prices", len(stand_ins) * len(batches)),
@@ -88,17 +91,13 @@ def _base_bits(choices: Choices) -> Bits:
     return Bits(8, 8 if activations else None)
 
 
-def _base(job: Job, bits: Bits, choices: Choices, loss: Loss) -> Assembled:
-    """The network with every layer at the base precision, rounded to nearest; layers that must stay float do."""
-    plain = replace(
-        job.recipe, steps=0, block_steps=0, statistics="none", distillation=NO_DISTILLATION, tuning=NO_TUNING,
-        migration=0.0,  # the candidates are fitted to the float network's own channels
-    )  # fmt: skip
+def _base(job: Job, bits: Bits, choices: Choices, stages: Stages) -> Assembled:
+    """The network with every layer at the base precision; layers that must stay float do."""
     entries = {
         name: FLOAT if set(options) == {FLOAT} else Bits(bits.weight, None) if job.network.is_table(name) else bits
         for name, options in choices.items()
     }
-    return build(replace(job, recipe=plain), entries, loss, []).model
+    return build(job, entries, stages).model
 
 
 def _stand_in(network: Network, name: str, bits: Bits, fit: Fit) -> nn.Module:
@@ -252,6 +251,7 @@ def search(
     choices: Choices,
     tensors: Mapping[str, Bits],
     budget: Budget,
+    recipe: Recipe,
     loss: tuple[str, Loss],
     references: Sequence[Sequence[Tensor]],
 ) -> Found:
@@ -265,14 +265,13 @@ def search(
         InfeasibleBudgetError: no allocation keeps the budget.
     """
     started = time.perf_counter()
-    prices = measure(job, choices, loss, tensors)
+    prices = measure(job, choices, recipe, loss, tensors)
     log.info("prices measured: %s of the base network %s is %.3e", prices.loss, prices.base, prices.base_loss)
     priced = time.perf_counter()
-    untuned = replace(job, recipe=replace(job.recipe, distillation=NO_DISTILLATION, tuning=NO_TUNING))
     cases: list[tuple[Built, Finalist]] = []
-    for solution in finalists(prices, budget, job.recipe.finalists):
+    for solution in finalists(prices, budget, recipe.search.finalists):
         entries = {name: Bits.parse(text) for name, text in solution.plan.items()} | dict(tensors)
-        built = build(untuned, entries, loss[1], references)
+        built = build(job, entries, Stages.of(recipe), references)
         measured = measured_loss(job, built.model, loss[1], references) - prices.base_loss
         cases.append((built, Finalist(dict(solution.plan), solution.costs["size"], solution.increase, measured)))
         size, predicted = solution.costs["size"], solution.increase
@@ -285,7 +284,7 @@ def search(
     if budget.loss is not None and best.measured > budget.loss:
         notes += (f"no finalist keeps the loss budget of {budget.loss:g}: the best rises by {best.measured:.3g}.",)
     spent = sum(sum(case.phases.values()) for case, _ in cases) - sum(built.phases.values())
-    built = trained_end_to_end(job, built, loss[1], references)
+    built = trained_end_to_end(job, built, recipe, loss[1], references)
     phases = {"prices": priced - started, "other finalists": spent}
     return Found(built, marked, prices, phases, notes, budget.limits(prices.floats).get("size"))
 

@@ -21,12 +21,15 @@ from calque.pipeline.build import Built
 from calque.pipeline.search import Found
 from calque.quantized.assembled import Assembled, compiled, grid_of
 from calque.quantized.left_float import float_operators
+from calque.recipe import Recipe
 from calque.report import LayerReport, Report
+from calque.settings import ClosedForm
 
 
 def summarize(
     model: nn.Module,
     job: Job,
+    recipe: Recipe,
     built: Built,
     found: Found | None,
     *,
@@ -42,7 +45,7 @@ def summarize(
         references: the float network's output leaves on each batch.
         phases: seconds of what came before.
     """
-    result, network, recipe, tuned = built.model, job.network, job.recipe, built.tuned
+    result, network, tuned = built.model, job.network, built.tuned
     tensors = {
         name: (f"a{quantizer.bits}", *quantizer.range)
         for name, quantizer in result.quantizers.items()
@@ -53,7 +56,7 @@ def summarize(
     on_disk = file_size(network, dict(result.plan.items()), job.placement, _computed_scales(result))
     limit = None if found is None else found.limit
     started = time.perf_counter()
-    fidelity = _fidelity(job, result, references)
+    fidelity = _fidelity(job, recipe, result, references)
     measured = {"fidelity": time.perf_counter() - started}
     return Report(
         recipe.name, job.placement, job.seed, job.inputs, _layers(built, found), tensors, float_size(network) + other, other,
@@ -66,13 +69,12 @@ def summarize(
     )  # fmt: skip
 
 
-def _fidelity(job: Job, result: Assembled, references: Sequence[Sequence[Tensor]]) -> Fidelity | None:
+def _fidelity(job: Job, recipe: Recipe, result: Assembled, references: Sequence[Sequence[Tensor]]) -> Fidelity | None:
     """What quantization cost the outputs. Closed forms are fitted to all inputs in the end: what they chose between is gone."""
-    fitted = job.recipe.solver == "closed_form" and job.recipe.steps > 0
     evaluate = compiled(result.graph_module)
     return held_out_fidelity(
         lambda inputs: list(job.network.module(*inputs)), lambda inputs: evaluate(result.graph_module, *inputs),
-        job.batches, references, job.network.out_spec, fitted=fitted,
+        job.batches, references, job.network.out_spec, fitted=isinstance(recipe.fit, ClosedForm),
     )  # fmt: skip
 
 

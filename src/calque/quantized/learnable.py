@@ -27,7 +27,7 @@ CONSTANT = 1e-12  # of the size of outputs: the deviation of those that are the 
 SMALLEST_UNIT = 0.1  # of the layer's mean deviation: the bias of a constant channel must be able to move, too
 
 Kind = Literal["weight", "weight_scale", "bias", "activation_scale", "zero_point"]
-"""What a leaf is; the names are those of the rates in `StepSizes`."""
+"""What a leaf is; the names are those of the rates in `Rates`."""
 
 
 class FixedQuantizer:

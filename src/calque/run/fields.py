@@ -203,6 +203,15 @@ def parse_toml(content: object, what: str) -> dict[str, Any]:
     return table
 
 
+def toml_string(text: str) -> str:
+    """The text as a TOML basic string: a JSON string, but for DEL, which TOML wants escaped.
+
+    >>> print(toml_string('say "a"'))
+    "say \\"a\\""
+    """
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) < len(pairs):
