@@ -91,7 +91,7 @@ def test_a_broken_extra_is_a_line_and_no_error(tmp_path: Path, monkeypatch: pyte
 def test_an_installation_that_cannot_export_does_not_work(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("calque.shipping.export_onnx", _fail)
+    monkeypatch.setattr("calque.shipping.onnx.export_onnx", _fail)
 
     assert run(["doctor"]) == 1
 
