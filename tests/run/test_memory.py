@@ -186,6 +186,6 @@ def test_a_layer_in_pieces_gives_the_same_bits(kind: str, monkeypatch: pytest.Mo
     x = networks.images(7, seed=0, channels=8, side=8)
     whole = layer(grid(x))
 
-    monkeypatch.setattr("calque.quantized.modules.TOGETHER", 2 * x[0].numel())
+    monkeypatch.setattr("calque.quantized.in_pieces.TOGETHER", 2 * x[0].numel())
 
     assert torch.equal(InPieces(layer, grid)(x), whole)
