@@ -39,6 +39,7 @@ from calque.recipe import (
     Sequential,
     Tuning,
     find_recipe,
+    recipe_text,
 )
 
 RATE, STEPS = st.floats(1e-8, 1e3), st.integers(1, 10**6)
@@ -112,6 +113,18 @@ def test_a_recipe_with_an_odd_name_comes_back_from_its_toml(name: str) -> None:
 def test_shipped_recipes_are_found_by_name_and_come_back_from_their_toml(name: str) -> None:
     assert find_recipe(name).name == name
     assert Recipe.parse(find_recipe(name).to_toml()) == find_recipe(name)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_file_of_a_shipped_recipe_says_what_it_is_for_and_has_what_is_written(name: str) -> None:
+    head, _, body = recipe_text(name).partition("\n\n")
+
+    assert [line.split(":")[0] for line in head.splitlines()] == ["# For", "# Time", "# Result", "# Figures"]
+    assert body == find_recipe(name).to_toml()
+
+
+def test_accurate_is_fast_and_then_distilled() -> None:
+    assert replace(ACCURATE, name="fast", distillation=None) == FAST
 
 
 def test_a_recipe_stands_for_itself_and_nothing_for_fast() -> None:

@@ -1,10 +1,11 @@
 """Every decision of a run as data, and the shipped recipes."""
 
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from calque.errors import SpecError
-from calque.grid.bits import naming, read_text
+from calque.grid.bits import SHIPPED, naming, read_text
 from calque.run.fields import parse_toml, require, shown
 from calque.run.pieces import check_fields, from_table, to_toml
 from calque.settings import (
@@ -51,6 +52,7 @@ __all__ = [
     "Sequential",
     "Tuning",
     "find_recipe",
+    "recipe_text",
 ]
 
 LONGEST_NAME = 100
@@ -91,8 +93,8 @@ class Recipe:
 
     >>> FAST == Recipe.parse(FAST.to_toml())
     True
-    >>> replace(FAST, name="short", fit=ClosedForm(rounds=1)).fit
-    ClosedForm(rounds=1)
+    >>> Recipe("mine", ClosedForm(rounds=1), normalization=Normalization("guarded")).flavour
+    Sequential(channel_scales=0.0)
     """
 
     name: str
@@ -141,30 +143,22 @@ def _name(where: str, value: object) -> None:
     require(fits, where, f"text of 1 to {LONGEST_NAME} characters", value)
 
 
-NEAREST = Recipe("nearest", Nearest(), ranges=Ranges(weight="least_squares"))
-LIGHT = Recipe("light", Nearest(), normalization=Normalization("float"))
-FAST = Recipe(
-    "fast",
-    ClosedForm(rounds=3),
-    Sequential(channel_scales=0.5),
-    Ranges(tolerance=0.05),
-    normalization=Normalization("guarded"),
-    search=Search(ClosedForm(rounds=1), finalists=2),
-)
-ACCURATE = replace(FAST, name="accurate", distillation=Distillation(minutes=4))
-SEQUENTIAL = replace(LIGHT, name="sequential", fit=AdaQuant(steps=250))
-ADVANCED = replace(SEQUENTIAL, name="advanced", tuning=Tuning(steps=50), search=Search(AdaQuant(steps=100)))
-# The released code of Hubara et al. 2021 (docs/method.md); its input range and zero point share a rate.
-_PAPER = AdaQuant(1000, AbsoluteRates(1e-5, 1e-3, 1e-3, activation_scale=1e-1, zero_point=1e-1), patches="all")
-PAPER = Recipe(
-    "paper-2021",
-    _PAPER,
-    ranges=Ranges("mean_minmax", "mean_minmax", "minmax"),
-    normalization=Normalization("trained"),
-    tuning=Tuning("sgd", steps=800, rows=50, rate=0.1, parameters="biases", loss="kl"),
-    search=Search(_PAPER),
-)
-RECIPES = {recipe.name: recipe for recipe in (NEAREST, LIGHT, FAST, ACCURATE, SEQUENTIAL, ADVANCED, PAPER)}
+def _shipped(name: str) -> str:
+    """The text of a shipped recipe's file, whose head says what it is for."""
+    return (Path(__file__).parent / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
+
+
+RECIPES = {name: Recipe.parse(_shipped(name)) for name in SHIPPED}
+NEAREST, LIGHT, FAST, ACCURATE, SEQUENTIAL, ADVANCED, PAPER = (RECIPES[name] for name in SHIPPED)
+
+
+def recipe_text(recipe: str) -> str:
+    """The TOML of the shipped recipe of that name, with the comments of its file, or of the one in that TOML file.
+
+    Raises:
+        SpecError: no shipped recipe and no file of that name.
+    """
+    return _shipped(recipe) if recipe in SHIPPED else find_recipe(recipe).to_toml()
 
 
 def find_recipe(recipe: "str | Recipe | None") -> Recipe:

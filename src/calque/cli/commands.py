@@ -109,9 +109,9 @@ def recipe_command(
     name: Annotated[str, typer.Argument(help=f"{', '.join(SHIPPED)} or a TOML file", autocompletion=recipes)],
 ) -> None:
     """Prints a recipe as TOML, to be edited and passed back with --recipe."""
-    from calque.recipe import find_recipe
+    from calque.recipe import recipe_text
 
-    print(find_recipe(name).to_toml(), end="")
+    print(recipe_text(name), end="")
 
 
 app.command("plan")(plan_command)

@@ -183,20 +183,12 @@ def _tasks(
             (bits, key, job.generator(key).initial_seed()) for bits, key in keys.items() if bits is not None
         )
         grid = _grid(ranges, problem, sample, width, network_input=root(source).op == "placeholder")
+        shape = weighted.weight.shape
         tasks.append(
             Task(
-                results,
-                layer.name,
-                choices,
-                grid,
-                method,
-                ranges.weight,
-                layer.activate,
-                weighted.geometry,
-                weighted.weight.shape,
-                group,
+                results, layer.name, choices, grid, method, ranges.weight, layer.activate, weighted.geometry, shape, group
             )
-        )
+        )  # fmt: skip
     return tasks
 
 

@@ -103,7 +103,7 @@ def _fitted(
         chosen = {name: (entries[name],) for name in network.layers}
         fits = {name: fit for (name, _), fit in fit_choices(job, chosen, stages.fit, stages.ranges).items()}
     target = None if stages.normalization is None else stages.normalization.target
-    rows, count = [], job.counter("fit", len(network.layers))
+    reports, count = [], job.counter("fit", len(network.layers))
     with job.store() as store:
         sweep = Sweep(
             job, entries, edges, store, checkpoint=checkpoint, ranges=stages.ranges, method=stages.fit,
@@ -111,9 +111,9 @@ def _fitted(
             statistics=target in ("float", "guarded"), fits=fits,
         )  # fmt: skip
         for layer in sweep.layers(judge if target == "guarded" else None):
-            rows.append(layer_report(layer))
+            reports.append(layer_report(layer))
             count(layer.name)
-    return sweep.done, tuple(rows)
+    return sweep.done, tuple(reports)
 
 
 def _pieces(job: Job, plan: Plan, stages: Stages) -> Checkpoint:
