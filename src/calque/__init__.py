@@ -83,4 +83,4 @@ else:  # where a type checker saw it, every name would exist
         return found
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__})
+        return sorted([*__all__, "__version__"])

@@ -176,4 +176,6 @@ def find_recipe(recipe: "str | Recipe | None") -> Recipe:
     if os.path.isfile(recipe):
         with naming(recipe):
             return Recipe.parse(read_text(recipe))
+    if str(recipe).endswith(".toml"):
+        raise SpecError(f"recipe: there is no file {shown(recipe)}.")
     raise SpecError(f"recipe is one of {', '.join(RECIPES)}, or a TOML file. Got {shown(recipe)}.")

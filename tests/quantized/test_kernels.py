@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import calque
 import networks
+from calque.errors import SpecError
 from calque.grid.arithmetic import EXACT_FLOAT32
 from calque.grid.bits import Placement
 from calque.network import Geometry
@@ -152,6 +153,11 @@ def test_a_module_and_its_copies_and_its_pickle_give_the_same_bits(tmp_path: Pat
 
     assert torch.equal(copy.deepcopy(q)(INPUTS), before)
     assert torch.equal(loaded(INPUTS), before)
+    calque.save(loaded, tmp_path / "q.safetensors")
+    assert torch.equal(calque.load(tmp_path / "q.safetensors", mobile())(INPUTS), before)
+    calque.export_onnx(copy.deepcopy(q), tmp_path / "q.onnx")
+    with pytest.raises(SpecError, match=r"needs the shapes of q's values, which pickle .* calque\.load\."):
+        calque.export_onnx(loaded, tmp_path / "other.onnx")
 
 
 def test_a_layer_that_feeds_no_grid_is_clipped_and_rounded_by_the_quantizer() -> None:

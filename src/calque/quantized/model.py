@@ -129,7 +129,14 @@ class QuantizedModel(nn.Module):
         yield from found or (nn.Parameter(torch.empty(0, device=device), requires_grad=False),)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kernels": None}  # code made from the graph, which can be made again
+        names = [node.name for node in self.graph_module.graph.nodes]
+        return {**self.__dict__, "_kernels": None, "_names": names}  # kernels are code that can be made again
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        names = state.pop("_names", None)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # nn.Module has no types here
+        if names is not None:
+            _rename(self.graph_module, names)
 
     @property
     def call_form(self) -> CallForm:
@@ -164,3 +171,16 @@ class QuantizedModel(nn.Module):
     def integer(self) -> IntegerModel:
         """The exact integer evaluation of this network (slow): integer codes, int32 accumulators, requantization."""
         return IntegerModel(self.graph_module, self.call_form, self.out_spec, self.facts.edges)
+
+
+def _rename(graph_module: fx.GraphModule, names: list[str]) -> None:
+    """Gives, in place, the nodes the names that they had: torch pickles a graph as code and names its nodes anew.
+
+    Saved files and exported ones are told apart by these names.
+    """
+    nodes = list(graph_module.graph.nodes)
+    if len(nodes) != len(names) or [node.name for node in nodes] == names:
+        return
+    for node, name in zip(nodes, names, strict=True):
+        node.name = name
+    graph_module.recompile()

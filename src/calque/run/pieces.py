@@ -73,7 +73,9 @@ def from_table(cls: type[Piece], table: Mapping[str, Any], words: Mapping[type, 
     unknown, missing = sorted(set(table) - set(hints)), sorted(set(hints) - set(table) - optional)
     if unknown or missing:
         rule = f"has the fields {', '.join(hints)}" if hints else f"has no field but {KIND}"
-        raise SpecError(f"{place} {rule}. Unknown: {unknown}; missing: {missing}.")
+        found = {"Unknown": unknown, "Missing": missing}
+        told = " ".join(f"{word}: {', '.join(names)}." for word, names in found.items() if names)
+        raise SpecError(f"{place} {rule}. {told}")
     values: dict[str, Any] = dict.fromkeys(optional)
     for name, value in table.items():
         classes = _classes(hints[name])

@@ -16,7 +16,7 @@ from onnx import helper
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from calque.errors import ExportError
+from calque.errors import ExportError, SpecError
 from calque.network.compat import CHECKS_FAIL, children, without_checks
 from calque.network.exclusive import exclusively
 from calque.network.network import FlatInput, is_symbolic, value_of
@@ -81,6 +81,7 @@ def export_onnx(
     if isinstance(model, PartlyQuantized):
         raise whole_only(model, "export_onnx", "export_onnx(q.parts[path], file)")
     path = file_to_write(path, "export_onnx(q, path)")
+    _require_shapes(model)
     check_name(target)
     names = interface(model, input_names, output_names)
     proto = _exported(_Flat(lower(model, fused=target != "qonnx")).eval(), model)
@@ -236,6 +237,15 @@ class _Original(torch.nn.Module):
     def forward(self, *inputs: torch.Tensor) -> object:
         result, _ = flatten_outputs(self.module(**pytree.tree_unflatten(list(inputs), self.arguments)))
         return tuple(leaf for leaf in result if isinstance(leaf, torch.Tensor))
+
+
+def _require_shapes(model: QuantizedModel) -> None:
+    """Raises SpecError for a network that came out of pickle: torch keeps its code alone."""
+    if not any("val" in node.meta for node in model.graph_module.graph.nodes):
+        raise SpecError(
+            "export_onnx(q, path) needs the shapes of q's values, which pickle and torch.save leave out. Export before, or keep "
+            "q by calque.save and calque.load."
+        )
 
 
 def _root_cause(error: BaseException) -> str:
