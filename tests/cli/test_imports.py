@@ -144,6 +144,7 @@ print(json.dumps(found == [True] * len(calque.__all__)))
     assert json.loads(done.stdout)
 
 
+@pytest.mark.slow  # two processes
 def test_names_that_are_first_asked_for_under_modes_of_torch_compute_the_same() -> None:
     """Modules are imported where a name is first asked for: nothing that they hold may depend on that place."""
     quantizing = """

@@ -19,6 +19,7 @@ from calque.fitting.problem import Grid, LayerProblem
 from calque.fitting.rounding import FRACTIONS, Metric, descend, gptq, initial_scale, refitted_scale
 from calque.grid.arithmetic import affine_grid
 from calque.recipe import FAST, Recipe
+from slow import slow
 
 Array = NDArray[np.float64]
 BITS = 3
@@ -115,7 +116,7 @@ def reference_gptq(matrix: Array, weight: Array, scale: float) -> Array:
     return codes
 
 
-@pytest.mark.parametrize("size", [1, 9, 150])  # within one block of columns and over several
+@pytest.mark.parametrize("size", [1, 9, slow(150)])  # within one block of columns and over several
 def test_gptq_is_optimal_brain_quantization(size: int) -> None:
     matrix, weight = definite(2, size), random(2, size, 3, seed=2)
     scale = torch.tensor([[[0.5, 0.6, 0.7]], [[0.4, 0.5, 0.55]]])

@@ -123,6 +123,7 @@ def test_padding_is_no_calibration_data() -> None:
     assert token_masks([{"x": hidden}]) == [None]
 
 
+@pytest.mark.slow  # padding in a run: test_padding_is_no_calibration_data has the rule
 def test_what_stands_in_padding_changes_no_layer(trained: Encoder) -> None:
     clean = sentences(64, seed=1000)
     noisy = {**clean, "input_ids": clean["input_ids"] + (1 - clean["attention_mask"]) * 17}
@@ -212,6 +213,7 @@ def test_exact_evaluation_multiplies_codes(trained: Encoder) -> None:
     assert (exact - simulated).abs().max() < 1e-2 * exact.abs().max()
 
 
+@pytest.mark.slow  # names of both are in test_names, too
 def test_products_and_tables_are_named_in_plans(trained: Encoder) -> None:
     q = quantized(
         trained, bits="w4a4", recipe="nearest", override={"*matmul*": None, "words": "w8a8", "blocks.1.matmul": "a4"}
