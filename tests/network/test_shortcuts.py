@@ -156,6 +156,7 @@ class Deciding(Pool):
         return super().forward(x, padding) if x.sum() < 1e9 else x
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::calque.errors.CaptureWarning")
 def test_the_shortcut_is_imitated_in_a_part() -> None:
     model, (x, padding) = Deciding(nn.TransformerEncoder(layer(), 1)), padded(32)

@@ -92,11 +92,11 @@ def differences(path: Path, q: nn.Module, images: Tensor) -> list[str]:
     ("operators", "sizes"),
     [
         (POOLS, (12,)),
-        (RESIZES, (8, 12, 14)),
+        slow(RESIZES, (8, 12, 14)),
         slow(POOLS, (8, 12, 14)),
         slow(ADAPTIVE, (12,)),
         slow(ADAPTIVE, (8, 12, 14)),
-        slow(RESIZES, (12,)),
+        (RESIZES, (12,)),
     ],
     ids=[
         "pools",
