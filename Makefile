@@ -76,11 +76,11 @@ dist: setup
 
 # The lowest versions that pyproject.toml declares, in an environment of its own (5 GB: torch brings CUDA's packages).
 test-oldest: $(OLDEST)/.stamp
-	$(OLDEST)/bin/python -m pytest -m "$(MARKS)" -p no:cacheprovider
+	$(OLDEST)/bin/python -m pytest $(WORKERS) -m "not slow and not gpu and not real" -p no:cacheprovider
 
 $(OLDEST)/.stamp: $(STAMP) pyproject.toml constraints-oldest.txt
 	$(PY) -m venv --clear $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint constraints-oldest.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[demo,plot,dev]' --constraint constraints-oldest.txt
 	@touch $@
 
 # What may never go wrong, tried for ten minutes; writes docs/reliability.md.

@@ -16,7 +16,7 @@ from slow import slow
 ROOT = Path(__file__).resolve().parents[1]
 # workers.md starts processes and a cluster: tests/fitting/test_parallel.py and tests/fitting/test_ray.py run what it shows.
 PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").rglob("*.md") if path.name != "workers.md")]
-FIRST = ("README", "index", "first-model")  # what people meet first is run after each change
+FIRST = ("README", "first-model")  # what people meet first is run after each change
 STEPS = 20  # of the shipped recipes at most: the pages say what is called, not how well it is fitted
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
