@@ -176,6 +176,5 @@ def find_recipe(recipe: "str | Recipe | None") -> Recipe:
     if os.path.isfile(recipe):
         with naming(recipe):
             return Recipe.parse(read_text(recipe))
-    if str(recipe).endswith(".toml"):
-        raise SpecError(f"recipe: there is no file {shown(recipe)}.")
-    raise SpecError(f"recipe is one of {', '.join(RECIPES)}, or a TOML file. Got {shown(recipe)}.")
+    missing = ", which is no file" if str(recipe).endswith(".toml") else ""
+    raise SpecError(f"recipe is one of {', '.join(RECIPES)}, or a TOML file. Got {shown(recipe)}{missing}.")
