@@ -186,7 +186,9 @@ def test_every_awkward_name_goes_through_the_command_line(
         assert run(command) == 0, capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", [slow("a b"), slow("None"), 'a"b', slow("a\nb"), slow("[0]"), slow("層"), slow("graph")])
+@pytest.mark.parametrize(
+    "name", [slow("a b"), slow("None"), 'a"b', slow("a\nb"), slow("[0]"), slow("層"), slow("graph")]
+)
 def test_an_argument_may_be_a_dict_of_any_name(name: str, tmp_path: Path) -> None:
     class Takes(nn.Module):
         def __init__(self) -> None:

@@ -130,7 +130,9 @@ def survives_kills(server: ForkServerContext, folder: Path, case: str, *, kills:
     assert pieces(run) == before
 
 
-@pytest.mark.parametrize("case", [slow("budget"), slow("fixed bits"), slow("blocks and biases"), slow("budget, parallel")])
+@pytest.mark.parametrize(
+    "case", [slow("budget"), slow("fixed bits"), slow("blocks and biases"), slow("budget, parallel")]
+)
 def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(
     server: ForkServerContext, tmp_path: Path, case: str
 ) -> None:
